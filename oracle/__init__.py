@@ -1,0 +1,1 @@
+"""The same stages from PyTorch and Hugging Face transformers."""

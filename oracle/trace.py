@@ -1,0 +1,25 @@
+"""``python -m oracle.trace``: dump the same stages from PyTorch and Hugging Face transformers."""
+
+import argparse
+
+from qwen_jax import command
+from qwen_jax.checkpoint import Checkpoint
+from stages import cli
+from stages.errors import UserError
+
+
+def make_engine(model: Checkpoint, args: argparse.Namespace) -> object:
+    try:
+        from oracle import recorder
+    except ImportError as error:
+        raise UserError(f"the oracle needs PyTorch: pip install '.[oracle]' ({error})") from None
+    return recorder.TorchEngine(model, args.dtype, args.device)
+
+
+def main(argv: list[str]) -> int:
+    parser = command.parser("python -m oracle.trace", __doc__ or "", ("eager",))
+    return command.main(parser.parse_args(argv), "oracle", make_engine)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,245 @@
+"""The trace command, shared by ``python -m qwen_jax.trace`` and ``python -m oracle.trace``.
+
+Both take the same arguments and write the same files; they differ in the engine that computes.
+Imports neither jax nor torch, so bad input is refused before either is loaded.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from qwen_jax import source
+from qwen_jax.checkpoint import Checkpoint
+from stages import cli
+from stages.errors import UserError
+from stages.manifest import Manifest
+from stages.table import NAMES, STAGE, computation_order, parse_layers, parse_stages, stage_shape
+from stages.trace import numpy_dtype
+from stages.writer import FORMATS, TraceWriter
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one command was asked to do, checked.
+
+    Attributes:
+        stored: (stage, layer) of every file, in computation order.
+    """
+
+    model: Checkpoint
+    tokens: tuple[int, ...]
+    stages: tuple[str, ...]
+    layers: tuple[int, ...]
+    dtype: str
+    format: str
+    logits: str
+    out: Path
+    stored: list[tuple[str, int | None]]
+
+    def want(self, stage: str, layer: int | None) -> bool:
+        return stage in self.stages and (layer is None or layer in self.layers)
+
+    def shape(self, stage: str) -> tuple[int, ...]:
+        return stage_shape(STAGE[stage], self.model.config.dims(len(self.tokens)), self.logits)
+
+    def bytes(self, stage: str) -> int:
+        """Tensor bytes of one file of this stage."""
+        item = 4 if self.format == "aprt" else numpy_dtype(self.dtype).itemsize
+        return item * int(np.prod(self.shape(stage), dtype=np.int64))
+
+    def header(self, producer: dict[str, Any]) -> Manifest:
+        model = {"name": self.model.name, "config": self.model.config.to_json(), "weights": {}}
+        return Manifest(
+            format=self.format,
+            dtype=self.dtype,
+            logits=self.logits,
+            tokens=self.tokens,
+            positions=tuple(range(len(self.tokens))),
+            model=model,
+            producer=producer,
+        )
+
+
+def parser(prog: str, description: str, backends: tuple[str, ...]) -> argparse.ArgumentParser:
+    """The arguments of a trace command."""
+    result = cli.Parser(prog=prog, description=description)
+    source.add_model_arguments(result)
+    add = result.add_argument
+    add("--stages", default="all", metavar="LIST", help=f"all, or some of: {', '.join(NAMES)}")
+    add("--layers", default="all", metavar="LIST", help="all, or numbers and ranges: 0,3-5")
+    add("--dtype", default="float32", choices=DTYPES, help="what the model computes in")
+    add("--backend", default=backends[0], choices=backends)
+    add("--device", choices=("cpu", "gpu"), help="default: a gpu if there is one and it applies")
+    add("--format", choices=tuple(FORMATS), help="default: aprt; safetensors for float64")
+    add("--logits", default="last", choices=("last", "all"), help="positions kept in lm_head")
+    add("--out", type=Path, metavar="DIR", help="where the trace goes")
+    add("--overwrite", action="store_true", help="replace the trace that is in --out")
+    add("--dry-run", action="store_true", help="print stages, shapes and bytes; run nothing")
+    cli.add_json(result)
+    return result
+
+
+def make_plan(args: argparse.Namespace, suffix: str) -> Plan:
+    """Check the arguments against the model.
+
+    Raises:
+        UserError: anything that cannot be done as asked.
+    """
+    stages = parse_stages(args.stages)
+    model = source.open_model(args.model)
+    layers = parse_layers(args.layers, model.config.num_hidden_layers)
+    format = args.format or ("safetensors" if args.dtype == "float64" else "aprt")
+    if format == "aprt" and args.dtype == "float64":
+        raise UserError("--format aprt holds float32 values only; use --format safetensors")
+    stored = [
+        (stage.name, layer)
+        for stage, layer in computation_order(model.config.num_hidden_layers)
+        if stage.name in stages and (layer is None or layer in layers)
+    ]
+    if not stored:
+        raise UserError(f"--stages {args.stages} --layers {args.layers} select nothing to write")
+    return Plan(
+        model=model,
+        tokens=source.read_tokens(args, model),
+        stages=stages,
+        layers=layers,
+        dtype=args.dtype,
+        format=format,
+        logits=args.logits,
+        out=args.out or Path(f"{model.name}-{suffix}"),
+        stored=stored,
+    )
+
+
+def main(args: argparse.Namespace, suffix: str, make_engine: Callable[..., Any]) -> int:
+    """Plan, run the engine that ``make_engine(model, args)`` returns, write, report."""
+    began = time.perf_counter()
+    plan = make_plan(args, suffix)
+    if args.dry_run:
+        show = cli.report(args.json, _summary(plan))
+        show.print(_table(plan))
+        show.print(f"dry run: nothing was computed or written; --out would be {plan.out}/")
+        return 0
+    engine = make_engine(plan.model, args)
+    total = plan.model.config.num_hidden_layers
+    with TraceWriter(plan.out, plan.header(engine.describe()), args.overwrite) as writer:
+        with cli.progress() as bar:
+            task = bar.add_task("layers", total=total)
+            last: dict[str, np.ndarray] = {}
+
+            def emit(stage: str, layer: int | None, value: np.ndarray) -> None:
+                if plan.want(stage, layer):
+                    writer.add(stage, layer, value)
+                if stage == "lm_head":
+                    last["logits"] = value if plan.logits == "last" else value[-1]
+                bar.update(task, completed=total if layer is None else layer)
+
+            engine.run(plan.tokens, plan.logits, plan.want, emit)
+        header = writer.header.model | {"weights": dict(sorted(plan.model.hashes.items()))}
+        writer.finish(header, plan.stored)
+    seconds, peak = time.perf_counter() - began, _peak_memory()
+    top = _top(plan.model, last["logits"])
+    data = _summary(plan) | {
+        "out": str(plan.out),
+        "bytes": writer.bytes,
+        "top": top,
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak,
+    }
+    show = cli.report(args.json, data)
+    show.print(_table(plan))
+    _print_top(show, top)
+    show.print(
+        f"[bold]{plan.out}/[/bold]: {len(plan.stored)} files, {cli.size(writer.bytes)}, "
+        f"{plan.dtype}, {len(plan.tokens)} tokens, in {seconds:.1f} s, "
+        f"peak memory {cli.size(peak)}"
+    )
+    return 0
+
+
+def _peak_memory() -> int:
+    """High-water mark of this process's resident memory, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _rows(plan: Plan) -> list[dict[str, Any]]:
+    """One row a stage: in how many layers it is stored, and what that takes."""
+    rows = []
+    for stage in plan.stages:
+        files = sum(name == stage for name, _ in plan.stored)
+        if files:
+            axes = STAGE[stage].axes if len(plan.shape(stage)) > 1 else ("V",)
+            size = files * plan.bytes(stage)
+            shape = list(plan.shape(stage))
+            rows.append(
+                {"stage": stage, "axes": axes, "shape": shape, "files": files, "bytes": size}
+            )
+    return rows
+
+
+def _summary(plan: Plan) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "model": plan.model.name,
+        "dtype": plan.dtype,
+        "format": plan.format,
+        "tokens": list(plan.tokens),
+        "layers": list(plan.layers),
+        "stages": _rows(plan),
+    }
+
+
+def _table(plan: Plan) -> Table:
+    rows = _rows(plan)
+    table = Table(box=None, header_style="bold", show_footer=True, pad_edge=False)
+    table.add_column("stage", "total")
+    table.add_column("axes")
+    table.add_column("shape")
+    table.add_column("files", str(len(plan.stored)), justify="right")
+    table.add_column("bytes", cli.size(sum(row["bytes"] for row in rows)), justify="right")
+    for row in rows:
+        shape = " x ".join(map(str, row["shape"]))
+        cells = (" ".join(row["axes"]), shape, str(row["files"]), cli.size(row["bytes"]))
+        table.add_row(row["stage"], *cells)
+    return table
+
+
+def _top(model: Checkpoint, logits: np.ndarray, count: int = 5) -> list[dict[str, Any]]:
+    """The most likely next tokens after the last position."""
+    wide = logits.astype(np.float64)
+    probability = np.exp(wide - wide.max())
+    probability /= probability.sum()
+    tokenizer = source.load_tokenizer(model)
+    best = np.argsort(-wide, kind="stable")[:count]
+    return [
+        {
+            "token": int(token),
+            "text": tokenizer.decode([int(token)]) if tokenizer else None,
+            "logit": float(wide[token]),
+            "probability": float(probability[token]),
+        }
+        for token in best
+    ]
+
+
+def _print_top(show: Console, top: list[dict[str, Any]]) -> None:
+    table = Table(title="next token", title_justify="left", box=None, header_style="bold")
+    for name in ("token", "text", "logit", "probability"):
+        table.add_column(name, justify="left" if name == "text" else "right")
+    for row in top:
+        text = "" if row["text"] is None else repr(row["text"])
+        cells = (f"{row['logit']:.4f}", f"{row['probability']:.4f}")
+        table.add_row(str(row["token"]), text, *cells)
+    show.print(table)

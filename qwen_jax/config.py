@@ -1,0 +1,243 @@
+"""The architecture of one Qwen2 model, read from a Hugging Face ``config.json``.
+
+Imports neither jax nor torch: the oracle and the tools read configurations too.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Yarn:
+    """YaRN context extension (Peng et al. 2023, arXiv 2309.00071), as in transformers'
+    ``modeling_rope_utils._compute_yarn_parameters``. It acts on every position, short ones too."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One Qwen2 architecture. Field names are those of transformers' ``Qwen2Config``.
+
+    ``sliding_layers`` has one flag a layer: whether it attends to the last ``sliding_window``
+    positions only.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    yarn: Yarn | None
+    tie_word_embeddings: bool
+    sliding_window: int | None
+    sliding_layers: tuple[bool, ...]
+    max_position_embeddings: int
+
+    def dims(self, length: int) -> dict[str, int]:
+        """Axis letter -> size for one sequence of ``length`` tokens."""
+        return {
+            "T": length,
+            "S": length,
+            "N": self.num_attention_heads,
+            "K": self.num_key_value_heads,
+            "H": self.head_dim,
+            "D": self.hidden_size,
+            "F": self.intermediate_size,
+            "V": self.vocab_size,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data that ``from_json`` turns back into an equal Config."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Config":
+        yarn = Yarn(**data["yarn"]) if data["yarn"] else None
+        return cls(**{**data, "yarn": yarn, "sliding_layers": tuple(data["sliding_layers"])})
+
+
+# Every attribute of a config.json is handled by ``from_hf``, ignored because it cannot change a
+# forward pass, or must have the value under which it changes nothing. Anything else is refused by
+# name: a setting that we do not know could be one that changes every number.
+_HANDLED = {
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps",
+    "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "use_sliding_window",
+    "sliding_window", "max_window_layers", "layer_types", "max_position_embeddings",
+}  # fmt: skip
+_IGNORED = {
+    "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
+    "torch_dtype", "initializer_range", "use_cache", "transformers_version", "_name_or_path",
+    "id2label", "label2id", "task_specific_params", "name_or_path", "auto_map", "use_mrope",
+    "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset", "problem_type",
+}  # fmt: skip
+_MUST_EQUAL = {
+    "attention_bias": True,  # Qwen2 has q, k, v biases whatever the file says
+    "mlp_bias": False,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "chunk_size_feed_forward": 0,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
+    "torchscript": False,
+    "use_bfloat16": False,
+    "quantization_config": None,
+}
+
+
+def from_hf(raw: dict[str, Any], where: str = "config.json") -> Config:
+    """The Config of a Hugging Face configuration, in either spelling of the RoPE settings.
+
+    Raises:
+        UserError: another architecture, or an attribute that this project does not know,
+            cannot handle or finds at a value that would change the forward pass.
+    """
+    if raw.get("model_type") != "qwen2":
+        raise UserError(
+            f"{where}: model_type is {raw.get('model_type')!r}; this tool knows 'qwen2' "
+            "(Qwen2, Qwen2.5 and models distilled into them)"
+        )
+    for name, value in raw.items():
+        if name in _MUST_EQUAL:
+            if value != _MUST_EQUAL[name]:
+                raise UserError(
+                    f"{where}: {name} is {value!r}; only {_MUST_EQUAL[name]!r} is supported"
+                )
+        elif name not in _HANDLED | _IGNORED:
+            raise UserError(
+                f"{where}: unknown attribute {name!r} ({value!r}) may change the forward pass; "
+                "remove it if it does not"
+            )
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{where}: hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
+
+    def size(name: str, default: int | None = None) -> int:
+        value = raw.get(name, default)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{where}: {name} is {value!r}; expected a positive integer")
+        return value
+
+    heads, layers = size("num_attention_heads"), size("num_hidden_layers")
+    kv_heads = size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise UserError(
+            f"{where}: {heads} query heads cannot share {kv_heads} key/value heads evenly"
+        )
+    head_dim = size("head_dim", size("hidden_size") // heads)
+    if head_dim % 2:
+        raise UserError(f"{where}: head_dim is {head_dim}; RoPE rotates pairs, so it must be even")
+    max_positions = size("max_position_embeddings", 32768)
+    theta, yarn = _rope(raw, max_positions, where)
+    window, sliding = _sliding(raw, layers, where)
+    return Config(
+        vocab_size=size("vocab_size"),
+        hidden_size=size("hidden_size"),
+        intermediate_size=size("intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6, where),
+        rope_theta=theta,
+        yarn=yarn,
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        sliding_window=window,
+        sliding_layers=sliding,
+        max_position_embeddings=max_positions,
+    )
+
+
+def _number(raw: dict[str, Any], name: str, default: float | None, where: str) -> float:
+    value = raw.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise UserError(f"{where}: {name} is {value!r}; expected a positive number")
+    return float(value)
+
+
+def _rope(raw: dict[str, Any], max_positions: int, where: str) -> tuple[float, Yarn | None]:
+    """theta and YaRN settings from ``rope_parameters`` (transformers 5) or from ``rope_theta``
+    and ``rope_scaling`` (transformers 4, and every published Qwen2 checkpoint)."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    # transformers falls back to 10000, not to Qwen's 1000000, when no theta is given
+    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    theta = _number({"rope_theta": theta}, "rope_theta", None, where)
+    if kind == "default":
+        rope.pop("factor", None)
+        yarn = None
+    elif kind == "yarn":
+        fields = Yarn.__dataclass_fields__
+        given = {name: rope.pop(name) for name in list(rope) if name in fields}
+        if "factor" not in given:
+            raise UserError(f"{where}: YaRN RoPE without a factor")
+        given.setdefault("original_max_position_embeddings", max_positions)
+        yarn = Yarn(**{k: v for k, v in given.items() if v is not None})
+    else:
+        raise UserError(f"{where}: rope_type is {kind!r}; 'default' and 'yarn' are supported")
+    if rope:
+        raise UserError(f"{where}: unknown RoPE settings {sorted(rope)}")
+    return theta, yarn
+
+
+def _sliding(
+    raw: dict[str, Any], layers: int, where: str
+) -> tuple[int | None, tuple[bool, ...]]:
+    """The window and which layers use it, as transformers' ``Qwen2Config.__post_init__``."""
+    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
+    types = raw.get("layer_types")
+    if types is None:
+        first = raw.get("max_window_layers", 28)
+        sliding = tuple(window is not None and layer >= first for layer in range(layers))
+    else:
+        unknown = set(types) - {"full_attention", "sliding_attention"}
+        if unknown or len(types) != layers:
+            raise UserError(
+                f"{where}: layer_types must name full_attention or sliding_attention for each of "
+                f"the {layers} layers; found {len(types)} entries, unknown: {sorted(unknown)}"
+            )
+        sliding = tuple(kind == "sliding_attention" for kind in types)
+        if any(sliding) and window is None:
+            raise UserError(
+                f"{where}: layer_types has sliding_attention but use_sliding_window is false"
+            )
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise UserError(f"{where}: sliding_window is {window!r}; expected a positive integer")
+    return (window if any(sliding) else None), sliding
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: no such file, or not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data

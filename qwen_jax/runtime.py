@@ -1,0 +1,60 @@
+"""How XLA is set up, in one place. Call ``configure`` before the first array is made.
+
+The flags are read once, when JAX starts its backend; they go into every manifest.
+"""
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+from stages.errors import UserError
+
+# Without this XLA keeps float32 precision inside bfloat16 fusions: a captured stage could be a
+# value that the model never consumed, and compiled differs from un-jitted by whole bf16 steps.
+FLAGS = {"xla_allow_excess_precision": "false"}
+
+# On the CPU these two make compiled equal to un-jitted byte for byte, at some cost in speed: no
+# fused multiply-add (AVX has none), and one GEMM and reduction library instead of two.
+REFERENCE_FLAGS = {"xla_cpu_max_isa": "AVX", "xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+def configure(device: str | None = None, reference: bool = False) -> Any:
+    """Set the project's flags and return the JAX device to use: "cpu", "gpu" or the best (None).
+
+    A flag that is already in ``XLA_FLAGS`` stays as the user set it.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    for name, value in (FLAGS | (REFERENCE_FLAGS if reference else {})).items():
+        if f"--{name}=" not in flags:
+            flags = f"{flags} --{name}={value}".strip()
+    os.environ["XLA_FLAGS"] = flags
+    if device == "cpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+    import jax
+
+    jax.config.update("jax_enable_x64", True)  # every dtype in this project is explicit
+    jax.config.update("jax_default_matmul_precision", "highest")  # f32 means f32, also on a GPU
+    try:
+        return jax.devices(device)[0]
+    except RuntimeError as error:
+        found = ", ".join(sorted({d.platform for d in jax.devices()}))
+        why = str(error).splitlines()[0]
+        raise UserError(f"--device {device}: JAX finds only {found} here ({why})") from None
+
+
+def describe(device: Any) -> dict[str, Any]:
+    """What a manifest says about the machine and the libraries."""
+    packages = ("jax", "jaxlib", "numpy")
+    return {
+        "device": f"{device.platform}: {device.device_kind}",
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "flags": os.environ.get("XLA_FLAGS", ""),
+        "matmul_precision": "highest",
+        "versions": {name: importlib.metadata.version(name) for name in packages}
+        | {"python": platform.python_version()},
+    }

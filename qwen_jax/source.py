@@ -1,0 +1,102 @@
+"""From what a user types to a model and its tokens. Imports neither jax nor torch."""
+
+import argparse
+import re
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from qwen_jax.checkpoint import INDEX, SINGLE, Checkpoint
+from stages.errors import UserError
+
+DEMO = Path(__file__).parent / "demo"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ["config.json", "tokenizer.json", SINGLE, INDEX, "model-*.safetensors"]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model and the three ways to give tokens; the same in every command."""
+    parser.add_argument(
+        "--model",
+        metavar="DIR|HUB_ID",
+        help="a local Hugging Face directory or a hub id; default: the embedded demo model",
+    )
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="default: the embedded prompt")
+    prompt.add_argument("--prompt-file", metavar="FILE", type=Path, help="prompt text, UTF-8")
+    prompt.add_argument("--tokens", metavar="1,2,3", help="token ids instead of text")
+
+
+def open_model(spec: str | None) -> Checkpoint:
+    """The checkpoint that ``--model`` names: None is the demo model.
+
+    Raises:
+        UserError: no such model, another architecture, or files that are damaged or missing.
+    """
+    if spec is None or spec == "demo":
+        return Checkpoint(DEMO, "demo")
+    if not Path(spec).exists() and HUB_ID.fullmatch(spec):
+        return Checkpoint(_download(spec), spec.rpartition("/")[2])
+    return Checkpoint(Path(spec))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model {hub_id}: neither a directory here nor to be had from the hub ({why})"
+        ) from None
+
+
+def load_tokenizer(model: Checkpoint) -> Tokenizer | None:
+    """The model's tokenizer, or None if it has no ``tokenizer.json``."""
+    path = model.directory / "tokenizer.json"
+    if not path.exists():
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a damaged file
+        raise UserError(f"{path}: not a tokenizer: {error}") from None
+
+
+def read_tokens(args: argparse.Namespace, model: Checkpoint) -> tuple[int, ...]:
+    """The token ids of --tokens, --prompt or --prompt-file; the embedded prompt without any.
+
+    Raises:
+        UserError: not ids, an id outside the vocabulary, an empty prompt, or text without a
+            tokenizer.
+    """
+    if args.tokens is not None:
+        try:
+            tokens = tuple(int(token) for token in args.tokens.split(","))
+        except ValueError:
+            raise UserError(f"--tokens {args.tokens!r}: expected ids such as 1,2,3") from None
+    else:
+        text = _prompt_text(args)
+        tokenizer = load_tokenizer(model)
+        if tokenizer is None:
+            raise UserError(f"{model.directory} has no tokenizer.json; give ids with --tokens")
+        tokens = tuple(tokenizer.encode(text).ids)
+        if not tokens:
+            raise UserError("the prompt is empty; give at least one token")
+    vocabulary = model.config.vocab_size
+    if outside := [token for token in tokens if not 0 <= token < vocabulary]:
+        raise UserError(
+            f"token id {outside[0]} is outside the vocabulary; ids go from 0 to {vocabulary - 1}"
+        )
+    return tokens
+
+
+def _prompt_text(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        return args.prompt
+    path = args.prompt_file or DEMO / "prompt.txt"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file {path}: cannot be read as text: {error}") from None

@@ -1,0 +1,29 @@
+"""``python -m qwen_jax.trace``: dump every sub-stage of the JAX forward pass."""
+
+import argparse
+
+from qwen_jax import command
+from qwen_jax.checkpoint import Checkpoint
+from stages import cli
+from stages.errors import UserError
+
+
+def make_engine(model: Checkpoint, args: argparse.Namespace) -> object:
+    device = args.device
+    if args.backend == "eager":
+        if device == "gpu":
+            raise UserError("--backend eager runs un-jitted on the CPU; drop --device gpu")
+        device = "cpu"
+
+    from qwen_jax import engine, runtime
+
+    return engine.JaxEngine(model, args.dtype, args.backend, runtime.configure(device))
+
+
+def main(argv: list[str]) -> int:
+    parser = command.parser("python -m qwen_jax.trace", __doc__ or "", ("xla", "eager"))
+    return command.main(parser.parse_args(argv), "trace", make_engine)
+
+
+if __name__ == "__main__":
+    cli.run(main)

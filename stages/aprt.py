@@ -1,0 +1,59 @@
+"""APRT, the one-tensor file: ``APRT``, u32 layer, u32 count, then float32 values, little-endian.
+
+Byte-compatible with the engine of the story in docs/story.md. A file knows neither its shape nor
+its dtype, stage or tokens: those come from ``manifest.json``, or from the user.
+"""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from stages.errors import UserError
+
+MAGIC = b"APRT"
+WHOLE_MODEL = 0xFFFFFFFF  # the layer field of a stage that belongs to no layer
+HEADER = struct.Struct("<4sII")
+
+
+def encode(array: np.ndarray, layer: int | None) -> tuple[bytes, np.ndarray]:
+    """Header and C-contiguous little-endian float32 payload of one stage.
+
+    float16 and bfloat16 widen exactly and float32 is copied bit for bit, NaN payloads included.
+
+    Raises:
+        UserError: float64, which float32 cannot hold.
+    """
+    if array.dtype.itemsize > 4:
+        raise UserError(f"APRT holds float32, not {array.dtype}; write --format safetensors")
+    payload = np.ascontiguousarray(array, dtype="<f4")
+    header = HEADER.pack(MAGIC, WHOLE_MODEL if layer is None else layer, payload.size)
+    return header, payload
+
+
+def read(path: Path, layer: int | None) -> np.ndarray:
+    """The values of one file, flat, after checking that the file is whole and of ``layer``.
+
+    Raises:
+        UserError: bad magic, another layer, or a byte count that does not match the value count.
+    """
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if data.size < HEADER.size or bytes(data[:4]) != MAGIC:
+        raise UserError(f"{path}: not an APRT file; it starts with {bytes(data[:4])!r}")
+    _, found, count = HEADER.unpack(bytes(data[: HEADER.size]))
+    expected = WHOLE_MODEL if layer is None else layer
+    if found != expected:
+        raise UserError(f"{path}: the header says layer {_say(found)}, expected {_say(expected)}")
+    if data.size != HEADER.size + 4 * count:
+        raise UserError(
+            f"{path}: the header promises {count} values, {HEADER.size + 4 * count} bytes; the "
+            f"file has {data.size} bytes"
+        )
+    return data[HEADER.size :].view("<f4")
+
+
+def _say(layer: int) -> str:
+    return "'whole model'" if layer == WHOLE_MODEL else str(layer)

@@ -1,0 +1,188 @@
+"""Writing a trace: one file a stage, hashed and written beside the computation, manifest last."""
+
+import queue
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import ml_dtypes  # noqa: F401 -- teaches NumPy and safetensors bfloat16
+import numpy as np
+import xxhash
+from safetensors.numpy import save as safetensors_bytes
+
+from stages import aprt, manifest
+from stages.errors import UserError
+from stages.manifest import FileEntry, Manifest
+from stages.table import STAGE, stage_axes
+
+FORMATS = {"aprt": ".bin", "safetensors": ".safetensors"}
+THREADS = 2
+WAITING = 8  # stages that may wait to be written before the computation has to wait
+
+
+def stage_path(stage: str, layer: int | None, format: str) -> str:
+    """Where a stage lies in a trace directory: ``layer-3/ffn_up.bin`` or ``lm_head.bin``."""
+    file = stage + FORMATS[format]
+    return file if layer is None else f"layer-{layer}/{file}"
+
+
+def encode(
+    array: np.ndarray, stage: str, layer: int | None, format: str
+) -> tuple[list[bytes | np.ndarray], str]:
+    """The chunks of one stage's file, and the XXH3-64 of its tensor bytes."""
+    if format == "aprt":
+        header, payload = aprt.encode(array, layer)
+        return [header, payload], tensor_hash(payload)
+    array = np.ascontiguousarray(array)  # safetensors writes a strided array wrongly, silently
+    return [safetensors_bytes({stage: array})], tensor_hash(array)
+
+
+def tensor_hash(array: np.ndarray) -> str:
+    """XXH3-64 of a C-contiguous array's bytes."""
+    return xxhash.xxh3_64_hexdigest(array.reshape(-1).view(np.uint8))
+
+
+def prepare(directory: Path, overwrite: bool) -> None:
+    """Make ``directory`` an empty place for a new trace.
+
+    Raises:
+        UserError: it holds a trace and ``overwrite`` is false, or it holds anything else.
+    """
+    if directory.is_file():
+        raise UserError(f"--out {directory}: a file is in the way")
+    contents = sorted(directory.iterdir()) if directory.exists() else []
+    strangers = [path.name for path in contents if not _of_a_trace(path)]
+    if strangers:
+        raise UserError(
+            f"--out {directory}: holds {strangers[0]!r}, which is no part of a trace; "
+            "choose an empty or new directory"
+        )
+    if contents and not overwrite:
+        raise UserError(f"--out {directory}: already holds a trace; add --overwrite to replace it")
+    directory.mkdir(parents=True, exist_ok=True)
+    # The manifest goes first: from here on the directory no longer reads as a whole trace.
+    for path in sorted(contents, key=lambda path: path.name != manifest.NAME):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _of_a_trace(path: Path) -> bool:
+    if path.is_dir():
+        return path.name.removeprefix("layer-").isdecimal() and all(
+            child.is_file() and child.stem in STAGE for child in path.iterdir()
+        )
+    names = (manifest.NAME, manifest.PARTIAL, manifest.NAME + ".tmp", manifest.PARTIAL + ".tmp")
+    return path.name in names or (path.stem in STAGE and path.suffix in FORMATS.values())
+
+
+class TraceWriter:
+    """A context manager that turns stages into a trace directory.
+
+    ``add`` may be called with stages in any order, and returns before they are on disk; at most
+    ``WAITING`` wait at a time. ``finish`` writes the manifest. Without it, or after an error, the
+    directory stays marked as unfinished.
+
+    Raises:
+        UserError: the directory cannot be used, or a write failed (a full disk).
+    """
+
+    def __init__(self, directory: Path, header: Manifest, overwrite: bool = False) -> None:
+        self.directory = directory
+        self.header = header
+        self._sizes: dict[str, int] = {}
+        self._entries: dict[tuple[str, int | None], FileEntry] = {}
+        self._error: Exception | None = None
+        self._queue: queue.Queue = queue.Queue(WAITING)
+        try:
+            prepare(directory, overwrite)
+            manifest.write(directory, header, manifest.PARTIAL)
+        except OSError as error:
+            raise UserError(f"--out {directory}: {error.strerror}") from None
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(THREADS)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes written so far."""
+        return sum(self._sizes.values())
+
+    def __enter__(self) -> "TraceWriter":
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def add(self, stage: str, layer: int | None, array: np.ndarray) -> None:
+        """Queue one stage of one sequence (no batch axis)."""
+        if self._error:
+            raise self._failure()
+        self._queue.put((stage, layer, array))
+
+    def finish(self, model: dict, order: list[tuple[str, int | None]]) -> Manifest:
+        """Wait for the files, then write the manifest that makes the directory a trace.
+
+        ``order`` is every (stage, layer) that must have been added, in computation order.
+        """
+        self._stop()
+        if self._error:
+            raise self._failure()
+        if missing := [each for each in order if each not in self._entries]:
+            raise RuntimeError(f"stages that were never added: {missing[:3]}")
+        files = tuple(self._entries[each] for each in order)
+        whole = replace(self.header, model=model, files=files)
+        try:
+            manifest.write(self.directory, whole)
+            (self.directory / manifest.PARTIAL).unlink()
+        except OSError as error:
+            self._error = error
+            raise self._failure() from None
+        return whole
+
+    def _stop(self) -> None:
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+    def _failure(self) -> Exception:
+        if isinstance(self._error, OSError):
+            return UserError(
+                f"{self.directory}: writing stopped: {self._error.strerror}; what is there is "
+                "marked incomplete"
+            )
+        assert self._error is not None
+        return self._error
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._write(*item)
+                except Exception as error:  # handed to the thread that adds
+                    self._error = error
+
+    def _write(self, stage: str, layer: int | None, array: np.ndarray) -> None:
+        relative = stage_path(stage, layer, self.header.format)
+        chunks, digest = encode(array, stage, layer, self.header.format)
+        path = self.directory / relative
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "wb", buffering=0) as file:
+            for chunk in chunks:
+                view = memoryview(chunk).cast("B") if len(chunk) else b""
+                while len(view):  # an unbuffered write may be short, 2 GiB at most
+                    view = view[file.write(view) :]
+            self._sizes[relative] = file.tell()
+        self._entries[stage, layer] = FileEntry(
+            path=relative,
+            stage=stage,
+            layer=layer,
+            axes=stage_axes(STAGE[stage], self.header.logits),
+            shape=array.shape,
+            dtype=str(array.dtype),
+            xxh3=digest,
+        )
