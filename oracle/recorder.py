@@ -41,9 +41,7 @@ class Recorder:
     """Hooks on one model. ``record(stage, layer, tensor)`` is called as each stage is computed;
     tensors come as one sequence, without the batch axis, in the axes of the stage table."""
 
-    def __init__(
-        self, model: modeling_qwen2.Qwen2ForCausalLM, record: Callable[..., None]
-    ) -> None:
+    def __init__(self, model: modeling_qwen2.Qwen2ForCausalLM, record: Callable[..., None]) -> None:
         self.record = record
         self._parts: dict[str, torch.Tensor] = {}  # q, k, v on their way to one tensor
         core = model.model

@@ -146,7 +146,9 @@ class Checkpoint:
         if wrong:
             problems.append(_some(wrong, "mismatch", "mismatches"))
         if problems:
-            raise UserError(f"{self.directory}: weights do not fit config.json: " + "; ".join(problems))
+            raise UserError(
+                f"{self.directory}: weights do not fit config.json: " + "; ".join(problems)
+            )
         if HEAD in self._files and self.config.tie_word_embeddings:
             if not np.array_equal(self.read(HEAD), self.read(START_NAMES["embed_tokens"])):
                 raise UserError(

@@ -200,9 +200,7 @@ def _rope(raw: dict[str, Any], max_positions: int, where: str) -> tuple[float, Y
     return theta, yarn
 
 
-def _sliding(
-    raw: dict[str, Any], layers: int, where: str
-) -> tuple[int | None, tuple[bool, ...]]:
+def _sliding(raw: dict[str, Any], layers: int, where: str) -> tuple[int | None, tuple[bool, ...]]:
     """The window and which layers use it, as transformers' ``Qwen2Config.__post_init__``."""
     window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
     types = raw.get("layer_types")

@@ -237,9 +237,7 @@ def ffn_out(config: Config, p: LayerParams, env: Env, x: Array) -> Array:
     return _linear(x, p.down_proj)
 
 
-def post_ffn_residual(
-    config: Config, p: LayerParams, env: Env, residual: Array, x: Array
-) -> Array:
+def post_ffn_residual(config: Config, p: LayerParams, env: Env, residual: Array, x: Array) -> Array:
     """[B, T, D] + [B, T, D] -> [B, T, D]"""
     return _wide(residual) + _wide(x)
 

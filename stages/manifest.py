@@ -111,7 +111,7 @@ def read(directory: Path, name: str = NAME) -> Manifest:
             producer=dict(data["producer"]),
             files=files,
         )
-        manifest.model["config"], manifest.model["weights"]  # noqa: B018 -- must be there
+        manifest.model["config"], manifest.model["weights"]  # must be there
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged: {type(error).__name__} {error}") from None
     return manifest
