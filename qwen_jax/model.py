@@ -25,6 +25,7 @@ from jax import Array, lax
 from qwen_jax import rope
 from qwen_jax.config import Config
 from qwen_jax.params import EndParams, LayerParams, Params, StartParams
+from stages.mask import causal_mask
 from stages.table import END_STAGES, LAYER_INPUT, LAYER_STAGES, START_STAGES, TOKENS, Stage
 
 
@@ -49,12 +50,7 @@ def make_env(config: Config, positions: np.ndarray, valid: np.ndarray, sliding: 
     ``config.sliding_window`` positions, itself included.
     """
     cos, sin = rope.cos_sin(config, positions)
-    index = np.arange(positions.shape[1])
-    distance = index[:, None] - index[None, :]
-    allowed = distance >= 0
-    if sliding:
-        assert config.sliding_window is not None
-        allowed &= distance < config.sliding_window
+    allowed = causal_mask(positions.shape[1], config.sliding_window if sliding else None)
     return Env(cos=cos, sin=sin, mask=allowed[None] & valid[:, None, :])
 
 
