@@ -44,7 +44,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 def console(to_stderr: bool = False) -> Console:
     """Where people read. Wide enough for our tables when piped; colour only in a terminal."""
     stream = sys.stderr if to_stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 110, highlight=False)
+    width = None if stream.isatty() else 110
+    return Console(file=stream, width=width, highlight=False, soft_wrap=True)
 
 
 def progress() -> Progress:

@@ -1,0 +1,280 @@
+"""Comparing two arrays of one stage: accumulated error, NaN-safe, in bounded memory.
+
+Every array is seen as a matrix whose rows are positions (or head x position) and whose columns
+are channels (or heads x channels), and is read in blocks that fit into a core's cache.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stages.errors import UserError
+from stages.trace import numpy_dtype
+
+BLOCK = 1 << 16  # elements
+SMALLEST = 1e-20  # a block whose squares sum to less is summed in float64: float32 would underflow
+COARSEST_FIRST = ("bfloat16", "float16", "float32", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far ``a`` is from the reference ``b`` in one stage.
+
+    Attributes:
+        count: elements compared; masked ones are not.
+        identical: every compared element is the same number, or NaN on both sides.
+        max_abs: largest |a - b| over finite elements, and ``at``: its index in the stage's axes.
+        rms: root mean square of a - b.
+        relative_l2: |a - b| / |b| over finite elements; inf where only b is zero.
+        cosine: of the angle between a and b; NaN where one of them is zero.
+        ulp_max, ulp_0, ulp_1: distance in units in the last place of the coarser dtype: the
+            largest, the fraction of elements at 0 and at most 1.
+        nonfinite_a, nonfinite_b: elements that are NaN or infinite; ``unmatched``: those where
+            the two sides are not both NaN or the same infinity.
+        worst: axis letter -> (index, relative L2 of that slice) for positions, heads, channels.
+    """
+
+    count: int
+    identical: bool
+    max_abs: float
+    at: tuple[int, ...]
+    rms: float
+    relative_l2: float
+    cosine: float
+    ulp_max: int
+    ulp_0: float
+    ulp_1: float
+    nonfinite_a: int
+    nonfinite_b: int
+    unmatched: int
+    worst: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the relative L2 is at most ``tolerance`` and NaN and infinity coincide."""
+        return self.unmatched == 0 and self.relative_l2 <= tolerance
+
+
+def coarser(a: str | None, b: str | None) -> str:
+    """The dtype with fewer bits; a foreign trace that does not say counts as float32."""
+    return min(a or "float32", b or "float32", key=COARSEST_FIRST.index)
+
+
+def compare(
+    a: np.ndarray,
+    b: np.ndarray,
+    axes: tuple[str, ...],
+    dtype: str = "float32",
+    mask: np.ndarray | None = None,
+    heads: int | None = None,
+) -> Difference:
+    """Compare one stage of two traces; ``b`` is the reference.
+
+    Arguments:
+        a, b: the same shape, in ``axes`` of the stage table.
+        dtype: whose units in the last place to count, see ``coarser``.
+        mask: [T, S] for ``attn_scores``; elements where it is False are left out.
+        heads: for an axis such as ``N*H``, how many heads it holds, to name the worst.
+
+    Raises:
+        UserError: the shapes differ, or there is nothing to compare.
+    """
+    if a.shape != b.shape:
+        raise UserError(f"shapes differ: {list(a.shape)} and {list(b.shape)}")
+    if a.size == 0:
+        raise UserError("nothing to compare: the stage is empty")
+    width = a.shape[-1] if axes != ("T", "N", "H") and axes != ("T", "K", "H") else a[0].size
+    rows_a, rows_b = a.reshape(-1, width), b.reshape(-1, width)
+    total = _Sums(len(rows_a), width)
+    step = max(1, BLOCK // width)
+    for start in range(0, len(rows_a), step):
+        stop = min(start + step, len(rows_a))
+        keep = None if mask is None else mask[np.arange(start, stop) % len(mask)]
+        total.add(start, rows_a[start:stop], rows_b[start:stop], keep, dtype)
+    return total.result(a.shape, axes, heads)
+
+
+class _Sums:
+    """What is added up over the blocks of one comparison."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.row_error, self.row_size = np.zeros(rows), np.zeros(rows)
+        self.column_error, self.column_size = np.zeros(columns), np.zeros(columns)
+        self.a_size = self.max_abs = 0.0
+        self.at = (0, 0)
+        self.count = self.ulp_max = self.ulp_0 = self.ulp_1 = 0
+        self.nonfinite_a = self.nonfinite_b = self.unmatched = 0
+
+    def add(
+        self, start: int, a: np.ndarray, b: np.ndarray, keep: np.ndarray | None, dtype: str
+    ) -> None:
+        if keep is not None:
+            a, b = np.where(keep, a, a.dtype.type(0)), np.where(keep, b, b.dtype.type(0))
+            left_out = keep.size - int(keep.sum())
+        else:
+            left_out = 0
+        self.count += a.size - left_out
+        distance = _ulps(a, b, dtype)
+        self.ulp_0 += int((distance == 0).sum()) - left_out
+        self.ulp_1 += int((distance <= 1).sum()) - left_out
+        self.ulp_max = max(self.ulp_max, int(distance.max()))
+        work = np.float64 if a.dtype.itemsize > 4 or b.dtype.itemsize > 4 else np.float32
+        a, b = a.astype(work, copy=False), b.astype(work, copy=False)
+        error, row_error, row_size, a_size = _squares(a, b)
+        safe = SMALLEST < a_size < np.inf and np.isfinite(row_error + row_size).all()
+        if not safe:
+            a, b = self._set_nonfinite_aside(a, b)
+            error, row_error, row_size, a_size = _squares(a, b)
+        rows = slice(start, start + len(a))
+        self.row_error[rows], self.row_size[rows] = row_error, row_size
+        self.column_error += np.einsum("ij,ij->j", error, error)
+        self.column_size += np.einsum("ij,ij->j", b, b)
+        self.a_size += a_size
+        magnitude = np.abs(error)
+        flat = int(magnitude.argmax())
+        if float(magnitude.flat[flat]) > self.max_abs:
+            self.max_abs = float(magnitude.flat[flat])
+            row, column = divmod(flat, a.shape[1])
+            self.at = (start + row, column)
+
+    def _set_nonfinite_aside(
+        self, a: np.ndarray, b: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Count NaN and infinity, put zeros in their places, and go on in float64."""
+        bad_a, bad_b = ~np.isfinite(a), ~np.isfinite(b)
+        same = (np.isnan(a) & np.isnan(b)) | (a == b)
+        bad = bad_a | bad_b
+        self.nonfinite_a += int(bad_a.sum())
+        self.nonfinite_b += int(bad_b.sum())
+        self.unmatched += int((bad & ~same).sum())
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        return np.where(bad, 0.0, a), np.where(bad, 0.0, b)
+
+    def result(
+        self, shape: tuple[int, ...], axes: tuple[str, ...], heads: int | None
+    ) -> Difference:
+        error, size = float(self.row_error.sum()), float(self.row_size.sum())
+        norms = np.sqrt(self.a_size) * np.sqrt(size)
+        # 1 - cosine from the difference itself: a dot product would lose it to rounding.
+        gap = error - (np.sqrt(self.a_size) - np.sqrt(size)) ** 2
+        flat = self.at[0] * self.column_error.size + self.at[1]
+        return Difference(
+            count=self.count,
+            identical=self.max_abs == 0 and self.unmatched == 0,
+            max_abs=self.max_abs,
+            at=tuple(int(i) for i in np.unravel_index(flat, shape)),
+            rms=float(np.sqrt(error / self.count)) if self.count else 0.0,
+            relative_l2=float(_ratio(error, size)),
+            cosine=float(1 - max(gap, 0.0) / (2 * norms)) if norms else float("nan"),
+            ulp_max=self.ulp_max,
+            ulp_0=self.ulp_0 / self.count,
+            ulp_1=self.ulp_1 / self.count,
+            nonfinite_a=self.nonfinite_a,
+            nonfinite_b=self.nonfinite_b,
+            unmatched=self.unmatched,
+            worst={} if error == 0 else self._worst(shape, axes, heads),
+        )
+
+    def _worst(
+        self, shape: tuple[int, ...], axes: tuple[str, ...], heads: int | None
+    ) -> dict[str, tuple[int, float]]:
+        """The position, head and channel with the largest relative L2."""
+        by_row = np.stack([self.row_error, self.row_size])
+        by_column = np.stack([self.column_error, self.column_size])
+        slices = {}
+        if axes == ("N", "T", "S"):
+            grid = by_row.reshape(2, shape[0], shape[1])
+            slices = {"head": grid.sum(2), "position": grid.sum(1), "key": by_column}
+        else:
+            if axes[0] == "T":
+                slices["position"] = by_row
+            if heads:
+                grid = by_column.reshape(2, heads, -1)
+                slices["head"] = grid.sum(2)
+            slices["channel"] = by_column
+        worst = {}
+        for name, (error, size) in slices.items():
+            ratio = _ratio(error, size)
+            index = int(np.argmax(ratio))
+            worst[name] = (index, float(ratio[index]))
+        return worst
+
+
+def _squares(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """a - b, its squares and b's summed by row, and a's summed."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = a - b
+        row_error = np.einsum("ij,ij->i", error, error)
+        row_size = np.einsum("ij,ij->i", b, b)
+        return error, row_error, row_size, float(np.einsum("ij,ij->", a, a))
+
+
+def _ratio(error: np.ndarray | float, size: np.ndarray | float) -> np.ndarray:
+    """sqrt(error / size); 0 where there is no error, inf where there is error and no size."""
+    error, size = np.asarray(error), np.asarray(size)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(error == 0, 0.0, np.sqrt(error / size))
+
+
+def _ulps(a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
+    """Distance in units in the last place of ``dtype``, as unsigned integers."""
+    x, y = (_ordered(array, dtype) for array in (a, b))
+    return np.maximum(x, y) - np.minimum(x, y)
+
+
+def _ordered(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Map floats to unsigned integers that count representable values in order; -0 equals 0."""
+    kind = numpy_dtype(dtype)
+    unsigned = np.dtype(f"u{kind.itemsize}")
+    bits = np.ascontiguousarray(array, dtype=kind).view(unsigned)
+    sign = unsigned.type(1 << (8 * kind.itemsize - 1))
+    return np.where(bits & sign, sign - (bits & ~sign), sign + bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsDifference:
+    """What the difference of two sets of logits means for the next token.
+
+    Attributes:
+        positions: how many positions were compared.
+        argmax_equal: at how many of them the most likely token is the same.
+        top5_overlap: mean fraction of the five most likely tokens in common.
+        kl_mean, kl_max: Kullback-Leibler divergence KL(b || a), nats.
+        margin: smallest gap between b's two largest logits where the arg-max differs, else the
+            smallest anywhere.
+    """
+
+    positions: int
+    argmax_equal: int
+    top5_overlap: float
+    kl_mean: float
+    kl_max: float
+    margin: float
+
+
+def compare_logits(a: np.ndarray, b: np.ndarray) -> LogitsDifference:
+    """Compare logits [T, V] or [V]; ``b`` is the reference. Rows with NaN count as different."""
+    equal, overlap, divergence, margins = [], [], [], []
+    for x, y in zip(np.atleast_2d(a), np.atleast_2d(b), strict=True):
+        x, y = x.astype(np.float64), y.astype(np.float64)
+        count = min(5, y.size)
+        top_x, top_y = np.argsort(-x, kind="stable")[:count], np.argsort(-y, kind="stable")[:count]
+        usable = bool(np.isfinite(x).all() and np.isfinite(y).all())
+        equal.append(usable and top_x[0] == top_y[0])
+        overlap.append(len(set(top_x) & set(top_y)) / count)
+        log_x, log_y = _log_softmax(x), _log_softmax(y)
+        divergence.append(float((np.exp(log_y) * (log_y - log_x)).sum()) if usable else np.nan)
+        margins.append(float(y[top_y[0]] - y[top_y[1]]) if y.size > 1 else np.inf)
+    differing = [m for m, same in zip(margins, equal, strict=True) if not same]
+    return LogitsDifference(
+        positions=len(equal),
+        argmax_equal=sum(map(int, equal)),
+        top5_overlap=float(np.mean(overlap)),
+        kl_mean=float(np.mean(divergence)),
+        kl_max=float(np.max(divergence)),
+        margin=min(differing or margins),
+    )
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    shifted = x - x.max()
+    return shifted - np.log(np.exp(shifted).sum())
