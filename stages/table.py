@@ -11,6 +11,7 @@ Axis letters (used everywhere in this project):
     H head size, D hidden, F intermediate, V vocabulary
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -161,10 +162,10 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
         return tuple(range(num_layers))
     chosen: list[int] = []
     for token in text.split(","):
-        first, dash, last = token.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", token.strip())
+        if not match:
             raise UserError(f"--layers: {token.strip()!r} is no layer; write 0,3-5 or all")
-        low, high = int(first), int(last) if dash else int(first)
+        low, high = int(match[1]), int(match[2] or match[1])
         if low > high:
             raise UserError(f"--layers: {token.strip()!r} runs backwards; write {high}-{low}")
         if high >= num_layers:
