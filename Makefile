@@ -1,0 +1,40 @@
+# `make trace` and `make test` need Python 3.11, make and pip. The first run makes .venv, later
+# runs reuse it; a changed pyproject.toml installs again.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --disable-pip-version-check
+
+.PHONY: help trace test clean
+
+help:
+	@echo "make trace   trace the embedded demo model into demo-trace/"
+	@echo "make test    lint and run all tests (installs PyTorch)"
+	@echo "make clean   remove everything that these two made"
+
+trace: $(VENV)/core.stamp
+	$(PY) -m qwen_jax.trace --stages all --overwrite
+
+test: $(VENV)/test.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest
+
+# A stamp is made only after success, so an interrupted installation is done again.
+$(VENV)/made.stamp:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: this needs Python 3.11 or newer, and $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/core.stamp: pyproject.toml $(VENV)/made.stamp
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml $(VENV)/made.stamp
+	$(INSTALL) -e '.[oracle,test]'
+	@touch $(VENV)/core.stamp $@
+
+clean:
+	rm -rf $(VENV) demo-trace build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
