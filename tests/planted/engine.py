@@ -1,0 +1,565 @@
+"""A small Qwen2 engine in plain NumPy, as the author of another engine would write one.
+
+It reads a Hugging Face directory, runs one sequence and dumps every sub-stage as APRT files
+without a manifest: a foreign trace. It shares no code with the project's forward pass.
+
+    engine = Engine.open("qwen_jax/demo", mode="bf16")
+    engine.replace("attn_norm", 2, lambda c: c["layer_input"])  # plant a fault by hand
+    engine.run([1, 2, 3]).dump("build/foreign")
+
+Axis letters: T query position, S key position, N query heads, K key/value heads, G = N/K, H head
+size, D hidden, F intermediate, V vocabulary.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (safetensors needs it to read bfloat16 as NumPy)
+import numpy as np
+from safetensors.numpy import load_file
+
+Array = np.ndarray
+Rounding = Callable[[Array], Array]
+Weights = dict[str, Array]  # Hugging Face name -> float32 array, a weight as [out, in]
+Key = tuple[int | None, str]  # (layer it is stored under, stage)
+
+BLOCK = 32  # values that share a scale in Q8_0, terms of a blocked sum, keys of a flash block
+
+
+# ---------------------------------------------------------------------------------------------
+# Rounding
+# ---------------------------------------------------------------------------------------------
+
+
+def exact(x: Array) -> Array:
+    """No rounding."""
+    return x
+
+
+def _keep_bits(x: Array, dropped: int) -> Array:
+    """Round float32 to nearest-even with the lowest ``dropped`` mantissa bits zero."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    last = (bits >> np.uint32(dropped)) & np.uint32(1)
+    half = np.uint32((1 << (dropped - 1)) - 1)
+    mask = np.uint32(0xFFFFFFFF << dropped & 0xFFFFFFFF)
+    rounded = ((bits + half + last) & mask).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x)
+
+
+def bf16(x: Array) -> Array:
+    """float32 rounded to bfloat16, as float32."""
+    return _keep_bits(x, 16)
+
+
+def tf32(x: Array) -> Array:
+    """float32 rounded to TF32's ten mantissa bits, as float32."""
+    return _keep_bits(x, 13)
+
+
+def f16(x: Array) -> Array:
+    """float32 rounded to float16, as float32. What is too large becomes infinite."""
+    with np.errstate(over="ignore"):
+        return x.astype(np.float16).astype(np.float32)
+
+
+def q8_0(x: Array) -> Array:
+    """Rounded to 8 bits in blocks of 32 along the last axis, with a float16 scale, as ggml does."""
+    length = x.shape[-1]
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -length % BLOCK)])
+    blocks = padded.reshape(*x.shape[:-1], -1, BLOCK)
+    scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0))
+    values = np.rint(blocks * inverse) * f16(scale)
+    return values.reshape(padded.shape)[..., :length]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Where an engine rounds.
+
+    Attributes:
+        store: the weights, the RoPE tables and every stage's output.
+        activation, weight: the two operands of the linear layers.
+        linear_out: what a linear layer returns.
+        attention: the operands of q.k and p.v.
+        cache: k and v as attention reads them. The dumped stages are not rounded by it.
+        block: matmuls are summed in sequential blocks of that many terms.
+        online: attention is computed block by block with a running maximum, from the scores. The
+            dumped ``attn_softmax`` is then a by-product that nothing reads.
+    """
+
+    store: Rounding = exact
+    activation: Rounding = exact
+    weight: Rounding = exact
+    linear_out: Rounding = exact
+    attention: Rounding = exact
+    cache: Rounding = exact
+    block: int | None = None
+    online: bool = False
+
+
+ARITHMETIC: dict[str, Arithmetic] = {
+    "f32": Arithmetic(),
+    "bf16": Arithmetic(store=bf16),
+    "f16": Arithmetic(store=f16),
+    "tf32": Arithmetic(activation=tf32, weight=tf32, attention=tf32),
+    "act8": Arithmetic(activation=q8_0),
+    "bf16_matmul": Arithmetic(activation=bf16, weight=bf16, linear_out=bf16),
+    "f16_kv": Arithmetic(cache=f16),
+    "blocked": Arithmetic(block=BLOCK),
+    "online_softmax": Arithmetic(online=True),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes and constants of one model; ``theta`` and ``eps`` are dimensionless."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head: int
+    vocabulary: int
+    eps: float
+    theta: float
+    tied: bool
+
+
+def load(directory: str | Path) -> tuple[Shape, Weights]:
+    """The shape and the float32 weights of a Hugging Face Qwen2 directory (one safetensors file).
+
+    Raises:
+        ValueError: another architecture, scaled RoPE or sliding windows, which are not written.
+    """
+    directory = Path(directory)
+    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if raw["model_type"] != "qwen2":
+        raise ValueError(f"{directory}: model_type is {raw['model_type']!r}, not 'qwen2'")
+    if rope.get("rope_type", "default") != "default" or raw.get("use_sliding_window"):
+        raise ValueError(f"{directory}: scaled RoPE and sliding windows are not supported")
+    heads = raw["num_attention_heads"]
+    shape = Shape(
+        layers=raw["num_hidden_layers"],
+        hidden=raw["hidden_size"],
+        heads=heads,
+        kv_heads=raw.get("num_key_value_heads", heads),
+        head=raw.get("head_dim") or raw["hidden_size"] // heads,
+        vocabulary=raw["vocab_size"],
+        eps=raw["rms_norm_eps"],
+        theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+        tied=raw.get("tie_word_embeddings", False),
+    )
+    weights = load_file(directory / "model.safetensors")
+    weights = {name: weight.astype(np.float32) for name, weight in weights.items()}
+    if shape.tied:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    return shape, weights
+
+
+def rope_table(positions: Array, head: int, theta: float, step: float = 2) -> tuple[Array, Array]:
+    """cos and sin, [T, head/2] float32, of ``position * theta ** (-step * i / head)``."""
+    exponent = step * np.arange(head // 2) / head
+    frequency = (1.0 / theta**exponent).astype(np.float32)
+    angle = positions.astype(np.float32)[:, None] * frequency
+    return np.cos(angle), np.sin(angle)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """x [T, heads, H] rotated by tables [T, H/2]: channel i pairs with channel i + H/2."""
+    cos, sin = cos[:, None], sin[:, None]
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+@dataclass
+class Context:
+    """What an operation reads: earlier values by stage name, weights, and the engine's arithmetic.
+
+    ``c["layer_input"]`` is the layer's input; ``c["tokens"]`` the ids. Outside the layers
+    ``layer`` is None and ``c["post_ffn_residual"]`` is the last layer's output.
+    """
+
+    engine: "Engine"
+    layer: int | None
+    values: dict[str, Array]
+
+    def __getitem__(self, name: str) -> Array:
+        return self.values[name]
+
+    @property
+    def shape(self) -> Shape:
+        """The model's sizes."""
+        return self.engine.shape
+
+    @property
+    def positions(self) -> Array:
+        """[T] int: 0, 1, 2, ..."""
+        return np.arange(len(self["tokens"]))
+
+    def weight(self, name: str, layer: int | None = None) -> Array:
+        """A weight by its Hugging Face name; inside a layer, without ``model.layers.N.``."""
+        layer = self.layer if layer is None else layer
+        full = name if layer is None else f"model.layers.{layer}.{name}"
+        return self.engine.weights[full]
+
+    def linear(self, x: Array, weight: Array) -> Array:
+        """x [T, in] times weight [out, in] -> [T, out]."""
+        a = self.engine.arithmetic
+        return a.linear_out(self.product(a.activation(x), a.weight(weight).T))
+
+    def dot(self, x: Array, y: Array) -> Array:
+        """x [..., M, J] times y [..., J, P], the two batched matmuls of attention."""
+        a = self.engine.arithmetic
+        return self.product(a.attention(x), a.attention(y))
+
+    def product(self, x: Array, y: Array) -> Array:
+        """A float32 matmul, summed in the engine's order."""
+        block = self.engine.arithmetic.block
+        if block is None:
+            return x @ y
+        total = np.float32(0)
+        for start in range(0, x.shape[-1], block):
+            total = total + x[..., start : start + block] @ y[..., start : start + block, :]
+        return total
+
+    def heads(self, qkv: Array) -> tuple[Array, Array, Array]:
+        """[T, (N+2K)*H] -> q [T, N, H], k [T, K, H], v [T, K, H]."""
+        s = self.shape
+        x = qkv.reshape(len(qkv), -1, s.head)
+        return x[:, : s.heads], x[:, s.heads : s.heads + s.kv_heads], x[:, s.heads + s.kv_heads :]
+
+    def tables(self) -> tuple[Array, Array]:
+        """The RoPE tables, as the engine stores them."""
+        store = self.engine.arithmetic.store
+        cos, sin = rope_table(self.positions, self.shape.head, self.shape.theta)
+        return store(cos), store(sin)
+
+    def groups(self) -> Array:
+        """[N] int: the key/value head that each query head reads."""
+        return np.arange(self.shape.heads) // (self.shape.heads // self.shape.kv_heads)
+
+    def scores(self, q: Array, k: Array, groups: Array | None = None) -> Array:
+        """q [T, N, H], k [S, K, H] -> q.k [N, T, S], not scaled."""
+        k = self.engine.arithmetic.cache(k)[:, self.groups() if groups is None else groups]
+        return self.dot(q.transpose(1, 0, 2), k.transpose(1, 2, 0))
+
+    def mix(self, weights: Array, v: Array, groups: Array | None = None) -> Array:
+        """weights [N, T, S], v [S, K, H] -> the weighted sum, [T, N, H]."""
+        v = self.engine.arithmetic.cache(v)[:, self.groups() if groups is None else groups]
+        return self.dot(weights, v.transpose(1, 0, 2)).transpose(1, 0, 2)
+
+
+Operation = Callable[[Context], Array]
+
+
+def softmax(scores: Array, allowed: Array) -> Array:
+    """Softmax over S of scores [N, T, S] where ``allowed`` [T, S] is true, zero elsewhere."""
+    masked = np.where(allowed, scores, np.float32(-np.inf))
+    weights = np.exp(masked - masked.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def causal(length: int) -> Array:
+    """[T, S] bool: a position sees itself and what came before."""
+    return np.tri(length, dtype=bool)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """x [T, D] over its root mean square, times weight [D]."""
+    mean = np.mean(x * x, axis=-1, keepdims=True)
+    return x / np.sqrt(mean + np.float32(eps)) * weight
+
+
+# ---------------------------------------------------------------------------------------------
+# One operation a stage
+# ---------------------------------------------------------------------------------------------
+
+NORMS: dict[str, tuple[str, str]] = {  # stage -> its input, its weight
+    "attn_norm": ("layer_input", "input_layernorm.weight"),
+    "ffn_norm": ("post_attn_residual", "post_attention_layernorm.weight"),
+    "final_norm": ("post_ffn_residual", "model.norm.weight"),
+}
+LINEARS: dict[str, tuple[str, str]] = {
+    "attn_out": ("attention", "self_attn.o_proj.weight"),
+    "ffn_gate": ("ffn_norm", "mlp.gate_proj.weight"),
+    "ffn_up": ("ffn_norm", "mlp.up_proj.weight"),
+    "ffn_out": ("ffn_swigl", "mlp.down_proj.weight"),
+    "lm_head": ("final_norm", "lm_head.weight"),
+}
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def _embedding(c: Context) -> Array:
+    return c.weight("model.embed_tokens.weight")[c["tokens"]]
+
+
+def _norm(stage: str, c: Context) -> Array:
+    source, weight = NORMS[stage]
+    return rms_norm(c[source], c.weight(weight), c.shape.eps)
+
+
+def _linear(stage: str, c: Context) -> Array:
+    source, weight = LINEARS[stage]
+    return c.linear(c[source], c.weight(weight))
+
+
+def _qkv_matmul(c: Context) -> Array:
+    parts = [c.linear(c["attn_norm"], c.weight(f"{name}.weight")) for name in QKV]
+    return np.concatenate(parts, axis=-1)
+
+
+def _qkv_bias(c: Context) -> Array:
+    return c["qkv_matmul"] + np.concatenate([c.weight(f"{name}.bias") for name in QKV])
+
+
+def _q_post_rope(c: Context) -> Array:
+    return rotate(c.heads(c["qkv_bias"])[0], *c.tables())
+
+
+def _k_post_rope(c: Context) -> Array:
+    return rotate(c.heads(c["qkv_bias"])[1], *c.tables())
+
+
+def _attn_scores(c: Context) -> Array:
+    return c.scores(c["q_post_rope"], c["k_post_rope"]) * np.float32(c.shape.head**-0.5)
+
+
+def _attn_softmax(c: Context) -> Array:
+    return softmax(c["attn_scores"], causal(len(c["tokens"])))
+
+
+def _attention(c: Context) -> Array:
+    v = c.heads(c["qkv_bias"])[2]
+    mixed = _flash(c, v) if c.engine.arithmetic.online else c.mix(c["attn_softmax"], v)
+    return mixed.reshape(len(mixed), -1)
+
+
+def _flash(c: Context, v: Array) -> Array:
+    """The weighted sum without a softmax that is ever whole: blocks of keys, a running maximum."""
+    length = len(v)
+    scores = np.where(causal(length), c["attn_scores"], np.float32(-np.inf))
+    v = v[:, c.groups()].transpose(1, 0, 2)  # [N, S, H]
+    high = np.full((*scores.shape[:2], 1), -np.inf, np.float32)
+    total = np.zeros_like(high)
+    mixed = np.zeros((*scores.shape[:2], v.shape[-1]), np.float32)
+    for start in range(0, length, BLOCK):
+        block = scores[..., start : start + BLOCK]
+        higher = np.maximum(high, block.max(axis=-1, keepdims=True))
+        shrink = np.exp(high - higher)
+        weights = np.exp(block - higher)
+        total = total * shrink + weights.sum(axis=-1, keepdims=True)
+        mixed = mixed * shrink + weights @ v[:, start : start + BLOCK]
+        high = higher
+    return (mixed / total).transpose(1, 0, 2)
+
+
+def _post_attn_residual(c: Context) -> Array:
+    return c["layer_input"] + c["attn_out"]
+
+
+def _ffn_silu(c: Context) -> Array:
+    return c["ffn_gate"] / (np.float32(1) + np.exp(-c["ffn_gate"]))
+
+
+def _ffn_swigl(c: Context) -> Array:
+    return c["ffn_silu"] * c["ffn_up"]
+
+
+def _post_ffn_residual(c: Context) -> Array:
+    return c["post_attn_residual"] + c["ffn_out"]
+
+
+LAYER_OPERATIONS: dict[str, Operation] = {
+    "attn_norm": partial(_norm, "attn_norm"),
+    "qkv_matmul": _qkv_matmul,
+    "qkv_bias": _qkv_bias,
+    "q_post_rope": _q_post_rope,
+    "k_post_rope": _k_post_rope,
+    "attn_scores": _attn_scores,
+    "attn_softmax": _attn_softmax,
+    "attention": _attention,
+    "attn_out": partial(_linear, "attn_out"),
+    "post_attn_residual": _post_attn_residual,
+    "ffn_norm": partial(_norm, "ffn_norm"),
+    "ffn_gate": partial(_linear, "ffn_gate"),
+    "ffn_up": partial(_linear, "ffn_up"),
+    "ffn_silu": _ffn_silu,
+    "ffn_swigl": _ffn_swigl,
+    "ffn_out": partial(_linear, "ffn_out"),
+    "post_ffn_residual": _post_ffn_residual,
+}
+END_OPERATIONS: dict[str, Operation] = {
+    "final_norm": partial(_norm, "final_norm"),
+    "lm_head": partial(_linear, "lm_head"),
+}
+OPERATIONS: dict[str, Operation] = {
+    "embedding": _embedding,
+    **LAYER_OPERATIONS,
+    **END_OPERATIONS,
+}
+STAGES = tuple(OPERATIONS)
+
+
+def keys_of(stage: str, layers: int) -> list[Key]:
+    """Everywhere that a stage is stored: once a layer, or once."""
+    if stage in LAYER_OPERATIONS:
+        return [(layer, stage) for layer in range(layers)]
+    return [(0 if stage == "embedding" else None, stage)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Running and dumping
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One run's stages as they are dumped, in the order of computation.
+
+    Attributes:
+        stages: (layer or None, stage) -> float32 array with the axes of the stage.
+        effects: for each planted fault, how far its stage is from what the right operation makes
+            of the same inputs: the relative L2 norm, infinite if that is not a number. Zero is a
+            fault that nobody can see.
+    """
+
+    stages: dict[Key, Array]
+    effects: dict[Key, float] = field(default_factory=dict)
+
+    def dump(self, directory: str | Path, omit: Collection[str] = ()) -> Path:
+        """Write APRT files without a manifest. ``omit`` names stages that a fused engine lacks."""
+        directory = Path(directory)
+        for (layer, stage), values in self.stages.items():
+            if stage not in omit:
+                write_aprt(aprt_path(directory, layer, stage), layer, values)
+        return directory
+
+
+def aprt_path(directory: Path, layer: int | None, stage: str) -> Path:
+    """``layer-<N>/<stage>.bin``, or ``<stage>.bin`` for what belongs to no layer."""
+    return directory / ("" if layer is None else f"layer-{layer}") / f"{stage}.bin"
+
+
+def write_aprt(path: Path, layer: int | None, values: Array) -> None:
+    """APRT, u32 layer or 0xFFFFFFFF, u32 count, float32 values, little-endian."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack("<4sII", b"APRT", 0xFFFFFFFF if layer is None else layer, values.size)
+    path.write_bytes(header + values.astype("<f4").tobytes())
+
+
+def read_aprt(path: Path) -> tuple[int | None, Array]:
+    """The layer field and the flat values of one file."""
+    data = path.read_bytes()
+    magic, layer, count = struct.unpack("<4sII", data[:12])
+    assert magic == b"APRT"
+    assert len(data) == 12 + 4 * count
+    return (None if layer == 0xFFFFFFFF else layer), np.frombuffer(data, "<f4", offset=12)
+
+
+# A dump mistake: from the engine, all stages and the place, what the file holds instead.
+Redump = Callable[["Engine", Mapping[Key, Array], Key], Array]
+
+
+class Engine:
+    """One model, one arithmetic, and whatever was planted in it.
+
+    Args:
+        shape, weights: as ``load`` returns them.
+        mode: a name of ``ARITHMETIC``.
+        mutate: changes the loaded weights in place (a weight fault of the file, so to speak).
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        weights: Weights,
+        mode: str = "f32",
+        mutate: Callable[[Weights], None] | None = None,
+    ):
+        self.shape, self.mode, self.arithmetic = shape, mode, ARITHMETIC[mode]
+        weights = dict(weights)
+        if mutate:
+            mutate(weights)
+        self.weights = {name: self.arithmetic.store(weight) for name, weight in weights.items()}
+        self._operations: dict[Key, Operation] = {}
+        self._redumps: dict[Key, Redump] = {}
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | Path,
+        mode: str = "f32",
+        mutate: Callable[[Weights], None] | None = None,
+    ) -> "Engine":
+        """An engine on a checkpoint directory."""
+        return cls(*load(directory), mode, mutate)
+
+    def replace(self, stage: str, layer: int | None, operation: Operation) -> None:
+        """Compute a stage differently in one layer (None for stages that belong to no layer)."""
+        self._operations[layer, stage] = operation
+
+    def redump(self, stage: str, layer: int | None, redump: Redump) -> None:
+        """Dump a stage differently in one layer; what is computed stays right."""
+        self._redumps[layer, stage] = redump
+
+    def run(self, tokens: Sequence[int], logits: str = "last") -> Run:
+        """One forward pass. ``logits`` is "last" (lm_head is [V]) or "all" ([T, V])."""
+        with np.errstate(all="ignore"):
+            run = Run({})
+            for key, value in self._steps(np.asarray(tokens), run.effects):
+                run.stages[key] = value
+            computed = dict(run.stages)
+            for key, redump in self._redumps.items():
+                wrong = np.ascontiguousarray(redump(self, computed, key), np.float32)
+                run.effects[key] = _distance(wrong, computed[key], key)
+                run.stages[key] = wrong
+            if logits == "last":
+                head = run.stages[None, "lm_head"]
+                run.stages[None, "lm_head"] = head[-1] if head.ndim == 2 else head
+            return run
+
+    def _steps(self, tokens: Array, effects: dict[Key, float]) -> Iterator[tuple[Key, Array]]:
+        context = Context(self, None, {"tokens": tokens})
+        x = self._step(context, (0, "embedding"), effects)
+        yield (0, "embedding"), x
+        for layer in range(self.shape.layers):
+            context = Context(self, layer, {"tokens": tokens, "layer_input": x})
+            for stage in LAYER_OPERATIONS:
+                x = context.values[stage] = self._step(context, (layer, stage), effects)
+                yield (layer, stage), x
+        context = Context(self, None, {"tokens": tokens, "post_ffn_residual": x})
+        for stage in END_OPERATIONS:
+            context.values[stage] = self._step(context, (None, stage), effects)
+            yield (None, stage), context[stage]
+
+    def _step(self, context: Context, key: Key, effects: dict[Key, float]) -> Array:
+        store, stage = self.arithmetic.store, key[1]
+        value = store(OPERATIONS[stage](context))
+        if key in self._operations:
+            right, value = value, store(self._operations[key](context).astype(np.float32))
+            effects[key] = _distance(value, right, key)
+        return value
+
+
+def _distance(wrong: Array, right: Array, key: Key) -> float:
+    """Relative L2 norm of the difference; layouts are compared as they lie in memory."""
+    if wrong.size != right.size:
+        return np.inf
+    a, b = (x.reshape(right.shape).astype(np.float64) for x in (wrong, right))
+    if key[1] == "attn_scores":  # nothing above the diagonal is part of the computation
+        a, b = np.tril(a), np.tril(b)
+    if not np.isfinite(a).all():
+        return np.inf
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
