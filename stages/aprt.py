@@ -14,19 +14,22 @@ from stages.errors import UserError
 MAGIC = b"APRT"
 WHOLE_MODEL = 0xFFFFFFFF  # the layer field of a stage that belongs to no layer
 HEADER = struct.Struct("<4sII")
+MOST = 0xFFFFFFFF  # values that the header can count
 
 
 def encode(array: np.ndarray, layer: int | None) -> tuple[bytes, np.ndarray]:
-    """Header and C-contiguous little-endian float32 payload of one stage.
+    """Header and payload of one stage; the payload is flat little-endian float32 in C order.
 
     float16 and bfloat16 widen exactly and float32 is copied bit for bit, NaN payloads included.
 
     Raises:
-        UserError: float64, which float32 cannot hold.
+        UserError: a dtype that float32 cannot hold, or more values than the header can count.
     """
-    if array.dtype.itemsize > 4:
+    if array.dtype.name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"APRT holds float32, not {array.dtype}; write --format safetensors")
-    payload = np.ascontiguousarray(array, dtype="<f4")
+    if array.size > MOST:
+        raise UserError(f"APRT counts to {MOST} values, not {array.size}; use --format safetensors")
+    payload = np.ascontiguousarray(array, dtype="<f4").reshape(-1)
     header = HEADER.pack(MAGIC, WHOLE_MODEL if layer is None else layer, payload.size)
     return header, payload
 
@@ -35,14 +38,17 @@ def read(path: Path, layer: int | None) -> np.ndarray:
     """The values of one file, flat, after checking that the file is whole and of ``layer``.
 
     Raises:
-        UserError: bad magic, another layer, or a byte count that does not match the value count.
+        UserError: unreadable, bad magic, a header cut short, another layer, or a byte count that
+            does not match the value count.
     """
     try:
         data = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if data.size < HEADER.size or bytes(data[:4]) != MAGIC:
+    if bytes(data[:4]) != MAGIC:
         raise UserError(f"{path}: not an APRT file; it starts with {bytes(data[:4])!r}")
+    if data.size < HEADER.size:
+        raise UserError(f"{path}: cut short; {data.size} bytes of a header of {HEADER.size}")
     _, found, count = HEADER.unpack(bytes(data[: HEADER.size]))
     expected = WHOLE_MODEL if layer is None else layer
     if found != expected:
