@@ -1,0 +1,64 @@
+"""JAX set up once, before any test imports it, and what many tests need."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from qwen_jax import runtime, source
+from qwen_jax.checkpoint import Checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+USER_ENVIRONMENT = dict(os.environ)  # a command that a user starts knows nothing of our flags
+
+runtime.configure("cpu")
+
+
+class Result(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def user_environment() -> dict[str, str]:
+    """The environment of a user's shell: `python` is this one, and it finds this checkout."""
+    scripts = str(Path(sys.executable).parent)
+    path = os.pathsep.join([scripts, USER_ENVIRONMENT.get("PATH", os.defpath)])
+    return USER_ENVIRONMENT | {"PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def demo() -> Checkpoint:
+    """The embedded demo model, freshly opened: a checkpoint remembers what was read from it."""
+    return source.open_model(None)
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> Callable[..., Result]:
+    """Run a command as users do: ``run_cli("qwen_jax.trace", "--stages", "all")``.
+
+    In a process of its own, in ``tmp_path`` unless ``cwd`` is given; ``env`` adds variables. Where
+    speed matters call the module's ``main(argv)``, which raises UserError with its exit code.
+    """
+
+    def run(
+        module: str, *args: object, cwd: Path = tmp_path, env: dict[str, str] | None = None
+    ) -> Result:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *map(str, args)],
+            cwd=cwd,
+            env=user_environment() | (env or {}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=300,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    return run
