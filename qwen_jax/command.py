@@ -21,12 +21,10 @@ from qwen_jax import source
 from qwen_jax.checkpoint import Checkpoint
 from stages import cli
 from stages.errors import UserError
-from stages.manifest import Manifest
+from stages.manifest import DTYPES, FORMATS, Manifest
 from stages.table import NAMES, STAGE, computation_order, parse_layers, parse_stages, stage_shape
 from stages.trace import numpy_dtype
-from stages.writer import FORMATS, TraceWriter
-
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+from stages.writer import TraceWriter
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,21 @@ is being written, ``manifest.json.partial`` marks the directory as unfinished.
 
 import json
 import os
+import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stages.errors import UserError
-from stages.table import STAGE
+from stages.table import STAGE, stage_axes
 
 SCHEMA = 1
 NAME = "manifest.json"
 PARTIAL = NAME + ".partial"
 KIND = "qwen2-stage-trace"
+FORMATS = {"aprt": ".bin", "safetensors": ".safetensors"}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,7 @@ def read(directory: Path, name: str = NAME) -> Manifest:
     path = directory / name
     try:
         data = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(data, dict) or data.get("kind") != KIND:
         raise UserError(f"{path}: not the manifest of a stage trace")
@@ -100,40 +104,67 @@ def read(directory: Path, name: str = NAME) -> Manifest:
             f"{path}: schema {data.get('schema')!r}; this version reads schema {SCHEMA}"
         )
     try:
-        files = tuple(_entry(directory, entry) for entry in data["files"])
-        manifest = Manifest(
-            format=str(data["format"]),
-            dtype=str(data["dtype"]),
-            logits=str(data["logits"]),
-            tokens=tuple(int(t) for t in data["tokens"]),
-            positions=tuple(int(p) for p in data["positions"]),
-            model=dict(data["model"]),
-            producer=dict(data["producer"]),
-            files=files,
-        )
-        manifest.model["config"], manifest.model["weights"]  # must be there
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged: {type(error).__name__} {error}") from None
+        manifest = _parse(directory, data)
+    except KeyError as error:
+        raise UserError(f"{path}: damaged: no {error}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged: {error}") from None
     return manifest
 
 
-def _entry(directory: Path, data: dict[str, Any]) -> FileEntry:
-    path = PurePosixPath(data["path"])
-    inside = (directory / path).resolve().is_relative_to(directory.resolve())
+def _parse(directory: Path, data: dict[str, Any]) -> Manifest:
+    logits, model = _one_of(data["logits"], ("last", "all")), dict(data["model"])
+    model |= {part: dict(model[part]) for part in ("config", "weights")}
+    manifest = Manifest(
+        format=_one_of(data["format"], FORMATS),
+        dtype=_one_of(data["dtype"], DTYPES),
+        logits=logits,
+        tokens=tuple(_whole(token) for token in data["tokens"]),
+        positions=tuple(_whole(position) for position in data["positions"]),
+        model=model,
+        producer=dict(data["producer"]),
+        files=tuple(_entry(directory, entry, logits) for entry in data["files"]),
+    )
+    if len(manifest.positions) != len(manifest.tokens):
+        raise ValueError(f"{len(manifest.positions)} positions, {len(manifest.tokens)} tokens")
+    if len({(entry.stage, entry.layer) for entry in manifest.files}) < len(manifest.files):
+        raise ValueError("a stage of a layer is there twice")
+    return manifest
+
+
+def _entry(directory: Path, data: dict[str, Any], logits: str) -> FileEntry:
+    path, name = PurePosixPath(data["path"]), directory / NAME
+    inside = Path(os.path.realpath(directory / path)).is_relative_to(os.path.realpath(directory))
     if path.is_absolute() or ".." in path.parts or not inside:
-        raise UserError(f"{directory / NAME}: path {data['path']!r} leaves the trace directory")
-    if data["stage"] not in STAGE:
-        raise UserError(f"{directory / NAME}: unknown stage {data['stage']!r}")
-    shape = tuple(int(size) for size in data["shape"])
-    axes = tuple(str(axis) for axis in data["axes"])
-    if len(shape) != len(axes):
-        raise ValueError(f"{data['path']}: {len(shape)} sizes for {len(axes)} axes")
+        raise UserError(f"{name}: path {data['path']!r} leaves the trace directory")
+    row = STAGE[_one_of(data["stage"], STAGE)]
+    layer = None if data["layer"] is None else _whole(data["layer"])
+    if row.layer_of(layer) != layer or (layer is None) != (row.scope == "end"):
+        raise ValueError(f"{path}: {row.name} of layer {layer}")
+    axes = stage_axes(row, logits)
+    shape = tuple(_whole(size) for size in data["shape"])
+    if data["axes"] != list(axes) or len(shape) != len(axes):
+        raise ValueError(f"{path}: axes {data['axes']!r} of shape {shape}; expected {axes}")
+    if not re.fullmatch("[0-9a-f]{16}", data["xxh3"]):
+        raise ValueError(f"{path}: xxh3 {data['xxh3']!r} is no hash")
     return FileEntry(
         path=str(path),
-        stage=data["stage"],
-        layer=None if data["layer"] is None else int(data["layer"]),
+        stage=row.name,
+        layer=layer,
         axes=axes,
         shape=shape,
-        dtype=str(data["dtype"]),
-        xxh3=str(data["xxh3"]),
+        dtype=_one_of(data["dtype"], DTYPES),
+        xxh3=data["xxh3"],
     )
+
+
+def _one_of(value: Any, valid: Collection[str]) -> str:
+    if value not in valid:
+        raise ValueError(f"{value!r} is none of {', '.join(valid)}")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no whole number")
+    return value

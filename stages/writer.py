@@ -14,10 +14,9 @@ from safetensors.numpy import save as safetensors_bytes
 
 from stages import aprt, manifest
 from stages.errors import UserError
-from stages.manifest import FileEntry, Manifest
+from stages.manifest import FORMATS, FileEntry, Manifest
 from stages.table import STAGE, stage_axes
 
-FORMATS = {"aprt": ".bin", "safetensors": ".safetensors"}
 THREADS = 2
 WAITING = 8  # stages that may wait to be written before the computation has to wait
 

@@ -1,0 +1,286 @@
+"""``manifest.json``: its bytes, and manifests that are damaged, foreign or hostile."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from stages import manifest
+from stages.errors import UserError
+from stages.manifest import FileEntry, Manifest
+
+SMALL = Manifest(
+    format="aprt",
+    dtype="bfloat16",
+    logits="last",
+    tokens=(7, 0),
+    positions=(0, 1),
+    model={"name": "tiny", "config": {"hidden_size": 3}, "weights": {}},
+    producer={"name": "qwen_jax", "backend": "xla"},
+    files=(
+        FileEntry(
+            path="layer-0/attn_norm.bin",
+            stage="attn_norm",
+            layer=0,
+            axes=("T", "D"),
+            shape=(2, 3),
+            dtype="bfloat16",
+            xxh3="0123456789abcdef",
+        ),
+        FileEntry(
+            path="lm_head.bin",
+            stage="lm_head",
+            layer=None,
+            axes=("V",),
+            shape=(48,),
+            dtype="bfloat16",
+            xxh3="fedcba9876543210",
+        ),
+    ),
+)
+
+# If this has to change, old traces read differently: raise manifest.SCHEMA.
+GOLDEN = b"""{
+ "schema": 1,
+ "kind": "qwen2-stage-trace",
+ "format": "aprt",
+ "dtype": "bfloat16",
+ "logits": "last",
+ "tokens": [
+  7,
+  0
+ ],
+ "positions": [
+  0,
+  1
+ ],
+ "model": {
+  "name": "tiny",
+  "config": {
+   "hidden_size": 3
+  },
+  "weights": {}
+ },
+ "producer": {
+  "name": "qwen_jax",
+  "backend": "xla"
+ },
+ "files": [
+  {
+   "path": "layer-0/attn_norm.bin",
+   "stage": "attn_norm",
+   "layer": 0,
+   "axes": [
+    "T",
+    "D"
+   ],
+   "shape": [
+    2,
+    3
+   ],
+   "dtype": "bfloat16",
+   "xxh3": "0123456789abcdef"
+  },
+  {
+   "path": "lm_head.bin",
+   "stage": "lm_head",
+   "layer": null,
+   "axes": [
+    "V"
+   ],
+   "shape": [
+    48
+   ],
+   "dtype": "bfloat16",
+   "xxh3": "fedcba9876543210"
+  }
+ ]
+}
+"""
+
+
+def refusal(directory, content=None):
+    if content is not None:
+        (directory / manifest.NAME).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        manifest.read(directory)
+    message = str(error.value)
+    assert len(message.splitlines()) == 1 and str(directory / manifest.NAME) in message
+    return message
+
+
+def changed(change):
+    """The golden manifest after ``change`` has had its way with the data."""
+    data = json.loads(GOLDEN)
+    change(data)
+    return json.dumps(data).encode()
+
+
+def test_golden_bytes(tmp_path):
+    manifest.write(tmp_path, SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == [manifest.NAME]
+    assert (tmp_path / manifest.NAME).read_bytes() == GOLDEN
+
+
+def test_golden_bytes_are_read(tmp_path):
+    (tmp_path / manifest.NAME).write_bytes(GOLDEN)
+    assert manifest.read(tmp_path) == SMALL
+
+
+def test_writing_replaces_as_a_whole(tmp_path):
+    manifest.write(tmp_path, replace(SMALL, tokens=tuple(range(1000))))
+    manifest.write(tmp_path, SMALL)
+    assert manifest.read(tmp_path) == SMALL
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        GOLDEN[:-3],
+        b"\xff" + GOLDEN,
+        GOLDEN + b"{}",
+        b"[" * 100_000,
+        pytest.param(GOLDEN.replace(b"48", b"4" * 5000), id="long number"),
+    ],
+)
+def test_what_is_no_json(tmp_path, content):
+    assert "JSON" in refusal(tmp_path, content)
+
+
+def test_no_manifest(tmp_path):
+    assert "No such file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b'"schema"', b'{"schema": 1, "kind": "x"}'])
+def test_another_kind_of_file(tmp_path, content):
+    assert "not the manifest of a stage trace" in refusal(tmp_path, content)
+
+
+@pytest.mark.parametrize("schema", [0, 2, "1", None])
+def test_another_schema(tmp_path, schema):
+    message = refusal(tmp_path, changed(lambda data: data.update(schema=schema)))
+    assert f"schema {schema!r}" in message and "reads schema 1" in message
+
+
+FIELDS = ("format", "dtype", "logits", "tokens", "positions", "model", "producer", "files")
+ENTRY_FIELDS = ("path", "stage", "layer", "axes", "shape", "dtype", "xxh3")
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_is_missing(tmp_path, field):
+    assert f"no '{field}'" in refusal(tmp_path, changed(lambda data: data.pop(field)))
+
+
+@pytest.mark.parametrize("field", ["config", "weights"])
+def test_a_field_of_the_model_is_missing(tmp_path, field):
+    assert f"no '{field}'" in refusal(tmp_path, changed(lambda data: data["model"].pop(field)))
+
+
+@pytest.mark.parametrize("field", ENTRY_FIELDS)
+def test_a_field_of_a_file_is_missing(tmp_path, field):
+    assert f"no '{field}'" in refusal(tmp_path, changed(lambda data: data["files"][0].pop(field)))
+
+
+WRONG = {
+    "format": (None, 1, "gguf", ["aprt"]),
+    "dtype": (None, 1, "float8", []),
+    "logits": (None, True, "first", {}),
+    "tokens": (None, 1, "7", [None, 0], [7.0, 0], ["7", "0"], [-7, 0], [True, 0], [[7], [0]]),
+    "positions": (None, 1, "0", [None, 1], [0.0, 1], ["0", "1"], [-1, 0], [False, 1]),
+    "model": (None, 1, "x", [1], {"config": None, "weights": {}}, {"config": {}, "weights": "x"}),
+    "producer": (None, 1, "qwen_jax", [1]),
+    "files": (None, 1, "x", [1], [None], ["path"], [[]], {"a": 1}),
+}
+WRONG_IN_A_FILE = {
+    "path": (None, 1, ["x"], {}, "layer-0/\0"),
+    "stage": (None, 1, "ffn_upp", "lm_head", ["attn_norm"], {}),
+    "layer": (None, "0", 0.0, -1, False, [0]),
+    "axes": (None, 1, "TD", ["T"], ["D", "T"], ["T", "D", "D"], [["T"], ["D"]]),
+    "shape": (None, 6, "23", [6], [2, 3, 1], [-2, -3], [2, 3.0], ["2", "3"], [True, 3]),
+    "dtype": (None, 1, "float8", ["float32"]),
+    "xxh3": (None, 1, "", "0123", "0123456789ABCDEF", "0123456789abcdef0", []),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, v) for f in WRONG for v in WRONG[f]])
+def test_a_field_is_of_another_kind(tmp_path, field, value):
+    assert "damaged" in refusal(tmp_path, changed(lambda data: data.update({field: value})))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(f, v) for f in WRONG_IN_A_FILE for v in WRONG_IN_A_FILE[f]]
+)
+def test_a_field_of_a_file_is_of_another_kind(tmp_path, field, value):
+    message = refusal(tmp_path, changed(lambda data: data["files"][0].update({field: value})))
+    assert "damaged" in message
+
+
+@pytest.mark.parametrize(
+    ("stage", "layer"), [("lm_head", 0), ("attn_norm", None), ("embedding", 1), ("embedding", None)]
+)
+def test_a_stage_lies_where_it_cannot(tmp_path, stage, layer):
+    change = {"stage": stage, "layer": layer}
+    message = refusal(tmp_path, changed(lambda data: data["files"][0].update(change)))
+    assert f"{stage} of layer {layer}" in message
+
+
+@pytest.mark.parametrize(("logits", "axes"), [("last", ["T", "V"]), ("all", ["V"])])
+def test_the_axes_of_lm_head_follow_the_kept_logits(tmp_path, logits, axes):
+    def change(data):
+        data["logits"] = logits
+        data["files"][1] |= {"axes": axes, "shape": [1] * len(axes)}
+
+    assert "axes" in refusal(tmp_path, changed(change))
+
+
+def test_a_stage_is_there_twice(tmp_path):
+    message = refusal(tmp_path, changed(lambda data: data["files"].append(data["files"][0])))
+    assert "twice" in message
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_tokens_and_positions_are_of_one_length(tmp_path, length):
+    message = refusal(tmp_path, changed(lambda data: data.update(positions=[0] * length)))
+    assert f"{length} positions, 2 tokens" in message
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/hostname", "../x.bin", "layer-0/../../x.bin", "layer-0/../lm_head.bin", "//x"]
+)
+def test_a_path_leaves_the_directory(tmp_path, path):
+    (tmp_path / "layer-0").mkdir()
+
+    def change(data):
+        data["files"][0]["path"] = path
+
+    message = refusal(tmp_path, changed(change))
+    assert "leaves the trace directory" in message and repr(path) in message
+
+
+def test_a_link_leaves_the_directory(tmp_path):
+    outside, trace = tmp_path / "outside", tmp_path / "trace"
+    outside.mkdir()
+    trace.mkdir()
+    (trace / "layer-0").symlink_to(outside)
+    assert "leaves the trace directory" in refusal(trace, GOLDEN)
+
+
+def test_a_link_that_stays_inside_is_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "layer-0").symlink_to("elsewhere")
+    (tmp_path / manifest.NAME).write_bytes(GOLDEN)
+    assert manifest.read(tmp_path) == SMALL
+
+
+def test_a_trace_reached_through_a_link_is_read(tmp_path):
+    (tmp_path / "trace").mkdir()
+    (tmp_path / "link").symlink_to("trace")
+    (tmp_path / "trace" / manifest.NAME).write_bytes(GOLDEN)
+    assert manifest.read(tmp_path / "link") == SMALL
+
+
+def test_a_link_to_itself(tmp_path):
+    (tmp_path / "layer-0").symlink_to("layer-0")
+    (tmp_path / manifest.NAME).write_bytes(GOLDEN)
+    assert manifest.read(tmp_path) == SMALL  # reading the file is refused later, by the system
