@@ -431,12 +431,14 @@ class Run:
     Attributes:
         stages: (layer or None, stage) -> float32 array with the axes of the stage.
         effects: for each planted fault, how far its stage is from what the right operation makes
-            of the same inputs: the relative L2 norm, infinite if that is not a number. Zero is a
-            fault that nobody can see.
+            of the same inputs: the relative L2 norm, infinite if something is not finite. Zero is
+            a fault that nobody can see.
+        peaks: the same for the worst row or channel, which is what shows of a confined fault.
     """
 
     stages: dict[Key, Array]
     effects: dict[Key, float] = field(default_factory=dict)
+    peaks: dict[Key, float] = field(default_factory=dict)
 
     def dump(self, directory: str | Path, omit: Collection[str] = ()) -> Path:
         """Write APRT files without a manifest. ``omit`` names stages that a fused engine lacks."""
@@ -518,48 +520,55 @@ class Engine:
         """One forward pass. ``logits`` is "last" (lm_head is [V]) or "all" ([T, V])."""
         with np.errstate(all="ignore"):
             run = Run({})
-            for key, value in self._steps(np.asarray(tokens), run.effects):
+            for key, value in self._steps(np.asarray(tokens), run):
                 run.stages[key] = value
             computed = dict(run.stages)
             for key, redump in self._redumps.items():
                 wrong = np.ascontiguousarray(redump(self, computed, key), np.float32)
-                run.effects[key] = _distance(wrong, computed[key], key)
+                _measure(run, key, wrong, computed[key])
                 run.stages[key] = wrong
             if logits == "last":
                 head = run.stages[None, "lm_head"]
                 run.stages[None, "lm_head"] = head[-1] if head.ndim == 2 else head
             return run
 
-    def _steps(self, tokens: Array, effects: dict[Key, float]) -> Iterator[tuple[Key, Array]]:
+    def _steps(self, tokens: Array, run: Run) -> Iterator[tuple[Key, Array]]:
         context = Context(self, None, {"tokens": tokens})
-        x = self._step(context, (0, "embedding"), effects)
+        x = self._step(context, (0, "embedding"), run)
         yield (0, "embedding"), x
         for layer in range(self.shape.layers):
             context = Context(self, layer, {"tokens": tokens, "layer_input": x})
             for stage in LAYER_OPERATIONS:
-                x = context.values[stage] = self._step(context, (layer, stage), effects)
+                x = context.values[stage] = self._step(context, (layer, stage), run)
                 yield (layer, stage), x
         context = Context(self, None, {"tokens": tokens, "post_ffn_residual": x})
         for stage in END_OPERATIONS:
-            context.values[stage] = self._step(context, (None, stage), effects)
+            context.values[stage] = self._step(context, (None, stage), run)
             yield (None, stage), context[stage]
 
-    def _step(self, context: Context, key: Key, effects: dict[Key, float]) -> Array:
+    def _step(self, context: Context, key: Key, run: Run) -> Array:
         store, stage = self.arithmetic.store, key[1]
         value = store(OPERATIONS[stage](context))
         if key in self._operations:
             right, value = value, store(self._operations[key](context).astype(np.float32))
-            effects[key] = _distance(value, right, key)
+            _measure(run, key, value, right)
         return value
 
 
-def _distance(wrong: Array, right: Array, key: Key) -> float:
-    """Relative L2 norm of the difference; layouts are compared as they lie in memory."""
+def _measure(run: Run, key: Key, wrong: Array, right: Array) -> None:
+    """Note how far a planted fault is from right. Layouts are compared as they lie in memory."""
+    run.effects[key] = run.peaks[key] = np.inf
     if wrong.size != right.size:
-        return np.inf
+        return
     a, b = (x.reshape(right.shape).astype(np.float64) for x in (wrong, right))
     if key[1] == "attn_scores":  # nothing above the diagonal is part of the computation
         a, b = np.tril(a), np.tril(b)
     if not np.isfinite(a).all():
-        return np.inf
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+        return
+    error, size = ((x * x).reshape(-1, x.shape[-1]) for x in (a - b, b))
+    run.effects[key] = float(np.sqrt(error.sum() / max(size.sum(), 1e-60)))
+    ratios = [
+        error.sum(axis) / np.maximum(size.sum(axis), 0.01 * size.sum(axis).mean() + 1e-60)
+        for axis in (0, 1)
+    ]
+    run.peaks[key] = float(np.sqrt(max(ratio.max() for ratio in ratios)))

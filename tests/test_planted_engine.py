@@ -1,0 +1,208 @@
+"""The planted-fault engine is right without a fault, and wrong exactly where one is planted."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from stages import aprt
+from tests.planted import checkpoints, engine, faults
+from tests.planted.engine import ARITHMETIC, STAGES, Engine, Run
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "qwen_jax" / "demo"
+TOKENS = [0, *np.random.default_rng(3).integers(1, 192, 23).tolist()]
+LAYER = 1
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Relative L2 norm of the difference."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A random model, loaded."""
+    return engine.load(checkpoints.random_checkpoint(tmp_path_factory.mktemp("small")))
+
+
+@pytest.fixture(scope="module")
+def clean(small) -> dict[str, Run]:
+    """A run without a fault, by mode."""
+    return {mode: Engine(*small, mode).run(TOKENS, "all") for mode in ARITHMETIC}
+
+
+def test_without_a_fault_it_equals_the_jax_forward(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 2048, 64).tolist()
+    listed = ",".join(map(str, tokens))
+    subprocess.run(
+        [sys.executable, "-m", "qwen_jax.trace", "--tokens", listed, "--dtype", "float32",
+         "--logits", "all", "--format", "aprt", "--device", "cpu", "--out", tmp_path / "jax"],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    run = Engine.open(DEMO).run(tokens, "all")
+    assert len(run.stages) == 1 + 5 * 17 + 2
+    for (layer, stage), values in run.stages.items():
+        theirs = aprt.read(engine.aprt_path(tmp_path / "jax", layer, stage), layer)
+        theirs = theirs.reshape(values.shape)
+        if stage == "attn_scores":
+            values, theirs = np.tril(values), np.tril(theirs)
+        assert distance(values, theirs) <= 2e-6, (layer, stage)
+
+
+def test_it_shares_nothing_with_what_it_tries():
+    for path in (ROOT / "tests" / "planted").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            roots = {name.partition(".")[0] for name in names}
+            assert not roots & {"qwen_jax", "stages", "tools", "oracle", "jax", "torch"}, path
+
+
+@pytest.mark.parametrize("mode", ["f32", "bf16"])
+@pytest.mark.parametrize("name", faults.FAULTS)
+def test_a_fault_changes_its_stage_and_nothing_before_it(small, clean, name, mode):
+    fault, right = faults.FAULTS[name], clean[mode].stages
+    wrong = faults.plant(small, TOKENS, fault, [LAYER], mode, "all")
+    planted = fault.keys(Engine(*small), [LAYER])
+    assert list(wrong.stages) == list(right)
+    assert sorted(wrong.effects, key=str) == sorted(planted, key=str)
+
+    same = [np.array_equal(right[key], wrong.stages[key], equal_nan=True) for key in right]
+    keys = list(right)
+    first = min(keys.index(key) for key in planted)
+    assert all(same[:first])
+    if fault.dump:
+        assert sum(same) == len(same) - 1
+    if fault.clean:
+        assert not faults.plain(wrong, mode)
+        return
+    if name == "ffn_out.bf16_in_one_layer" and mode == "bf16":
+        return  # the right precision there
+    assert all(not same[keys.index(key)] for key in planted)
+    assert all(effect > 0 for effect in wrong.effects.values())
+    if mode == "f32":
+        assert faults.plain(wrong, mode) == planted, wrong.peaks
+
+
+def test_a_fault_can_be_planted_in_every_layer(small):
+    for fault in faults.FAULTS.values():
+        run = faults.plant(small, TOKENS, fault)
+        layers = 3 if fault.stage in engine.LAYER_OPERATIONS else 1
+        assert len(run.effects) == layers * len(fault.stages), fault.name
+
+
+def test_faults_cover_every_stage_and_say_what_they_are():
+    assert {stage for f in faults.FAULTS.values() for stage in f.stages} == set(STAGES)
+    assert len(faults.FAULTS) >= 60
+    for fault in faults.FAULTS.values():
+        assert fault.clean or fault.diagnosis or fault.shape, fault.name
+        assert fault.says
+
+
+@pytest.mark.parametrize(
+    "mode, at_least, at_most",
+    [("f32", 0, 0), ("blocked", 1e-8, 3e-6), ("online_softmax", 1e-8, 3e-6),
+     ("f16_kv", 1e-5, 2e-3), ("tf32", 1e-4, 5e-3), ("f16", 1e-4, 5e-3),
+     ("bf16", 1e-3, 5e-2), ("bf16_matmul", 1e-3, 5e-2), ("act8", 1e-3, 5e-2)],
+)  # fmt: skip
+def test_a_mode_is_as_precise_as_its_name_says(clean, mode, at_least, at_most):
+    error = distance(clean[mode].stages[None, "lm_head"], clean["f32"].stages[None, "lm_head"])
+    assert at_least <= error <= at_most
+
+
+def test_16_bit_modes_store_what_their_format_can_hold(clean):
+    for mode, dtype in (("bf16", ml_dtypes.bfloat16), ("f16", np.float16)):
+        for key, values in clean[mode].stages.items():
+            assert np.array_equal(values, values.astype(dtype).astype(np.float32)), (mode, key)
+
+
+def test_only_attention_reads_the_rounded_cache(clean):
+    for stage in STAGES[: STAGES.index("attn_scores")]:
+        assert np.array_equal(clean["f16_kv"].stages[0, stage], clean["f32"].stages[0, stage]), (
+            stage
+        )
+    assert not np.array_equal(
+        clean["f16_kv"].stages[0, "attn_scores"], clean["f32"].stages[0, "attn_scores"]
+    )
+
+
+def test_rounding_is_to_nearest_even():
+    random = np.random.default_rng(0)
+    x = random.standard_normal(10000).astype(np.float32) * np.exp2(random.integers(-60, 60, 10000))
+    x = np.concatenate([x, [0, -0.0, np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8]], dtype=np.float32)
+    assert np.array_equal(engine.bf16(x), x.astype(ml_dtypes.bfloat16).astype(np.float32))
+    assert np.isnan(engine.bf16(np.full(1, np.nan, np.float32)))[0]
+    assert np.array_equal(engine.tf32(np.float32([1 + 2**-11, 1 + 3 * 2**-11])), [1, 1 + 2**-9])
+    y = random.standard_normal((3, 70)).astype(np.float32)
+    assert np.abs(engine.q8_0(y) - y).max() <= np.abs(y).max() / 127 * 0.51
+    assert len(np.unique(engine.q8_0(y)[0, :32])) <= 32
+
+
+def test_a_dump_is_a_foreign_trace(clean, tmp_path):
+    run = clean["f32"]
+    run.dump(tmp_path, omit={"qkv_matmul", "attn_softmax"})
+    files = {
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+    }
+    assert len(files) == len(run.stages) - 2 * 3
+    assert {"final_norm.bin", "lm_head.bin", "layer-0/embedding.bin"} <= files
+    assert "layer-1/qkv_matmul.bin" not in files
+    for (layer, stage), values in run.stages.items():
+        path = engine.aprt_path(tmp_path, layer, stage)
+        if path.exists():
+            assert np.array_equal(aprt.read(path, layer), values.ravel())
+
+
+def test_logits_of_the_last_position_are_the_default(small, clean):
+    logits = Engine(*small).run(TOKENS).stages[None, "lm_head"]
+    assert np.array_equal(logits, clean["f32"].stages[None, "lm_head"][-1])
+
+
+def test_weights_can_be_changed_after_loading(small, clean):
+    def change(weights):
+        weights["model.layers.1.mlp.up_proj.weight"] = weights[
+            "model.layers.1.mlp.gate_proj.weight"
+        ]
+
+    run = Engine(*small, mutate=change).run(TOKENS, "all")
+    planted = faults.plant(small, TOKENS, "ffn_up.gate_up_swapped", [1], logits="all")
+    assert all(np.array_equal(run.stages[key], planted.stages[key]) for key in run.stages)
+    assert not np.array_equal(run.stages[1, "ffn_up"], clean["f32"].stages[1, "ffn_up"])
+
+
+def test_four_bit_weights_have_sixteen_steps(tmp_path):
+    source = checkpoints.random_checkpoint(tmp_path / "source", seed=4)
+    _, before = engine.load(source)
+    _, after = engine.load(checkpoints.four_bit_checkpoint(source, tmp_path / "four"))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert all(len(np.unique(block)) <= 16 for block in after[name].reshape(-1, 32))
+    assert 0.02 < distance(after[name], before[name]) < 0.12
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert np.array_equal(after[name], before[name])
+
+
+def test_the_hard_checkpoint_is_hard(tmp_path):
+    model = Engine.open(checkpoints.hard_checkpoint(tmp_path))
+    tokens = checkpoints.hard_tokens(48)
+    run = model.run(tokens)
+    rows = checkpoints.hardness(model, run)
+    assert [round(row.bias) for row in rows] == [35, 1, 1, 35]
+    assert all(0.5 < row.k < 2 for row in rows)
+    assert all(row.first > 300 and 20 < row.others < 200 for row in rows[1:])
+
+    def cosine(name: str, layer: int) -> float:
+        wrong = faults.plant((model.shape, model.weights), tokens, name, [layer])
+        key = (layer, faults.FAULTS[name].stage)
+        a, b = (x.stages[key].ravel().astype(np.float64) for x in (wrong, run))
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    # What a bar of 0.999 lets through, although all of it is plainly wrong.
+    assert cosine("post_attn_residual.residual_subtracted", 3) > 0.999
+    assert cosine("post_ffn_residual.residual_layer_input", 2) > 0.999
+    assert cosine("k_post_rope.rope_theta", 3) > 0.99
