@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stages.errors import UserError
+from stages.slices import fold
 from stages.trace import numpy_dtype
 
 BLOCK = 1 << 16  # elements
@@ -171,28 +172,15 @@ class _Sums:
             nonfinite_a=self.nonfinite_a,
             nonfinite_b=self.nonfinite_b,
             unmatched=self.unmatched,
-            worst={} if error == 0 else self._worst(shape, axes, heads),
+            worst={} if error == 0 else self._worst(axes, heads),
         )
 
-    def _worst(
-        self, shape: tuple[int, ...], axes: tuple[str, ...], heads: int | None
-    ) -> dict[str, tuple[int, float]]:
+    def _worst(self, axes: tuple[str, ...], heads: int | None) -> dict[str, tuple[int, float]]:
         """The position, head and channel with the largest relative L2."""
         by_row = np.stack([self.row_error, self.row_size])
         by_column = np.stack([self.column_error, self.column_size])
-        slices = {}
-        if axes == ("N", "T", "S"):
-            grid = by_row.reshape(2, shape[0], shape[1])
-            slices = {"head": grid.sum(2), "position": grid.sum(1), "key": by_column}
-        else:
-            if axes[0] == "T":
-                slices["position"] = by_row
-            if heads:
-                grid = by_column.reshape(2, heads, -1)
-                slices["head"] = grid.sum(2)
-            slices["channel"] = by_column
         worst = {}
-        for name, (error, size) in slices.items():
+        for name, (error, size) in fold(axes, heads, by_row, by_column).items():
             ratio = _ratio(error, size)
             index = int(np.argmax(ratio))
             worst[name] = (index, float(ratio[index]))

@@ -19,7 +19,8 @@ from stages import cli, preflight
 from stages.compare import Difference, LogitsDifference, coarser, compare, compare_logits
 from stages.errors import NotComparable
 from stages.mask import layer_mask
-from stages.table import QKV, parse_layers, parse_stages
+from stages.slices import head_count
+from stages.table import parse_layers, parse_stages
 from stages.trace import Layout, Trace, open_trace
 
 Key = tuple[str, int | None]
@@ -92,16 +93,11 @@ def compare_traces(
                 f"not comparable: {stage} of layer {layer} is {list(x.shape)} / {list(y.shape)}"
             )
         mask = layer_mask(config, layer, len(b.tokens)) if stage == "attn_scores" else None
-        return compare(x, y, axes, dtype, mask, _heads(axes, config))
+        return compare(x, y, axes, dtype, mask, head_count(axes, config))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(keys, pool.map(one, keys), strict=True))
     return found, logits[0] if logits else None
-
-
-def _heads(axes: tuple[str, ...], config: dict[str, Any]) -> int | None:
-    n, k = config["num_attention_heads"], config["num_key_value_heads"]
-    return {"N": n, "K": k, "N*H": n, QKV: n + 2 * k}.get(axes[1] if len(axes) > 1 else "")
 
 
 def main(argv: list[str]) -> int:

@@ -1,0 +1,281 @@
+"""From sums of squared error to significant bits, precision classes and suspects.
+
+Nothing here has a tolerance to tune to a model: the scale that error is measured against makes
+every stage of one arithmetic come out at nearly the same number of bits, whatever its values.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from stages.slices import fold, head_count
+from stages.table import NAMES, STAGE, stage_axes
+
+EXACT_BITS = 53.0  # what "no error at all" counts as; the replay itself resolves no more
+
+# The lowest significant bits of each arithmetic, finest first: of sums of products, and of
+# everything else. Measured on the demo model and on random checkpoints: float32 22 to 27, float16
+# and TF32 11.8 to 13.1, bfloat16 9.0 to 10.1, 8-bit activations 6.3 to 7.9. A sequential float32
+# sum of 19000 products still has 18.6.
+CLASSES = (
+    ("exact", 50.0, 50.0),
+    ("f64", 32.0, 32.0),
+    ("f32", 18.0, 20.0),
+    ("tf32/f16", 11.0, 11.0),
+    ("bf16", 8.0, 8.0),
+    ("8-bit", 5.5, 8.0),
+)
+BF16, LOWEST = 8.0, 2.5
+PRODUCTS = ("matmul", "scores", "weighted_sum")  # where activations or a cache can be quantised
+NOMINAL = {"float64": 50.0, "float32": 23.0, "float16": 12.3, "bfloat16": 9.2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One stage of one layer, judged by itself.
+
+    Attributes:
+        bits: significant bits of the local error; ``EXACT_BITS`` for none.
+        level: the bits with what no fault is needed for taken out (a gap's rounding, angles): what
+            precision classes and siblings are compared by.
+        segment: missing stages that this one was computed through.
+        born: elements that are NaN or infinite here though their inputs are finite.
+        slices: {"head" | "position" | "channel": (levels, elements per slice)}.
+        born_slices: the same axes -> which slices have such elements.
+    """
+
+    stage: str
+    layer: int | None
+    bits: float
+    level: float
+    segment: tuple[tuple[str, int | None], ...]
+    born: int
+    slices: dict[str, tuple[np.ndarray, int]]
+    born_slices: dict[str, np.ndarray]
+
+
+def bits(error: Any, scale: Any) -> Any:
+    """-log2(rms(err) / rms(scale)) from sums of squares; at most ``EXACT_BITS``."""
+    error, scale = np.asarray(error, np.float64), np.asarray(scale, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = -0.5 * np.log2(error / scale)
+    return np.where(error == 0, EXACT_BITS, np.clip(value, -60.0, EXACT_BITS))
+
+
+def _level(error: Any, scale: Any, expected: Any, gap: bool, dtype: str) -> Any:
+    """Bits once the expected part of the error is accounted for.
+
+    After missing stages (``gap``) the error is set against what the engine's own rounding in them
+    leads to. Otherwise the expected part is an allowance: twice as much may be there.
+    """
+    if expected is None:
+        return bits(error, scale)
+    if gap:
+        # one rounding of the stage itself is always allowed
+        own = scale * 4.0 ** -NOMINAL[dtype]
+        return np.minimum(NOMINAL[dtype] + bits(error, expected + own), EXACT_BITS)
+    allowed = bits(np.maximum(error - 4 * expected, 0), scale)
+    return np.maximum(bits(error, scale), np.minimum(allowed, NOMINAL["float32"]))
+
+
+def judge(
+    stage: str,
+    layer: int | None,
+    sums: Any,
+    segment: tuple,
+    config: Mapping[str, Any],
+    dtype: str,
+) -> Item:
+    """Turn the sums of one stage (``qwen_jax.replay.Sums``, NumPy) into an Item."""
+    last_only = stage == "lm_head" and len(sums.error_rows) == 1
+    axes = stage_axes(STAGE[stage], "last" if last_only else "all")
+    heads = head_count(axes, config)
+    gap, expected = bool(segment), sums.expected_rows
+
+    def level(error: Any, scale: Any, known: Any) -> Any:
+        return _level(error, scale, known, gap, dtype)
+
+    def folded(kind: str) -> dict[str, np.ndarray]:
+        rows, columns = getattr(sums, f"{kind}_rows"), getattr(sums, f"{kind}_columns")
+        return {} if rows is None else fold(axes, heads, rows, columns)
+
+    error, scale, known = folded("error"), folded("scale"), folded("expected")
+    size = len(sums.error_rows) * len(sums.error_columns)
+    slices = {}
+    for axis in error:
+        used = scale[axis] > 0
+        levels = level(error[axis], scale[axis], known.get(axis))
+        slices[axis] = (np.where(used, levels, EXACT_BITS), size // len(error[axis]))
+    total, whole = sums.error_rows.sum(), sums.scale_rows.sum()
+    return Item(
+        stage=stage,
+        layer=layer,
+        bits=float(bits(total, whole)),
+        level=float(level(total, whole, None if expected is None else expected.sum())),
+        segment=segment,
+        born=int(sums.born_rows.sum()),
+        slices=slices,
+        born_slices={axis: found > 0 for axis, found in folded("born").items()},
+    )
+
+
+def class_of(level: float, stage: str) -> str | None:
+    """The name of the arithmetic that explains this many bits; None where none does."""
+    product = STAGE[stage].kind in PRODUCTS
+    return next((n for n, sums, others in CLASSES if level >= (sums if product else others)), None)
+
+
+def sibling_gap(stage: str) -> float:
+    """How many bits below its siblings a layer is out of line. Within one precision they stay
+    within 0.7 bits of each other (measured); the next class is 3 bits away."""
+    return 2.5 if STAGE[stage].kind in PRODUCTS else 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspect:
+    """An Item that its precision class does not explain, and why.
+
+    Attributes:
+        expected: the bits that it should have.
+        why: "nan", "bits" (no class is that low), "layer" (below its siblings), "slice" or
+            "match" (a known mistake fits better than the right function).
+        masks: {"head" | "position" | "channel": which slices}.
+    """
+
+    item: Item
+    expected: float
+    why: str
+    masks: dict[str, np.ndarray]
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        return self.item.stage, self.item.layer
+
+    @property
+    def where(self) -> dict[str, str]:
+        """{"heads" | "positions" | "channels": ranges or "all"}."""
+        axes = [axis for axis in ("head", "position", "channel") if axis in self.masks]
+        return {axis + "s": ranges(self.masks[axis]) for axis in axes}
+
+    @property
+    def found(self) -> float:
+        """The bits where it is wrong: of the worst slice, if only some are."""
+        if self.why == "slice":
+            return min(float(levels.min()) for levels, _ in self.item.slices.values())
+        return self.item.bits
+
+
+def suspects(items: list[Item]) -> list[Suspect]:
+    """The items where more error was created than precision explains, in computation order."""
+    found = []
+    usual = usual_levels(items)
+    lowered = _all_products_lowered(items)
+    for item in items:
+        expected = usual[item.stage]
+        explained = class_of(item.level, item.stage) is not None
+        if lowered and STAGE[item.stage].kind in PRODUCTS:
+            explained = item.level >= LOWEST
+        low = _low_slices(item)
+        if item.born:
+            why, masks = "nan", item.born_slices
+        elif not explained:
+            why, masks = "bits", bad_slices(item, expected)
+        elif item.level < expected - sibling_gap(item.stage):
+            why, masks = "layer", bad_slices(item, expected)
+        elif low:
+            why, masks = "slice", low
+        else:
+            continue
+        found.append(Suspect(item=item, expected=expected, why=why, masks=masks))
+    return found
+
+
+def usual_levels(items: list[Item]) -> dict[str, float]:
+    """Stage -> the level it should have: its median over layers if a class explains that, else
+    that of the stages of its kind, else of all stages."""
+    by_stage: dict[str, list[float]] = {}
+    for item in items:
+        by_stage.setdefault(item.stage, []).append(min(item.level, 40.0))
+    medians = {stage: median(levels) for stage, levels in by_stage.items()}
+    sound = {stage: m for stage, m in medians.items() if class_of(m, stage)}
+    overall = median(sound.values()) if sound else NOMINAL["float32"]
+    usual = {}
+    for stage in medians:
+        kin = [m for other, m in sound.items() if STAGE[other].kind == STAGE[stage].kind]
+        usual[stage] = sound.get(stage, median(kin) if kin else overall)
+    return usual
+
+
+def _all_products_lowered(items: list[Item]) -> bool:
+    """Whether every linear stage in every layer runs below 8 bits: a precision, not a mistake."""
+    levels = [item.level for item in items if STAGE[item.stage].kind == "matmul"]
+    stages = {item.stage for item in items if STAGE[item.stage].kind == "matmul"}
+    return len(stages) >= 4 and all(LOWEST <= level < BF16 for level in levels)
+
+
+def _allowed_drop(levels: np.ndarray, elements: int) -> float:
+    """How many bits below the median one slice of sound arithmetic may lie.
+
+    Rounding error is bounded or bell-shaped, so a slice of many elements is within a fraction of
+    a bit of the others; one of few elements can be unlucky; and slices that differ for reasons of
+    their own (blocks that are quantised together) show in the spread of all of them.
+    """
+    usual = levels[levels < 45.0]
+    if usual.size < 2:
+        return 4.0
+    low_half = usual[usual <= np.median(usual)]
+    spread = np.median(np.median(usual) - low_half) / 0.6745  # of the lower side, robust
+    return float(2.0 + 3.0 / np.sqrt(elements) + 4.0 * spread)
+
+
+def _low_slices(item: Item) -> dict[str, np.ndarray]:
+    """Axis -> mask of the slices far below the rest; empty if there are none anywhere."""
+    masks = {}
+    for axis, (levels, elements) in item.slices.items():
+        if levels.size < 2:
+            continue
+        sound = levels[levels < 45.0]
+        if sound.size < 2:
+            continue
+        middle = float(np.median(sound))
+        masks[axis] = levels < min(middle, 26.0) - _allowed_drop(levels, elements)
+    return masks if any(mask.any() for mask in masks.values()) else {}
+
+
+def bad_slices(item: Item, expected: float) -> dict[str, np.ndarray]:
+    """Axis -> mask of the slices that carry the error of an item that is low as a whole."""
+    return {
+        axis: levels < expected - _allowed_drop(np.full(2, expected), elements)
+        for axis, (levels, elements) in item.slices.items()
+    }
+
+
+def ranges(mask: np.ndarray) -> str:
+    """"all", or ranges such as "1-" or "0,4-6"."""
+    if mask.all() or not mask.any():
+        return "all"
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
+    runs = [(int(a), int(b) - 1) for a, b in edges.reshape(-1, 2)]
+    if len(runs) > 6:
+        return f"{int(mask.sum())} of {mask.size}"
+    last = mask.size - 1
+    return ",".join(
+        f"{a}-" if b == last and b > a else str(a) if a == b else f"{a}-{b}" for a, b in runs
+    )
+
+
+def precision(items: list[Item], faulty: set[tuple[str, int | None]]) -> dict[str, dict[str, Any]]:
+    """Stage -> {"class", "bits": [lowest, highest]} over the layers that are not faulty."""
+    table = {}
+    for name in NAMES:
+        sound = [i for i in items if i.stage == name and (i.stage, i.layer) not in faulty]
+        if not sound:
+            continue
+        levels = [item.level for item in sound]
+        found = class_of(median(levels), name) or "lower"
+        shown = [round(item.bits, 1) for item in sound]
+        table[name] = {"class": found, "bits": [min(shown), max(shown)]}
+    return table

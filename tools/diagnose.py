@@ -1,0 +1,209 @@
+"""From suspects to findings: whose fault it is, and what the mistake is."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from qwen_jax.replay import Replay
+from stages import verdict
+from stages.table import STAGE
+from stages.verdict import PRODUCTS, Item, Suspect
+from tools import shapes
+from tools.case import Array, Case, consumers, focus_of
+from tools.catalogue import CATALOGUE, Mistake
+from tools.localize import Explanation, Finding
+
+Key = tuple[str, int | None]
+
+# An explanation must bring back what the right function would have, within this many bits, and
+# must be better than the right function by at least as much.
+SLACK = 2.5
+SHOWN = 3  # explanations listed for one fault
+
+
+def findings(replay: Replay, items: list[Item]) -> list[Finding]:
+    """Every suspect that is not cleared, explained as far as possible, in computation order."""
+    suspects = verdict.suspects(items)
+    suspects += list(_matches(replay, items, {s.key for s in suspects}))
+    order = {(item.stage, item.layer): place for place, item in enumerate(items)}
+    suspects.sort(key=lambda suspect: order[suspect.key])
+    overrides, cleared, dump_only = _clear(replay, suspects)
+    kept = [s for s in suspects if s.key not in cleared]
+    hints: dict[str, list[str]] = {}  # stage -> names that explained another layer
+    result = []
+    for suspect in kept:
+        stage = suspect.item.stage
+        case = _case(replay, suspect.item, overrides, without=suspect.key)
+        finding = Finding(suspect, dump_only=suspect.key in dump_only)
+        _explain(case, finding, hints.get(stage, []))
+        if finding.diagnosis:
+            hints.setdefault(stage, []).append(finding.diagnosis[0].name)
+        result.append(finding)
+    return result
+
+
+def _case(replay: Replay, item: Item, overrides: dict[Key, Array], without: Key) -> Case:
+    others = {key: value for key, value in overrides.items() if key != without}
+    return Case(replay, STAGE[item.stage], item.layer, others)
+
+
+def _clear(
+    replay: Replay, suspects: list[Suspect]
+) -> tuple[dict[Key, Array], set[Key], set[Key]]:
+    """Clear the stages that only suffer from the wrong *dump* of an earlier one.
+
+    If a suspect's consumer is a suspect too, and is right once the suspect's dump is replaced by
+    its exact value, then the engine went on from the right value: the consumer is cleared, and
+    the mistake is one of the dump.
+    """
+    by_key = {suspect.key: suspect for suspect in suspects}
+    overrides: dict[Key, Array] = {}
+    cleared: set[Key] = set()
+    dump_only: set[Key] = set()
+    for suspect in suspects:
+        if suspect.key in cleared or suspect.why == "nan":
+            continue
+        item = suspect.item
+        readers = [
+            key
+            for key in consumers(item.stage, item.layer, replay.source.config.num_hidden_layers - 1)
+            if key in by_key and key not in cleared
+        ]
+        if not readers:
+            continue
+        exact = _case(replay, item, overrides, without=suspect.key).exact
+        if exact is None:
+            continue
+        for key in readers:
+            reader = by_key[key]
+            case = Case(replay, STAGE[key[0]], key[1], overrides | {suspect.key: exact})
+            if case.exact is None:
+                continue
+            focus = focus_of(case, reader.masks) if reader.why == "slice" else None
+            if case.scored(case.exact, focus) >= min(reader.expected, 24.0) - SLACK:
+                cleared.add(key)
+                dump_only.add(suspect.key)
+                overrides[suspect.key] = exact
+    return overrides, cleared, dump_only
+
+
+def _explain(case: Case, finding: Finding, hints: list[str]) -> None:
+    """Try the catalogue and the general shapes; fill in ``diagnosis`` and ``shape``."""
+    suspect = finding.suspect
+    if case.exact is None or suspect.why == "nan":
+        finding.shape = _nonfinite(suspect)
+        return
+    focus = focus_of(case, suspect.masks) if suspect.why == "slice" else None
+    base = case.scored(case.exact, focus)
+    needed = max(min(suspect.expected, 24.0) - SLACK, base + SLACK)
+    found: list[tuple[int, Explanation]] = []
+
+    def consider(rank: int, name: str, says: str, candidate: Array) -> None:
+        score = case.scored(candidate, focus)
+        if score >= needed:
+            found.append((rank, Explanation(name, score, says)))
+
+    entries = _entries(case, finding.dump_only)
+    entries.sort(key=lambda entry: entry.name not in hints)
+    for rank, entry in enumerate(entries):
+        for detail, candidate in entry.candidates(case):
+            consider(rank, entry.name, entry.says.replace("{}", detail), candidate)
+        if found and entry.name in hints:
+            break
+    if not found:
+        local = focus_of(case, suspect.masks)
+        for name, says, candidate in shapes.fits(case, suspect.masks, local):
+            consider(len(entries), name, says, candidate)
+    if not found:
+        _confined(case, finding, found)
+    # half a bit is within the noise: the more specific entry, which stands first, wins
+    found.sort(key=lambda pair: (-round(2 * pair[1].bits) / 2, pair[0]))
+    seen: dict[str, Explanation] = {}
+    for _, explanation in found:
+        seen.setdefault(explanation.name, explanation)
+    finding.diagnosis = list(seen.values())[:SHOWN]
+    if not finding.diagnosis:
+        finding.shape = shapes.describe(case, suspect.masks, focus)
+
+
+def _entries(case: Case, dump_only: bool) -> list[Mistake]:
+    return [
+        entry
+        for entry in CATALOGUE
+        if case.stage.name in entry.stages and entry.dump_only in (None, dump_only)
+    ]
+
+
+def _confined(case: Case, finding: Finding, found: list) -> None:
+    """A linear layer whose error lies in a few output channels has that many wrong rows of its
+    weight: nothing else of it can confine an error so."""
+    mask = finding.suspect.masks.get("channel")
+    if case.stage.kind != "matmul" or mask is None or not 0 < mask.sum() <= max(4, mask.size // 50):
+        return
+    focus = focus_of(case, {"channel": mask})
+    if focus is None:
+        return
+    import jax.numpy as jnp
+
+    rest = case.scored(jnp.where(focus, case.dump, case.exact))
+    if rest >= min(finding.suspect.expected, 24.0) - SLACK:
+        rows = verdict.ranges(mask)
+        says = f"row {rows} of the weight differs: every other channel is right"
+        found.append((0, Explanation("row_corrupted", rest, says)))
+
+
+def _nonfinite(suspect: Suspect) -> str:
+    places = ", ".join(f"{axis} {where}" for axis, where in suspect.where.items())
+    return f"NaN or infinity is born here: {places}"
+
+
+def _matches(replay: Replay, items: list[Item], known: set[Key]) -> Iterator[Suspect]:
+    """Stages whose bits a precision would explain, but a known mistake explains better.
+
+    Only where the bits are lower than the dump's own format allows: error of a format's rounding
+    has no better explanation. Sums of products are left out: nothing in the catalogue lies that
+    close to them.
+    """
+    usual = verdict.usual_levels(items)
+    for name, expected in usual.items():
+        if STAGE[name].kind in PRODUCTS or STAGE[name].kind == "lookup":
+            continue
+        mine = [i for i in items if i.stage == name and (i.stage, i.layer) not in known]
+        if not mine or any(item.segment for item in mine):
+            continue
+        floor = min(verdict.NOMINAL[_format(replay, mine[0])], 23.5)
+        if expected > floor - 1.5:
+            continue
+        for item in mine:
+            suspect = Suspect(
+                item=item, expected=floor, why="match", masks=verdict.bad_slices(item, floor)
+            )
+            case = Case(replay, STAGE[name], item.layer)
+            trial = Finding(suspect)
+            _explain_with_catalogue(case, trial)
+            if trial.diagnosis:
+                yield suspect
+
+
+def _explain_with_catalogue(case: Case, finding: Finding) -> None:
+    base = case.scored(case.exact)
+    for entry in _entries(case, dump_only=False):
+        for detail, candidate in entry.candidates(case):
+            score = case.scored(candidate)
+            if score >= max(finding.suspect.expected - SLACK, base + SLACK):
+                says = entry.says.replace("{}", detail)
+                finding.diagnosis.append(Explanation(entry.name, score, says))
+                return
+
+
+def _format(replay: Replay, item: Item) -> str:
+    """The coarsest format that holds a stage's dump exactly."""
+    import numpy as np
+
+    from stages.trace import numpy_dtype
+
+    values: Any = replay.trace.read(item.stage, item.layer).ravel()[:65536]
+    for name in ("bfloat16", "float16"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.array_equal(values, values.astype(numpy_dtype(name)).astype(values.dtype)):
+                return name
+    return "float32" if values.dtype.itemsize <= 4 else "float64"

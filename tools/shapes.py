@@ -1,0 +1,114 @@
+"""The shape of an error that no entry of the catalogue explains, or that any stage can have.
+
+Fits with few parameters: a constant factor, an additive constant, saturation, zeros, rounding to
+a format; over the slices that are wrong, or over everything.
+"""
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from stages.verdict import PRODUCTS, ranges
+from tools.case import Array, Case
+
+Fit = tuple[str, str, Array]  # name, what it says, candidate
+
+
+def fits(case: Case, masks: dict[str, np.ndarray], focus: Array | None) -> Iterator[Fit]:
+    """Candidates for the dump; ``focus`` is where the error is, None for everywhere."""
+    exact, dump = case.exact, case.dump
+    here = jnp.ones(dump.shape, bool) if focus is None else focus
+    finite = here & jnp.isfinite(dump) & jnp.isfinite(exact)
+    if case.stage.kind == "scores":
+        finite &= case.env.mask[:, None]
+    d, y = jnp.where(finite, dump, 0.0), jnp.where(finite, exact, 0.0)
+    place = _place(masks)
+    confined = [axis for axis, mask in masks.items() if mask.any() and not mask.all()]
+
+    name = "dead_head" if "head" in confined or _dead_heads(case) is not None else "zeros"
+    dead = _dead_heads(case)
+    if dead is not None:
+        heads = ranges(dead)
+        yield "dead_head", f"head {heads} is zero", _zero_heads(case, dead)
+    yield name, f"zero{place}", jnp.where(here, 0.0, exact)
+
+    if float((y * y).sum()) > 0:
+        factor = float((d * y).sum() / (y * y).sum())
+        one = "row_scaled" if confined == ["channel"] else "constant_factor"
+        yield one, f"{_subject(masks)} multiplied by {factor:.6g}", jnp.where(here, factor * exact, exact)
+        offset = float((d - y).sum() / jnp.maximum(finite.sum(), 1))
+        yield "additive_constant", f"{offset:.6g} added{place}", jnp.where(here, exact + offset, exact)
+    high, low = float(d.max()), float(d.min())
+    if float(y.max()) > high or float(y.min()) < low:
+        limit = max(high, -low)
+        for bottom, top in ((low, high), (-limit, limit), (-np.inf, high), (low, np.inf)):
+            says = f"clamped to {bottom:.6g} .. {top:.6g}"
+            yield "saturation", says, jnp.clip(exact, bottom, top)
+    for dtype in (ml_dtypes.bfloat16, np.float16):
+        name = np.dtype(dtype).name
+        yield f"rounded_to_{name}", f"result rounded to {name}{place}", _rounded(exact, dtype)
+        if case.stage.kind in PRODUCTS and case.inputs is not None:
+            inputs = [_rounded(x, dtype) for x in case.inputs]
+            value = case.run(*inputs)
+            yield f"computed_in_{name}", f"computed on {name} inputs{place}", value
+            yield f"computed_in_{name}", f"computed in {name}{place}", _rounded(value, dtype)
+
+
+def _rounded(x: Array, dtype: type) -> Array:
+    return jnp.asarray(np.asarray(x).astype(dtype).astype(np.float64))
+
+
+def _dead_heads(case: Case) -> np.ndarray | None:
+    """Which heads of the dump are zero throughout while they should not be."""
+    heads = case.heads
+    if not heads:
+        return None
+    zero = np.asarray(_by_head(case, case.dump) == 0).all(1)
+    should = np.asarray(_by_head(case, case.exact) != 0).any(1)
+    dead = zero & should
+    return dead if dead.any() else None
+
+
+def _by_head(case: Case, x: Array) -> Array:
+    if case.stage.axes == ("N", "T", "S"):
+        return x.reshape(case.heads, -1)
+    return jnp.moveaxis(x.reshape(x.shape[1], case.heads, -1), 1, 0).reshape(case.heads, -1)
+
+
+def _zero_heads(case: Case, dead: np.ndarray) -> Array:
+    if case.stage.axes == ("N", "T", "S"):
+        return jnp.where(dead[None, :, None, None], 0.0, case.exact)
+    grid = case.exact.reshape(1, case.exact.shape[1], case.heads, -1)
+    return jnp.where(dead[None, None, :, None], 0.0, grid).reshape(case.exact.shape)
+
+
+def _place(masks: dict[str, np.ndarray]) -> str:
+    parts = [
+        f"{axis} {ranges(mask)}" for axis, mask in masks.items() if mask.any() and not mask.all()
+    ]
+    return f" in {', '.join(parts)}" if parts else ""
+
+
+def _subject(masks: dict[str, np.ndarray]) -> str:
+    place = _place(masks).removeprefix(" in ")
+    return place or "everything"
+
+
+def describe(case: Case, masks: dict[str, np.ndarray], focus: Array | None) -> str:
+    """One line on an error that nothing explains: where it is, and how large."""
+    finite = jnp.isfinite(case.dump) & jnp.isfinite(case.exact)
+    if focus is not None:
+        finite &= focus
+    if case.stage.kind == "scores":
+        finite &= case.env.mask[:, None]
+    d, y = (np.asarray(jnp.where(finite, x, 0.0)) for x in (case.dump, case.exact))
+    size, error = np.sqrt((y**2).sum()), np.sqrt(((d - y) ** 2).sum())
+    wrong = int((np.abs(d - y) > 1e-3 * np.abs(y).max()).sum())
+    correlation = float((d * y).sum() / (np.sqrt((d**2).sum()) * size)) if size and d.any() else 0.0
+    relative = error / size if size else np.inf
+    return (
+        f"no known mistake fits: relative error {relative:.2g}{_place(masks)}, {wrong} elements "
+        f"clearly off, correlation with the right value {correlation:.3f}"
+    )
