@@ -1,5 +1,6 @@
 """Reading a trace: ours, the oracle's, or a foreign directory of APRT files without manifest."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +72,10 @@ class Trace:
         entry = self.entries[stage, layer]
         path = self.path / entry.path
         if path.suffix == ".safetensors":
-            array = _read_safetensors(path, stage)
+            array = _read_safetensors(path, entry)
         else:
             array = aprt.read(path, layer)
-        if array.size != int(np.prod(entry.shape, dtype=np.int64)):
+        if array.size != math.prod(entry.shape):
             raise UserError(
                 f"{path}: {array.size} values, but {' x '.join(entry.axes)} is "
                 f"{' x '.join(map(str, entry.shape))}"
@@ -89,12 +90,20 @@ def _place(stage: str, layer: int | None) -> tuple[float, int]:
     return (float("inf") if layer is None else layer, NAMES.index(stage))
 
 
-def _read_safetensors(path: Path, stage: str) -> np.ndarray:
+def _read_safetensors(path: Path, entry: FileEntry) -> np.ndarray:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            return file.get_tensor(stage)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file with {stage!r}: {error}") from None
+            array = file.get_tensor(entry.stage)
+    except (OSError, safetensors.SafetensorError, AttributeError) as error:  # the last: float8
+        raise UserError(
+            f"{path}: not a whole safetensors file with {entry.stage!r}: {error}"
+        ) from None
+    if (array.dtype.name, array.shape) != (entry.dtype, entry.shape):
+        raise UserError(
+            f"{path}: holds {array.dtype} {list(array.shape)}, but the manifest says "
+            f"{entry.dtype} {list(entry.shape)}"
+        )
+    return array
 
 
 def open_trace(path: Path, layout: Layout | None = None) -> Trace:
@@ -110,6 +119,11 @@ def open_trace(path: Path, layout: Layout | None = None) -> Trace:
     if (path / manifest.NAME).exists():
         found = manifest.read(path)
         entries = {(entry.stage, entry.layer): entry for entry in found.files}
+        if absent := [e.path for e in found.files if not (path / e.path).is_file()]:
+            raise UserError(
+                f"{path}: {absent[0]} is in {manifest.NAME} but not there ({len(absent)} of "
+                f"{len(entries)} files); copy the whole directory or trace again"
+            )
         return Trace(path, found, entries, found.model["config"], found.tokens)
     files = _foreign_files(path)
     if not files:
@@ -131,7 +145,8 @@ def _foreign_files(path: Path) -> dict[tuple[str, int | None], Path]:
     for file in sorted([*path.glob("*.bin"), *path.glob("layer-*/*.bin")]):
         stage = ALIASES.get(file.stem, file.stem)
         number = file.parent.name.removeprefix("layer-") if file.parent != path else None
-        if stage not in STAGE or (number is not None and not number.isdecimal()):
+        named = stage in STAGE and (number is None or number.isdecimal())
+        if not named or not file.is_file():
             continue
         layer = None if number is None else int(number)
         if (stage, layer) in files:

@@ -1,8 +1,12 @@
 """Writing a trace: one file a stage, hashed and written beside the computation, manifest last."""
 
+import fcntl
+import os
 import queue
 import shutil
 import threading
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -43,15 +47,19 @@ def tensor_hash(array: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(array.reshape(-1).view(np.uint8))
 
 
-def prepare(directory: Path, overwrite: bool) -> None:
-    """Make ``directory`` an empty place for a new trace.
+def replaceable(directory: Path, overwrite: bool) -> list[Path]:
+    """What a new trace in ``directory`` would replace. Changes nothing.
 
     Raises:
-        UserError: it holds a trace and ``overwrite`` is false, or it holds anything else.
+        UserError: it holds a trace and ``overwrite`` is false, it holds anything else, or it is
+            no directory.
     """
-    if directory.is_file():
-        raise UserError(f"--out {directory}: a file is in the way")
-    contents = sorted(directory.iterdir()) if directory.exists() else []
+    try:
+        contents = sorted(directory.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"--out {directory}: {error.strerror}") from None
     strangers = [path.name for path in contents if not _of_a_trace(path)]
     if strangers:
         raise UserError(
@@ -60,19 +68,36 @@ def prepare(directory: Path, overwrite: bool) -> None:
         )
     if contents and not overwrite:
         raise UserError(f"--out {directory}: already holds a trace; add --overwrite to replace it")
-    directory.mkdir(parents=True, exist_ok=True)
-    # The manifest goes first: from here on the directory no longer reads as a whole trace.
-    for path in sorted(contents, key=lambda path: path.name != manifest.NAME):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return contents
 
 
 def _of_a_trace(path: Path) -> bool:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         return path.name.removeprefix("layer-").isdecimal() and all(
-            child.is_file() and child.stem in STAGE for child in path.iterdir()
+            map(_of_a_stage, path.iterdir())
         )
     names = (manifest.NAME, manifest.PARTIAL, manifest.NAME + ".tmp", manifest.PARTIAL + ".tmp")
-    return path.name in names or (path.stem in STAGE and path.suffix in FORMATS.values())
+    return path.name in names or _of_a_stage(path)
+
+
+def _of_a_stage(path: Path) -> bool:
+    return path.is_file() and path.stem in STAGE and path.suffix in FORMATS.values()
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _lock(directory: Path) -> int:
+    """A descriptor that keeps every other writer out of ``directory`` until it is closed."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"--out {directory}: another process is writing a trace there") from None
+    return descriptor
 
 
 class TraceWriter:
@@ -93,11 +118,17 @@ class TraceWriter:
         self._entries: dict[tuple[str, int | None], FileEntry] = {}
         self._error: Exception | None = None
         self._queue: queue.Queue = queue.Queue(WAITING)
-        try:
-            prepare(directory, overwrite)
-            manifest.write(directory, header, manifest.PARTIAL)
-        except OSError as error:
-            raise UserError(f"--out {directory}: {error.strerror}") from None
+        with ExitStack() as undo:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                undo.callback(os.close, _lock(directory))
+                old = replaceable(directory, overwrite)
+                # The mark comes first: from here on nothing in the directory reads as whole.
+                manifest.write(directory, header, manifest.PARTIAL)
+                _remove(path for path in old if path.name != manifest.PARTIAL)
+            except OSError as error:
+                raise UserError(f"--out {directory}: {error.strerror}") from None
+            self._held = undo.pop_all()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(THREADS)]
         for thread in self._threads:
             thread.start()
@@ -114,9 +145,10 @@ class TraceWriter:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop()
+        self._held.close()
 
     def add(self, stage: str, layer: int | None, array: np.ndarray) -> None:
-        """Queue one stage of one sequence (no batch axis)."""
+        """Queue one stage of one sequence (no batch axis). ``array`` must not change any more."""
         if self._error:
             raise self._failure()
         self._queue.put((stage, layer, array))
@@ -139,6 +171,7 @@ class TraceWriter:
         except OSError as error:
             self._error = error
             raise self._failure() from None
+        self._held.close()
         return whole
 
     def _stop(self) -> None:
@@ -152,7 +185,7 @@ class TraceWriter:
         if isinstance(self._error, OSError):
             return UserError(
                 f"{self.directory}: writing stopped: {self._error.strerror}; what is there is "
-                "marked incomplete"
+                "marked as incomplete"
             )
         assert self._error is not None
         return self._error
