@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import ml_dtypes
@@ -37,11 +38,13 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-class Recorder:
-    """Hooks on one model. ``record(stage, layer, tensor)`` is called as each stage is computed;
-    tensors come as one sequence, without the batch axis, in the axes of the stage table."""
+class Recorder(ExitStack):
+    """Hooks on one model until the ``with`` block ends. ``record(stage, layer, tensor)`` is called
+    as each stage is computed; tensors come as one sequence, without the batch axis, in the axes of
+    the stage table."""
 
     def __init__(self, model: modeling_qwen2.Qwen2ForCausalLM, record: Callable[..., None]) -> None:
+        super().__init__()
         self.record = record
         self._parts: dict[str, torch.Tensor] = {}  # q, k, v on their way to one tensor
         core = model.model
@@ -52,6 +55,7 @@ class Recorder:
             for part in "qkv":
                 self._projection(getattr(attention, f"{part}_proj"), part, index)
             attention.recorder = self  # found by ``_attention`` through the module it is given
+            self.callback(delattr, attention, "recorder")
             self._output(attention.o_proj, "attn_out", index)
             self._input(layer.post_attention_layernorm, "post_attn_residual", index)
             self._output(layer.post_attention_layernorm, "ffn_norm", index)
@@ -68,13 +72,13 @@ class Recorder:
             tensor = output[0] if isinstance(output, tuple) else output
             self.record(stage, layer, tensor[0])
 
-        module.register_forward_hook(hook)
+        self.enter_context(module.register_forward_hook(hook))
 
     def _input(self, module: torch.nn.Module, stage: str, layer: int) -> None:
         def hook(module: Any, args: Any) -> None:
             self.record(stage, layer, args[0][0])
 
-        module.register_forward_pre_hook(hook)
+        self.enter_context(module.register_forward_pre_hook(hook))
 
     def _projection(self, linear: torch.nn.Linear, part: str, layer: int) -> None:
         """q, k and v side by side, without the bias (the product alone, never output - bias)
@@ -83,12 +87,12 @@ class Recorder:
         def hook(module: Any, args: Any, output: torch.Tensor) -> None:
             self._parts["product " + part] = functional.linear(args[0], linear.weight)[0]
             self._parts["sum " + part] = output[0]
-            if part == "v":
+            if len(self._parts) == 6:
                 for stage, name in (("qkv_matmul", "product "), ("qkv_bias", "sum ")):
                     joined = torch.cat([self._parts.pop(name + p) for p in "qkv"], -1)
                     self.record(stage, layer, joined)
 
-        linear.register_forward_hook(hook)
+        self.enter_context(linear.register_forward_hook(hook))
 
 
 def _attention(
@@ -164,10 +168,9 @@ class TorchEngine:
             if stage == "lm_head" or want(stage, layer):
                 emit(stage, layer, to_numpy(tensor))
 
-        Recorder(self.network, record)
         ids = torch.tensor([tokens], device=self.device)
         keep = 1 if logits == "last" else 0
-        with torch.inference_mode():
+        with Recorder(self.network, record), torch.inference_mode():
             result = self.network(input_ids=ids, use_cache=False, logits_to_keep=keep)
         layers = self.model.config.num_hidden_layers
         expected = [(s.name, layer) for s, layer in computation_order(layers)]
