@@ -1,0 +1,95 @@
+"""Traces in memory, and how far two of them are apart: what the differential tests share."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from oracle.recorder import TorchEngine
+from qwen_jax.checkpoint import Checkpoint
+from qwen_jax.config import Config
+from qwen_jax.engine import JaxEngine
+from stages.mask import causal_mask
+from stages.table import computation_order
+
+Trace = dict[tuple[str, int | None], np.ndarray]  # (stage, layer) -> value without batch axis
+
+
+def collect(engine: Any, tokens: tuple[int, ...], logits: str = "all") -> Trace:
+    """Every stage of one run, in the order in which the engine emitted them."""
+    values: Trace = {}
+
+    def emit(stage: str, layer: int | None, value: np.ndarray) -> None:
+        assert (stage, layer) not in values, f"{stage} of layer {layer} was emitted twice"
+        values[stage, layer] = value
+
+    engine.run(tokens, logits, lambda stage, layer: True, emit)
+    return values
+
+
+def jax_trace(
+    directory: Path,
+    tokens: tuple[int, ...],
+    dtype: str = "float32",
+    backend: str = "xla",
+    logits: str = "all",
+) -> Trace:
+    """All stages of the JAX forward."""
+    engine = JaxEngine(Checkpoint(directory), dtype, backend, jax.devices("cpu")[0])
+    return collect(engine, tokens, logits)
+
+
+def torch_trace(
+    directory: Path, tokens: tuple[int, ...], dtype: str = "float32", logits: str = "all"
+) -> Trace:
+    """All stages of the Hugging Face forward."""
+    return collect(TorchEngine(Checkpoint(directory), dtype, "cpu"), tokens, logits)
+
+
+def computed(config: Config, stage: str, layer: int | None, value: np.ndarray) -> np.ndarray:
+    """The elements of a stage that are part of the computation, in float64 (float16's and
+    bfloat16's own values): all of them but the masked scores."""
+    wide = value.astype(np.float64)
+    if stage != "attn_scores":
+        return wide
+    window = config.sliding_window if config.sliding_layers[layer] else None
+    return wide[:, causal_mask(value.shape[1], window)]
+
+
+def relative_l2(value: np.ndarray, reference: np.ndarray) -> float:
+    """|value - reference| / |reference|, infinite where anything is not finite."""
+    error = np.linalg.norm(value - reference) / max(np.linalg.norm(reference), 1e-300)
+    return float(error) if np.isfinite(error) else np.inf
+
+
+def check_stages(config: Config, trace: Trace, reference: Trace, bound: float) -> None:
+    """Every stage of every layer within ``bound`` in relative L2, in the order of the table.
+
+    Fails with a table of all stages and layers, the first of them over the bound marked.
+    """
+    order = [(s.name, layer) for s, layer in computation_order(config.num_hidden_layers)]
+    assert set(trace) == set(order) == set(reference)
+    lines, over = [], 0
+    for key in order:
+        assert trace[key].shape == reference[key].shape, key
+        error = relative_l2(*(computed(config, *key, each[key]) for each in (trace, reference)))
+        over += error > bound
+        mark = "" if error <= bound else "  <-- first" if over == 1 else "  <-- "
+        lines.append(f"{key[0]:20}{'-' if key[1] is None else key[1]:>5}  {error:.2e}{mark}")
+    assert not over, (
+        f"{over} of {len(order)} stages are further than {bound:g} apart\n"
+        f"{'stage':20}{'layer':>5}  relative L2\n" + "\n".join(lines)
+    )
+
+
+def ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How many representable numbers of the arrays' own dtype lie between a and b, elementwise.
+    NaN is as far from a number as its bits are."""
+
+    def rank(x: np.ndarray) -> np.ndarray:
+        bits = x.view(f"i{x.itemsize}").astype(np.int64)
+        return np.where(bits < 0, np.iinfo(f"i{x.itemsize}").min - bits, bits)
+
+    assert a.dtype == b.dtype
+    return np.abs(rank(a) - rank(b))
