@@ -4,6 +4,7 @@ Imports neither jax nor torch: the oracle and the tools read configurations too.
 """
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ _HANDLED = {
 _IGNORED = {
     "architectures", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
     "torch_dtype", "initializer_range", "use_cache", "transformers_version", "_name_or_path",
-    "id2label", "label2id", "task_specific_params", "name_or_path", "auto_map", "use_mrope",
+    "id2label", "label2id", "task_specific_params", "name_or_path", "auto_map",
     "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset", "problem_type",
 }  # fmt: skip
 _MUST_EQUAL = {
@@ -101,6 +102,7 @@ _MUST_EQUAL = {
     "torchscript": False,
     "use_bfloat16": False,
     "quantization_config": None,
+    "use_mrope": False,
 }
 
 
@@ -131,14 +133,11 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> Config:
         raise UserError(f"{where}: hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
 
     def size(name: str, default: int | None = None) -> int:
-        value = raw.get(name, default)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{where}: {name} is {value!r}; expected a positive integer")
-        return value
+        return _size(raw, name, default, where)
 
     heads, layers = size("num_attention_heads"), size("num_hidden_layers")
-    kv_heads = size("num_key_value_heads", heads)
+    # transformers takes null for as many as there are query heads, and no such line for 32
+    kv_heads = size("num_key_value_heads", heads if "num_key_value_heads" in raw else 32)
     if heads % kv_heads:
         raise UserError(
             f"{where}: {heads} query heads cannot share {kv_heads} key/value heads evenly"
@@ -160,67 +159,98 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> Config:
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6, where),
         rope_theta=theta,
         yarn=yarn,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=_flag(raw, "tie_word_embeddings", False, where),
         sliding_window=window,
         sliding_layers=sliding,
         max_position_embeddings=max_positions,
     )
 
 
+def _size(raw: dict[str, Any], name: str, default: int | None, where: str) -> int:
+    value = raw.get(name)
+    value = default if value is None else value
+    if type(value) is not int or value < 1:
+        raise UserError(f"{where}: {name} is {value!r}; expected a positive integer")
+    return value
+
+
 def _number(raw: dict[str, Any], name: str, default: float | None, where: str) -> float:
     value = raw.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise UserError(f"{where}: {name} is {value!r}; expected a positive number")
     return float(value)
 
 
+def _flag(raw: dict[str, Any], name: str, default: bool, where: str) -> bool:
+    value = raw.get(name, default)
+    if type(value) is not bool:
+        raise UserError(f"{where}: {name} is {value!r}; expected true or false")
+    return value
+
+
 def _rope(raw: dict[str, Any], max_positions: int, where: str) -> tuple[float, Yarn | None]:
     """theta and YaRN settings from ``rope_parameters`` (transformers 5) or from ``rope_theta``
-    and ``rope_scaling`` (transformers 4, and every published Qwen2 checkpoint)."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
+    and ``rope_scaling`` (transformers 4, and every published Qwen2 checkpoint). Where both are
+    given ``rope_scaling`` counts, as in transformers' ``convert_rope_params_to_dict``."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: RoPE settings {rope!r}; expected an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
     # transformers falls back to 10000, not to Qwen's 1000000, when no theta is given
-    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    theta = _number({"rope_theta": theta}, "rope_theta", None, where)
+    theta = _number({"rope_theta": 10000.0} | raw | rope, "rope_theta", None, where)
     if kind == "default":
-        rope.pop("factor", None)
-        yarn = None
+        known, yarn = {"factor"}, None
     elif kind == "yarn":
-        fields = Yarn.__dataclass_fields__
-        given = {name: rope.pop(name) for name in list(rope) if name in fields}
-        if "factor" not in given:
-            raise UserError(f"{where}: YaRN RoPE without a factor")
-        given.setdefault("original_max_position_embeddings", max_positions)
-        yarn = Yarn(**{k: v for k, v in given.items() if v is not None})
+        known, yarn = set(Yarn.__dataclass_fields__), _yarn(rope, max_positions, where)
     else:
         raise UserError(f"{where}: rope_type is {kind!r}; 'default' and 'yarn' are supported")
-    if rope:
-        raise UserError(f"{where}: unknown RoPE settings {sorted(rope)}")
+    if unknown := sorted(rope.keys() - known - {"rope_type", "type", "rope_theta"}):
+        raise UserError(f"{where}: unknown RoPE settings {unknown}")
     return theta, yarn
+
+
+def _yarn(rope: dict[str, Any], max_positions: int, where: str) -> Yarn:
+    """YaRN settings; null is the default, for the factor the growth of the context."""
+    given = {name: value for name, value in rope.items() if value is not None}
+    original = _size(given, "original_max_position_embeddings", max_positions, where)
+    factor = max_positions / original if "factor" in rope else None
+    attention = "attention_factor" in given
+    return Yarn(
+        factor=_number(given, "factor", factor, where),
+        original_max_position_embeddings=original,
+        beta_fast=_number(given, "beta_fast", 32.0, where),
+        beta_slow=_number(given, "beta_slow", 1.0, where),
+        attention_factor=_number(given, "attention_factor", None, where) if attention else None,
+        truncate=_flag(given, "truncate", True, where),
+    )
 
 
 def _sliding(raw: dict[str, Any], layers: int, where: str) -> tuple[int | None, tuple[bool, ...]]:
     """The window and which layers use it, as transformers' ``Qwen2Config.__post_init__``."""
-    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window", False) else None
+    window = None
+    if _flag(raw, "use_sliding_window", False, where):
+        given = raw.get("sliding_window", 4096)
+        window = None if given is None else _size(raw, "sliding_window", 4096, where)
     types = raw.get("layer_types")
     if types is None:
         first = raw.get("max_window_layers", 28)
+        if type(first) is not int or first < 0:
+            raise UserError(f"{where}: max_window_layers is {first!r}; expected a layer number")
         sliding = tuple(window is not None and layer >= first for layer in range(layers))
     else:
-        unknown = set(types) - {"full_attention", "sliding_attention"}
+        types = types if isinstance(types, list) else [types]
+        unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
         if unknown or len(types) != layers:
             raise UserError(
                 f"{where}: layer_types must name full_attention or sliding_attention for each of "
-                f"the {layers} layers; found {len(types)} entries, unknown: {sorted(unknown)}"
+                f"the {layers} layers; found {len(types)} entries, unknown: {unknown[:3]}"
             )
         sliding = tuple(kind == "sliding_attention" for kind in types)
         if any(sliding) and window is None:
             raise UserError(
-                f"{where}: layer_types has sliding_attention but use_sliding_window is false"
+                f"{where}: layer_types has sliding_attention, but use_sliding_window is false or "
+                "sliding_window null"
             )
-    if window is not None and (not isinstance(window, int) or window < 1):
-        raise UserError(f"{where}: sliding_window is {window!r}; expected a positive integer")
     return (window if any(sliding) else None), sliding
 
 
@@ -234,7 +264,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
