@@ -4,6 +4,7 @@ Imports neither jax nor torch. Shards are opened lazily and nothing is kept afte
 checkpoint of any size needs the memory of the tensors asked for.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -100,35 +101,45 @@ class Checkpoint:
 
     def _locate(self) -> dict[str, Path]:
         """Tensor name -> the file that holds it."""
-        if (self.directory / INDEX).exists():
-            index = read_json(self.directory / INDEX).get("weight_map")
-            if not isinstance(index, dict):
-                raise UserError(f"{self.directory / INDEX}: expected an object 'weight_map'")
-            shards = sorted(set(index.values()))
-            outside = [s for s in shards if Path(s).name != s]
-            if outside:
-                raise UserError(f"{INDEX} names a file outside its directory: {outside[0]!r}")
-            absent = [s for s in shards if not (self.directory / s).exists()]
-            if absent:
-                raise UserError(f"{self.directory}: missing {_some(absent, 'shard')} of {INDEX}")
-            found = {shard: set(_keys(self.directory / shard)) for shard in shards}
-            lost = sorted(name for name, shard in index.items() if name not in found[shard])
-            if lost:
-                raise UserError(f"{INDEX} lists {_some(lost, 'tensor')} that its shard lacks")
-            counted = [name for names in found.values() for name in names]
-            twice = sorted({name for name in counted if counted.count(name) > 1})
-            if twice:
-                raise UserError(f"{self.directory}: {_some(twice, 'tensor')} in two shards")
-            return {name: self.directory / s for s, names in found.items() for name in names}
-        single = self.directory / SINGLE
+        single, index = self.directory / SINGLE, self.directory / INDEX
+        if single.exists() and index.exists():
+            raise UserError(
+                f"{self.directory} has both {SINGLE} and {INDEX}; keep the one you mean"
+            )
+        if index.exists():
+            return self._locate_shards(index)
         if not single.exists():
             raise UserError(f"{self.directory} has neither {SINGLE} nor {INDEX}")
         return dict.fromkeys(_keys(single), single)
 
+    def _locate_shards(self, index: Path) -> dict[str, Path]:
+        told = read_json(index).get("weight_map")
+        if not isinstance(told, dict) or not all(isinstance(s, str) for s in told.values()):
+            raise UserError(f"{index}: expected 'weight_map', an object of file names")
+        shards = sorted(set(told.values()))
+        outside = [s for s in shards if s != Path(s).name or s == ".."]
+        if outside:
+            raise UserError(f"{index} names a file outside its directory: {outside[0]!r}")
+        absent = [s for s in shards if not (self.directory / s).exists()]
+        if absent:
+            raise UserError(f"{self.directory}: missing {_some(absent, 'shard')} of {INDEX}")
+        found = {shard: set(_keys(self.directory / shard)) for shard in shards}
+        lost = sorted(name for name, shard in told.items() if name not in found[shard])
+        if lost:
+            raise UserError(f"{index} lists {_some(lost, 'tensor')} that its shard lacks")
+        counted = Counter(name for names in found.values() for name in names)
+        twice = sorted(name for name, count in counted.items() if count > 1)
+        if twice:
+            raise UserError(f"{self.directory}: {_some(twice, 'tensor')} in two shards")
+        return {name: self.directory / s for s, names in found.items() for name in names}
+
     def _check(self) -> None:
         expected = expected_shapes(self.config)
-        known_extra = {HEAD} if self.config.tie_word_embeddings else set()
-        found = {n for n in self._files if not n.endswith("rotary_emb.inv_freq")} - known_extra
+        embedding = START_NAMES["embed_tokens"]
+        tied_head = self.config.tie_word_embeddings and HEAD in self._files
+        if tied_head:  # needless, but some files have it
+            expected[HEAD] = expected[embedding]
+        found = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}
         problems = []
         if missing := [name for name in expected if name not in found]:
             problems.append(f"missing {_some(missing, 'tensor')}")
@@ -149,13 +160,15 @@ class Checkpoint:
             raise UserError(
                 f"{self.directory}: weights do not fit config.json: " + "; ".join(problems)
             )
-        if HEAD in self._files and self.config.tie_word_embeddings:
-            if not np.array_equal(self.read(HEAD), self.read(START_NAMES["embed_tokens"])):
+        if tied_head:
+            # Equal hashes are equal bits; that holds for NaN too, and for one tensor at a time.
+            self.read(HEAD)
+            self.read(embedding)
+            if self.hashes.pop(HEAD) != self.hashes[embedding]:
                 raise UserError(
                     f"{self.directory}: config.json ties the head to the embedding, but {HEAD} "
                     "is there and differs from it"
                 )
-            del self.hashes[HEAD]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its own dtype. Its content hash is kept in ``hashes``."""

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -42,19 +43,23 @@ def open_model(spec: str | None) -> Checkpoint:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        why = str(error).strip().splitlines()[0]
+    except Exception as error:  # its own kinds, its HTTP library's and the file system's
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"--model {hub_id}: neither a directory here nor to be had from the hub ({why})"
         ) from None
 
 
+@cache
 def load_tokenizer(model: Checkpoint) -> Tokenizer | None:
-    """The model's tokenizer, or None if it has no ``tokenizer.json``."""
+    """The model's tokenizer, or None if it has no ``tokenizer.json``. Read once a model.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = model.directory / "tokenizer.json"
     if not path.exists():
         return None
@@ -77,10 +82,10 @@ def read_tokens(args: argparse.Namespace, model: Checkpoint) -> tuple[int, ...]:
         except ValueError:
             raise UserError(f"--tokens {args.tokens!r}: expected ids such as 1,2,3") from None
     else:
-        text = _prompt_text(args)
         tokenizer = load_tokenizer(model)
         if tokenizer is None:
             raise UserError(f"{model.directory} has no tokenizer.json; give ids with --tokens")
+        text = _prompt_text(args)
         tokens = tuple(tokenizer.encode(text).ids)
         if not tokens:
             raise UserError("the prompt is empty; give at least one token")
@@ -93,10 +98,15 @@ def read_tokens(args: argparse.Namespace, model: Checkpoint) -> tuple[int, ...]:
 
 
 def _prompt_text(args: argparse.Namespace) -> str:
-    if args.prompt is not None:
-        return args.prompt
+    """The prompt as it is: no line ending is changed, no final newline taken off."""
     path = args.prompt_file or DEMO / "prompt.txt"
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt-file {path}: cannot be read as text: {error}") from None
+        if args.prompt is None:
+            return path.read_bytes().decode()
+        args.prompt.encode()  # fails where the shell gave bytes that are no text
+        return args.prompt
+    except UnicodeError as error:
+        given = f"--prompt-file {path}" if args.prompt is None else "--prompt"
+        raise UserError(f"{given}: not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise UserError(f"--prompt-file {path}: {error.strerror}") from None
