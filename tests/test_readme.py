@@ -3,8 +3,9 @@
 The blocks share one temporary directory. What each kind means:
 
 - ``console``: each line that starts with ``$ `` runs, by itself (a final backslash continues it).
-  If lines follow, the output must be those lines: every number counts as equal to every other,
-  runs of blanks and of rules as one, and a line ``...`` stands for any lines or none.
+  If lines follow, the output must be those lines. Every number, with its unit of time or memory,
+  counts as equal to every other, runs of blanks and of rules as one, and a line ``...`` stands for
+  any lines or none.
 - ``sh``: a script that must succeed. ``python``: a program that must.
 - After the language, ``no-run: REASON`` skips a block, and ``exit=1`` says that the last command
   of a console block ends with that code, instead of with 0.
@@ -22,7 +23,7 @@ from stages.manifest import SCHEMA
 from tests.conftest import ROOT, user_environment
 
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
-NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?", re.IGNORECASE)
+NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)*(?:[eE][-+]?\d+)?(?: (?:[kMGT]?B|m?s|min)\b)?")
 RULE = re.compile(r"([-─━═])\1+")
 EXECUTED = ("console", "sh", "python")
 SHOWN = ("", "text", "json", "rust", "c", "cpp")  # anything else could be code that nobody runs
@@ -136,7 +137,7 @@ def planted(text: str) -> Block:
 
 
 GOOD = [
-    "```console\n$ echo 'took 1.5e-3 s   of 7'\ntook 99 s of 12,000\n```\n",
+    "```console\n$ echo 'took 1.5e-3 s,   1.3 GB of 7'\ntook 99 ms, 3 MB of 12,000\n```\n",
     "```console\n$ printf 'a\\nb\\nc\\nd\\n'\na\n...\nd\n```\n",
     "```console\n$ echo one \\\n>   two\none two\n$ echo 3 > kept; cat kept\n4\n```\n",
     "```console exit=3\n$ true\n$ echo last; exit 3\nlast\n```\n",
@@ -147,6 +148,7 @@ BAD = [
     "```console\n$ echo sunshine\nrain\n```\n",
     "```console\n$ echo one; echo two\none\n```\n",
     "```console\n$ echo one\none\n...\ntwo\n```\n",
+    "```console\n$ echo 3 files\n4 tokens\n```\n",
     "```console\n$ echo loss inf\nloss 3.5\n```\n",
     "```console\n$ exit 1\n```\n",
     "```console exit=1\n$ exit 1\n$ exit 1\n```\n",
