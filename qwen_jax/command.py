@@ -5,6 +5,7 @@ Imports neither jax nor torch, so bad input is refused before either is loaded.
 """
 
 import argparse
+import math
 import resource
 import sys
 import time
@@ -15,16 +16,26 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from tokenizers import Tokenizer
 
 from qwen_jax import source
 from qwen_jax.checkpoint import Checkpoint
-from stages import cli
+from stages import aprt, cli
 from stages.errors import UserError
 from stages.manifest import DTYPES, FORMATS, Manifest
-from stages.table import NAMES, STAGE, computation_order, parse_layers, parse_stages, stage_shape
+from stages.table import (
+    NAMES,
+    STAGE,
+    computation_order,
+    parse_layers,
+    parse_stages,
+    stage_axes,
+    stage_shape,
+)
 from stages.trace import numpy_dtype
-from stages.writer import TraceWriter
+from stages.writer import TraceWriter, replaceable
 
 
 @dataclass(frozen=True)
@@ -32,11 +43,13 @@ class Plan:
     """What one command was asked to do, checked.
 
     Attributes:
+        tokenizer: None if the model has none.
         stored: (stage, layer) of every file, in computation order.
     """
 
     model: Checkpoint
     tokens: tuple[int, ...]
+    tokenizer: Tokenizer | None
     stages: tuple[str, ...]
     layers: tuple[int, ...]
     dtype: str
@@ -54,7 +67,7 @@ class Plan:
     def bytes(self, stage: str) -> int:
         """Tensor bytes of one file of this stage."""
         item = 4 if self.format == "aprt" else numpy_dtype(self.dtype).itemsize
-        return item * int(np.prod(self.shape(stage), dtype=np.int64))
+        return item * math.prod(self.shape(stage))
 
     def header(self, producer: dict[str, Any]) -> Manifest:
         model = {"name": self.model.name, "config": self.model.config.to_json(), "weights": {}}
@@ -107,9 +120,10 @@ def make_plan(args: argparse.Namespace, suffix: str) -> Plan:
     ]
     if not stored:
         raise UserError(f"--stages {args.stages} --layers {args.layers} select nothing to write")
-    return Plan(
+    plan = Plan(
         model=model,
         tokens=source.read_tokens(args, model),
+        tokenizer=source.load_tokenizer(model),
         stages=stages,
         layers=layers,
         dtype=args.dtype,
@@ -118,6 +132,13 @@ def make_plan(args: argparse.Namespace, suffix: str) -> Plan:
         out=args.out or Path(f"{model.name}-{suffix}"),
         stored=stored,
     )
+    if format == "aprt":
+        for stage, _ in stored:
+            aprt.check_count(math.prod(plan.shape(stage)))
+    json_file = None if args.json in (None, "-") else Path(args.json)
+    if json_file and json_file.resolve().is_relative_to(plan.out.resolve()):
+        raise UserError(f"--json {json_file} would lie in the trace itself; put it elsewhere")
+    return plan
 
 
 def main(args: argparse.Namespace, suffix: str, make_engine: Callable[..., Any]) -> int:
@@ -127,8 +148,10 @@ def main(args: argparse.Namespace, suffix: str, make_engine: Callable[..., Any])
     if args.dry_run:
         show = cli.report(args.json, _summary(plan))
         show.print(_table(plan))
-        show.print(f"dry run: nothing was computed or written; --out would be {plan.out}/")
+        out = escape(str(plan.out))
+        show.print(f"dry run: nothing was computed or written; --out would be {out}/")
         return 0
+    replaceable(plan.out, args.overwrite)  # said now, not when a large model has been loaded
     engine = make_engine(plan.model, args)
     total = plan.model.config.num_hidden_layers
     with TraceWriter(plan.out, plan.header(engine.describe()), args.overwrite) as writer:
@@ -147,10 +170,9 @@ def main(args: argparse.Namespace, suffix: str, make_engine: Callable[..., Any])
         header = writer.header.model | {"weights": dict(sorted(plan.model.hashes.items()))}
         writer.finish(header, plan.stored)
     seconds, peak = time.perf_counter() - began, _peak_memory()
-    top = _top(plan.model, last["logits"])
+    top = _top(plan.tokenizer, last["logits"])
     data = _summary(plan) | {
-        "out": str(plan.out),
-        "bytes": writer.bytes,
+        "file_bytes": writer.bytes,
         "top": top,
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak,
@@ -159,8 +181,8 @@ def main(args: argparse.Namespace, suffix: str, make_engine: Callable[..., Any])
     show.print(_table(plan))
     _print_top(show, top)
     show.print(
-        f"[bold]{plan.out}/[/bold]: {len(plan.stored)} files, {cli.size(writer.bytes)}, "
-        f"{plan.dtype}, {len(plan.tokens)} tokens, in {seconds:.1f} s, "
+        f"[bold]{escape(str(plan.out))}/[/bold]: {len(plan.stored)} files, "
+        f"{cli.size(writer.bytes)}, {plan.dtype}, {len(plan.tokens)} tokens, in {seconds:.1f} s, "
         f"peak memory {cli.size(peak)}"
     )
     return 0
@@ -178,7 +200,7 @@ def _rows(plan: Plan) -> list[dict[str, Any]]:
     for stage in plan.stages:
         files = sum(name == stage for name, _ in plan.stored)
         if files:
-            axes = STAGE[stage].axes if len(plan.shape(stage)) > 1 else ("V",)
+            axes = stage_axes(STAGE[stage], plan.logits)
             size = files * plan.bytes(stage)
             shape = list(plan.shape(stage))
             rows.append(
@@ -188,14 +210,19 @@ def _rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _summary(plan: Plan) -> dict[str, Any]:
+    """What --json says of a dry run and of a run alike. ``bytes`` are those of the tensors."""
+    rows = _rows(plan)
     return {
         "schema": 1,
         "model": plan.model.name,
+        "out": str(plan.out),
         "dtype": plan.dtype,
         "format": plan.format,
         "tokens": list(plan.tokens),
         "layers": list(plan.layers),
-        "stages": _rows(plan),
+        "stages": rows,
+        "files": len(plan.stored),
+        "bytes": sum(row["bytes"] for row in rows),
     }
 
 
@@ -214,12 +241,12 @@ def _table(plan: Plan) -> Table:
     return table
 
 
-def _top(model: Checkpoint, logits: np.ndarray, count: int = 5) -> list[dict[str, Any]]:
+def _top(tokenizer: Tokenizer | None, logits: np.ndarray, count: int = 5) -> list[dict[str, Any]]:
     """The most likely next tokens after the last position."""
     wide = logits.astype(np.float64)
-    probability = np.exp(wide - wide.max())
-    probability /= probability.sum()
-    tokenizer = source.load_tokenizer(model)
+    with np.errstate(invalid="ignore"):  # a trace of an engine that overflowed is a trace too
+        probability = np.exp(wide - wide.max())
+        probability /= probability.sum()
     best = np.argsort(-wide, kind="stable")[:count]
     return [
         {
@@ -237,7 +264,7 @@ def _print_top(show: Console, top: list[dict[str, Any]]) -> None:
     for name in ("token", "text", "logit", "probability"):
         table.add_column(name, justify="left" if name == "text" else "right")
     for row in top:
-        text = "" if row["text"] is None else repr(row["text"])
+        text = "" if row["text"] is None else escape(repr(row["text"]))
         cells = (f"{row['logit']:.4f}", f"{row['probability']:.4f}")
         table.add_row(str(row["token"]), text, *cells)
     show.print(table)

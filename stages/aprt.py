@@ -27,11 +27,16 @@ def encode(array: np.ndarray, layer: int | None) -> tuple[bytes, np.ndarray]:
     """
     if array.dtype.name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"APRT holds float32, not {array.dtype}; write --format safetensors")
-    if array.size > MOST:
-        raise UserError(f"APRT counts to {MOST} values, not {array.size}; use --format safetensors")
+    check_count(array.size)
     payload = np.ascontiguousarray(array, dtype="<f4").reshape(-1)
     header = HEADER.pack(MAGIC, WHOLE_MODEL if layer is None else layer, payload.size)
     return header, payload
+
+
+def check_count(count: int) -> None:
+    """Raises UserError for more values than the header can count."""
+    if count > MOST:
+        raise UserError(f"APRT counts to {MOST} values, not {count}; use --format safetensors")
 
 
 def read(path: Path, layer: int | None) -> np.ndarray:

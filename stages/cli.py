@@ -5,7 +5,9 @@ Exit codes: 0 agree or clean, 1 differ or fault, 2 wrong use or bad input, 3 not
 
 import argparse
 import json
+import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,26 +28,33 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command's ``main`` and exit with its code; user errors are one line on stderr."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a token's text, in an ASCII terminal
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = " ".join(str(error).splitlines())  # a file's name may hold a line break
+        print(f"error: {line}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader of our output went away: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 128 + signal.SIGPIPE  # as of any command; 0 and 1 would be verdicts
     sys.exit(code)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError  # for ``run``
 
 
 def console(to_stderr: bool = False) -> Console:
     """Where people read. Wide enough for our tables when piped; colour only in a terminal."""
     stream = sys.stderr if to_stderr else sys.stdout
     width = None if stream.isatty() else 110
-    return Console(file=stream, width=width, highlight=False, soft_wrap=True)
+    return _Console(file=stream, width=width, highlight=False, emoji=False, soft_wrap=True)
 
 
 def progress() -> Progress:
@@ -62,22 +71,47 @@ def progress() -> Progress:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json, refused where FILE could not be written: before the work, not after it."""
     parser.add_argument(
-        "--json", metavar="FILE", help="also write the result as JSON to FILE; - is stdout"
+        "--json",
+        type=_json_target,
+        metavar="FILE",
+        help="also write the result as JSON to FILE; - is stdout",
     )
+
+
+def _json_target(text: str) -> str:
+    path = Path(text)
+    if text != "-":
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} is a directory")
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"no such directory: {str(path.parent)!r}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
+    return text
 
 
 def report(target: str | None, data: dict[str, Any]) -> Console:
     """Write ``data`` where ``--json`` says, and return the console for people: stdout, or stderr
-    when the JSON itself goes to stdout."""
+    when the JSON itself goes to stdout. What is not finite becomes null: JSON has no NaN."""
+    text = json.dumps(_finite(data), indent=1, allow_nan=False)
     if target == "-":
-        print(json.dumps(data, indent=1))
+        print(text)
     elif target:
         try:
-            Path(target).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            Path(target).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--json {target}: {error.strerror}") from None
     return console(to_stderr=target == "-")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def size(count: float) -> str:
