@@ -1,4 +1,4 @@
-"""Which positions a query attends to: shared by the forward pass and by everything that compares."""
+"""Which positions a query attends to: one answer for computing and for comparing."""
 
 from collections.abc import Mapping
 from typing import Any

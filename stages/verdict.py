@@ -25,10 +25,10 @@ CLASSES = (
     ("f64", 32.0, 32.0),
     ("f32", 18.0, 20.0),
     ("tf32/f16", 11.0, 11.0),
-    ("bf16", 8.0, 8.0),
+    ("bf16", 8.4, 8.0),
     ("8-bit", 5.5, 8.0),
 )
-BF16, LOWEST = 8.0, 2.5
+BF16, LOWEST = 8.4, 2.5
 PRODUCTS = ("matmul", "scores", "weighted_sum")  # where activations or a cache can be quantised
 NOMINAL = {"float64": 50.0, "float32": 23.0, "float16": 12.3, "bfloat16": 9.2}
 
@@ -71,8 +71,6 @@ def _level(error: Any, scale: Any, expected: Any, gap: bool, dtype: str) -> Any:
     After missing stages (``gap``) the error is set against what the engine's own rounding in them
     leads to. Otherwise the expected part is an allowance: twice as much may be there.
     """
-    if expected is None:
-        return bits(error, scale)
     if gap:
         # one rounding of the stage itself is always allowed
         own = scale * 4.0 ** -NOMINAL[dtype]
@@ -93,28 +91,28 @@ def judge(
     last_only = stage == "lm_head" and len(sums.error_rows) == 1
     axes = stage_axes(STAGE[stage], "last" if last_only else "all")
     heads = head_count(axes, config)
-    gap, expected = bool(segment), sums.expected_rows
+    gap = bool(segment)
 
     def level(error: Any, scale: Any, known: Any) -> Any:
         return _level(error, scale, known, gap, dtype)
 
     def folded(kind: str) -> dict[str, np.ndarray]:
         rows, columns = getattr(sums, f"{kind}_rows"), getattr(sums, f"{kind}_columns")
-        return {} if rows is None else fold(axes, heads, rows, columns)
+        return fold(axes, heads, rows, columns)
 
     error, scale, known = folded("error"), folded("scale"), folded("expected")
     size = len(sums.error_rows) * len(sums.error_columns)
     slices = {}
     for axis in error:
         used = scale[axis] > 0
-        levels = level(error[axis], scale[axis], known.get(axis))
+        levels = level(error[axis], scale[axis], known[axis])
         slices[axis] = (np.where(used, levels, EXACT_BITS), size // len(error[axis]))
     total, whole = sums.error_rows.sum(), sums.scale_rows.sum()
     return Item(
         stage=stage,
         layer=layer,
         bits=float(bits(total, whole)),
-        level=float(level(total, whole, None if expected is None else expected.sum())),
+        level=float(level(total, whole, sums.expected_rows.sum())),
         segment=segment,
         born=int(sums.born_rows.sum()),
         slices=slices,
@@ -168,17 +166,17 @@ class Suspect:
         return self.item.bits
 
 
-def suspects(items: list[Item]) -> list[Suspect]:
+def suspects(items: list[Item], dtype: str) -> list[Suspect]:
     """The items where more error was created than precision explains, in computation order."""
     found = []
-    usual = usual_levels(items)
+    usual = usual_levels(items, dtype)
     lowered = _all_products_lowered(items)
     for item in items:
         expected = usual[item.stage]
         explained = class_of(item.level, item.stage) is not None
         if lowered and STAGE[item.stage].kind in PRODUCTS:
             explained = item.level >= LOWEST
-        low = _low_slices(item)
+        low = _low_slices(item, _cap(dtype))
         if item.born:
             why, masks = "nan", item.born_slices
         elif not explained:
@@ -193,12 +191,13 @@ def suspects(items: list[Item]) -> list[Suspect]:
     return found
 
 
-def usual_levels(items: list[Item]) -> dict[str, float]:
+def usual_levels(items: list[Item], dtype: str) -> dict[str, float]:
     """Stage -> the level it should have: its median over layers if a class explains that, else
     that of the stages of its kind, else of all stages."""
+    cap = _cap(dtype)
     by_stage: dict[str, list[float]] = {}
     for item in items:
-        by_stage.setdefault(item.stage, []).append(min(item.level, 40.0))
+        by_stage.setdefault(item.stage, []).append(min(item.level, cap))
     medians = {stage: median(levels) for stage, levels in by_stage.items()}
     sound = {stage: m for stage, m in medians.items() if class_of(m, stage)}
     overall = median(sound.values()) if sound else NOMINAL["float32"]
@@ -207,6 +206,11 @@ def usual_levels(items: list[Item]) -> dict[str, float]:
         kin = [m for other, m in sound.items() if STAGE[other].kind == STAGE[stage].kind]
         usual[stage] = sound.get(stage, median(kin) if kin else overall)
     return usual
+
+
+def _cap(dtype: str) -> float:
+    """More bits than this are luck, and no stage, layer or slice needs to have them."""
+    return NOMINAL["float64" if dtype == "float64" else "float32"]
 
 
 def _all_products_lowered(items: list[Item]) -> bool:
@@ -223,25 +227,18 @@ def _allowed_drop(levels: np.ndarray, elements: int) -> float:
     a bit of the others; one of few elements can be unlucky; and slices that differ for reasons of
     their own (blocks that are quantised together) show in the spread of all of them.
     """
-    usual = levels[levels < 45.0]
-    if usual.size < 2:
-        return 4.0
-    low_half = usual[usual <= np.median(usual)]
-    spread = np.median(np.median(usual) - low_half) / 0.6745  # of the lower side, robust
+    middle = np.median(levels)
+    spread = np.median(middle - levels[levels <= middle]) / 0.6745  # of the lower side, robust
     return float(2.0 + 3.0 / np.sqrt(elements) + 4.0 * spread)
 
 
-def _low_slices(item: Item) -> dict[str, np.ndarray]:
+def _low_slices(item: Item, cap: float) -> dict[str, np.ndarray]:
     """Axis -> mask of the slices far below the rest; empty if there are none anywhere."""
     masks = {}
     for axis, (levels, elements) in item.slices.items():
-        if levels.size < 2:
-            continue
-        sound = levels[levels < 45.0]
-        if sound.size < 2:
-            continue
-        middle = float(np.median(sound))
-        masks[axis] = levels < min(middle, 26.0) - _allowed_drop(levels, elements)
+        # Slices without any error say nothing about what the others may have.
+        levels = np.minimum(levels, min(item.level + 1.5, cap))
+        masks[axis] = levels < np.median(levels) - _allowed_drop(levels, elements)
     return masks if any(mask.any() for mask in masks.values()) else {}
 
 
@@ -254,7 +251,7 @@ def bad_slices(item: Item, expected: float) -> dict[str, np.ndarray]:
 
 
 def ranges(mask: np.ndarray) -> str:
-    """"all", or ranges such as "1-" or "0,4-6"."""
+    """ "all", or ranges such as "1-" or "0,4-6"."""
     if mask.all() or not mask.any():
         return "all"
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))

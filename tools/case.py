@@ -128,9 +128,7 @@ class Case:
     @cached_property
     def size(self) -> Array:
         value = FUNCTIONS[self.stage.name](self.config, self.weights, self.env, *self.inputs)
-        found = size_squared(
-            self.stage, self.config, self.weights, self.env, self.inputs, value
-        )
+        found = size_squared(self.stage, self.config, self.weights, self.env, self.inputs, value)
         return self.shaped(found.astype(jnp.float64))
 
     def shaped(self, value: Array) -> Array:
@@ -202,7 +200,7 @@ def consumers(stage: str, layer: int | None, last_layer: int) -> Iterator[tuple[
 def focus_of(case: Case, masks: Mapping[str, np.ndarray]) -> Array | None:
     """Where a suspect's error is, as a mask of the dump's shape: its low slices, every axis that
     has some; None if there are none."""
-    shape, heads = case.dump.shape, case.heads
+    shape = case.dump.shape
     focus = None
     for axis, mask in masks.items():
         if mask.all() or not mask.any():

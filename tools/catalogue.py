@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen_jax import model, params, rope
 from qwen_jax.model import Env
-from stages.table import LAYER_INPUT, STAGES, STAGE
+from stages.table import LAYER_INPUT, STAGE, STAGES
 from tools.case import Case
 
 Array = Any
@@ -30,6 +30,8 @@ class Mistake:
         name: identifier in ``--json``.
         says: for people.
         stages: where it can be made.
+        near: the wrong value can lie so close to the right one that a coarser precision would
+            explain the difference.
         dump_only: True if it is a mistake of the dump alone: later stages used the right value.
             False if they used the wrong one. None if it can be either.
     """
@@ -39,6 +41,7 @@ class Mistake:
     stages: tuple[str, ...]
     candidates: Callable[[Case], Candidates]
     dump_only: bool | None
+    near: bool
 
 
 CATALOGUE: list[Mistake] = []
@@ -64,12 +67,12 @@ LINEAR_WEIGHTS = {
 
 
 def mistake(
-    name: str, says: str, stages: str, dump_only: bool | None = False
+    name: str, says: str, stages: str, dump_only: bool | None = False, near: bool = False
 ) -> Callable[[Callable[[Case], Candidates]], Callable[[Case], Candidates]]:
     """Enter the decorated function into the catalogue."""
 
     def enter(candidates: Callable[[Case], Candidates]) -> Callable[[Case], Candidates]:
-        CATALOGUE.append(Mistake(name, says, tuple(stages.split()), candidates, dump_only))
+        CATALOGUE.append(Mistake(name, says, tuple(stages.split()), candidates, dump_only, near))
         return candidates
 
     return enter
@@ -134,7 +137,7 @@ def _with_norm(case: Case, weight: Array) -> Array:
     return case.run(weights=case.weights.replace(**{NORM_WEIGHT[case.stage.name]: weight}))
 
 
-@mistake("norm_eps", "eps {} instead of the model's", NORMS)
+@mistake("norm_eps", "eps {} instead of the model's", NORMS, near=True)
 def _(case: Case) -> Candidates:
     for eps in (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-4, 1e-7):
         if eps != case.config.rms_norm_eps:
@@ -143,7 +146,7 @@ def _(case: Case) -> Candidates:
     yield "0", case.run(config=replace(case.config, rms_norm_eps=1e-300))
 
 
-@mistake("norm_layernorm", "LayerNorm (mean subtracted) instead of RMSNorm", NORMS)
+@mistake("norm_layernorm", "LayerNorm (mean subtracted) instead of RMSNorm", NORMS, near=True)
 def _(case: Case) -> Candidates:
     x = case.inputs[0]
     yield "", case.run(x - x.mean(-1, keepdims=True))
@@ -199,7 +202,7 @@ def _(case: Case) -> Candidates:
     yield "the input times the weight", x * _norm_weight(case)
 
 
-@mistake("norm_eps_outside", "eps added outside the square root", NORMS)
+@mistake("norm_eps_outside", "eps added outside the square root", NORMS, near=True)
 def _(case: Case) -> Candidates:
     x = case.inputs[0]
     root = jnp.sqrt((x * x).mean(-1, keepdims=True)) + case.config.rms_norm_eps
@@ -209,7 +212,10 @@ def _(case: Case) -> Candidates:
 @mistake("norm_mean_abs", "divided by the mean magnitude instead of the root mean square", NORMS)
 def _(case: Case) -> Candidates:
     x = case.inputs[0]
-    yield "", x / (jnp.abs(x).mean(-1, keepdims=True) + case.config.rms_norm_eps) * _norm_weight(case)
+    yield (
+        "",
+        x / (jnp.abs(x).mean(-1, keepdims=True) + case.config.rms_norm_eps) * _norm_weight(case),
+    )
     x = case.inputs[0]
     yield "", x / jnp.abs(x).mean(-1, keepdims=True) * _norm_weight(case)
 
@@ -290,7 +296,11 @@ def _(case: Case) -> Candidates:
             yield what, moved.reshape(exact.shape)
 
 
-@mistake("input_not_normed", "applied to {} instead of the normed value", "qkv_matmul ffn_gate ffn_up lm_head")
+@mistake(
+    "input_not_normed",
+    "applied to {} instead of the normed value",
+    "qkv_matmul ffn_gate ffn_up lm_head",
+)
 def _(case: Case) -> Candidates:
     before = {"qkv_matmul": LAYER_INPUT, "lm_head": "post_ffn_residual"}
     name = before.get(case.stage.name, "post_attn_residual")
@@ -310,7 +320,9 @@ def _(case: Case) -> Candidates:
     yield "", case.run(stage="ffn_up" if case.stage.name == "ffn_gate" else "ffn_gate")
 
 
-@mistake("head_tied", "the embedding used as the output head, which this model does not tie", "lm_head")
+@mistake(
+    "head_tied", "the embedding used as the output head, which this model does not tie", "lm_head"
+)
 def _(case: Case) -> Candidates:
     if not case.config.tie_word_embeddings:
         table = jnp.asarray(_embedding_table(case)).astype(jnp.float64)
@@ -344,7 +356,7 @@ def _(case: Case) -> Candidates:
     yield "", jax.nn.log_softmax(case.exact, -1)
 
 
-@mistake("softcap", "soft-capped at {}, as Gemma 2 does", "lm_head attn_scores")
+@mistake("softcap", "soft-capped at {}, as Gemma 2 does", "lm_head attn_scores", near=True)
 def _(case: Case) -> Candidates:
     for cap in (30.0, 50.0, 20.0, 15.0, 100.0):
         yield f"{cap:g}", cap * jnp.tanh(case.exact / cap)
@@ -437,7 +449,7 @@ def _(case: Case) -> Candidates:
     yield "", turned.reshape(x.shape)
 
 
-@mistake("rope_theta", "RoPE with theta {}", ROPES)
+@mistake("rope_theta", "RoPE with theta {}", ROPES, near=True)
 def _(case: Case) -> Candidates:
     for theta in (10000.0, 1e6, 5e5, 1e5, 1e7):
         if theta != case.config.rope_theta:
@@ -510,10 +522,13 @@ def _(case: Case) -> Candidates:
 def _(case: Case) -> Candidates:
     for factor in (2, 4, 8):
         cos, sin = rope.cos_sin(case.config, _positions(case) / factor)
-        yield str(factor), case.run(env=case.env.replace(cos=jnp.asarray(cos), sin=jnp.asarray(sin)))
+        yield (
+            str(factor),
+            case.run(env=case.env.replace(cos=jnp.asarray(cos), sin=jnp.asarray(sin))),
+        )
 
 
-@mistake("rope_yarn_missing", "YaRN not applied{}", ROPES)
+@mistake("rope_yarn_missing", "YaRN not applied{}", ROPES, near=True)
 def _(case: Case) -> Candidates:
     if case.config.yarn is not None:
         yield "", case.run(env=_table(case, _positions(case), yarn=None))
@@ -559,7 +574,11 @@ def _tiled(case: Case, heads: Array) -> Array:
     return jnp.tile(heads, (1, 1, case.config.num_attention_heads // heads.shape[2], 1))
 
 
-@mistake("gqa_tiled", "key/value heads tiled (n % K) instead of repeated (n // G)", "attn_scores attention")
+@mistake(
+    "gqa_tiled",
+    "key/value heads tiled (n % K) instead of repeated (n // G)",
+    "attn_scores attention",
+)
 def _(case: Case) -> Candidates:
     if case.stage.name == "attn_scores":
         yield "", case.run(None, _tiled(case, case.inputs[1]))
@@ -661,7 +680,7 @@ def _(case: Case) -> Candidates:
     yield "", weights / (total + jnp.exp(-high))
 
 
-@mistake("softmax_temperature", "softmax at temperature {}", "attn_softmax")
+@mistake("softmax_temperature", "softmax at temperature {}", "attn_softmax", near=True)
 def _(case: Case) -> Candidates:
     # log p is linear in the scores: its slope within rows is 1 / temperature
     kept = np.asarray(case.env.mask)[:, None] & (np.asarray(case.dump) > 1e-4)
@@ -700,7 +719,9 @@ def _(case: Case) -> Candidates:
         yield "", _mixed(case, model._split_qkv(case.config, before)[2])
 
 
-@mistake("heads_not_transposed", "heads merged without transposing [N, T, H] to [T, N, H]", "attention", None)
+@mistake(
+    "heads_not_transposed", "heads merged without transposing [N, T, H] to [T, N, H]", "attention"
+)
 def _(case: Case) -> Candidates:
     grid = case.exact.reshape(1, case.exact.shape[1], case.config.num_attention_heads, -1)
     yield "", grid.swapaxes(1, 2).reshape(case.exact.shape)
@@ -765,7 +786,7 @@ def _activation(name: str, says: str, function: Callable[[Array], Array]) -> Non
     def candidates(case: Case) -> Candidates:
         yield "", function(case.inputs[0])
 
-    mistake(name, says, "ffn_silu")(candidates)
+    mistake(name, says, "ffn_silu", near=True)(candidates)
 
 
 _activation("act_gelu", "GELU instead of SiLU", lambda x: jax.nn.gelu(x, approximate=False))
@@ -829,14 +850,24 @@ def _(case: Case) -> Candidates:
         yield "", exact.T.reshape(case.exact.shape)
 
 
-@mistake("layout_heads_first", "dumped heads first, [heads, T, H]", f"{ROPES} qkv_matmul qkv_bias attention", True)
+@mistake(
+    "layout_heads_first",
+    "dumped heads first, [heads, T, H]",
+    f"{ROPES} qkv_matmul qkv_bias attention",
+    True,
+)
 def _(case: Case) -> Candidates:
     grid, _ = _grid(case)
     if grid.ndim == 3:
         yield "", grid.swapaxes(0, 1).reshape(case.exact.shape)
 
 
-@mistake("layout_channels_first", "dumped with head and channel exchanged", f"{ROPES} qkv_matmul qkv_bias attention", None)
+@mistake(
+    "layout_channels_first",
+    "dumped with head and channel exchanged",
+    f"{ROPES} qkv_matmul qkv_bias attention",
+    None,
+)
 def _(case: Case) -> Candidates:
     grid, _ = _grid(case)
     if grid.ndim == 3:

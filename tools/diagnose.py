@@ -6,10 +6,11 @@ from typing import Any
 from qwen_jax.replay import Replay
 from stages import verdict
 from stages.table import STAGE
-from stages.verdict import PRODUCTS, Item, Suspect
+from stages.verdict import Item, Suspect
 from tools import shapes
 from tools.case import Array, Case, consumers, focus_of
 from tools.catalogue import CATALOGUE, Mistake
+from tools.formats import detect
 from tools.localize import Explanation, Finding
 
 Key = tuple[str, int | None]
@@ -17,13 +18,14 @@ Key = tuple[str, int | None]
 # An explanation must bring back what the right function would have, within this many bits, and
 # must be better than the right function by at least as much.
 SLACK = 2.5
+CLASS_F16 = 14.0  # more bits than rounding the inputs of a product to 16 bits leaves
 SHOWN = 3  # explanations listed for one fault
 
 
-def findings(replay: Replay, items: list[Item]) -> list[Finding]:
+def findings(replay: Replay, items: list[Item], dtype: str) -> list[Finding]:
     """Every suspect that is not cleared, explained as far as possible, in computation order."""
-    suspects = verdict.suspects(items)
-    suspects += list(_matches(replay, items, {s.key for s in suspects}))
+    suspects = verdict.suspects(items, dtype)
+    suspects += list(_matches(replay, items, dtype, {s.key for s in suspects}))
     order = {(item.stage, item.layer): place for place, item in enumerate(items)}
     suspects.sort(key=lambda suspect: order[suspect.key])
     overrides, cleared, dump_only = _clear(replay, suspects)
@@ -46,9 +48,7 @@ def _case(replay: Replay, item: Item, overrides: dict[Key, Array], without: Key)
     return Case(replay, STAGE[item.stage], item.layer, others)
 
 
-def _clear(
-    replay: Replay, suspects: list[Suspect]
-) -> tuple[dict[Key, Array], set[Key], set[Key]]:
+def _clear(replay: Replay, suspects: list[Suspect]) -> tuple[dict[Key, Array], set[Key], set[Key]]:
     """Clear the stages that only suffer from the wrong *dump* of an earlier one.
 
     If a suspect's consumer is a suspect too, and is right once the suspect's dump is replaced by
@@ -89,8 +89,9 @@ def _clear(
 def _explain(case: Case, finding: Finding, hints: list[str]) -> None:
     """Try the catalogue and the general shapes; fill in ``diagnosis`` and ``shape``."""
     suspect = finding.suspect
-    if case.exact is None or suspect.why == "nan":
+    if suspect.why == "nan":
         finding.shape = _nonfinite(suspect)
+    if case.exact is None:
         return
     focus = focus_of(case, suspect.masks) if suspect.why == "slice" else None
     base = case.scored(case.exact, focus)
@@ -109,11 +110,11 @@ def _explain(case: Case, finding: Finding, hints: list[str]) -> None:
             consider(rank, entry.name, entry.says.replace("{}", detail), candidate)
         if found and entry.name in hints:
             break
-    if not found:
+    if not found and suspect.why != "nan":
         local = focus_of(case, suspect.masks)
         for name, says, candidate in shapes.fits(case, suspect.masks, local):
             consider(len(entries), name, says, candidate)
-    if not found:
+    if not found and suspect.why != "nan":
         _confined(case, finding, found)
     # half a bit is within the noise: the more specific entry, which stands first, wins
     found.sort(key=lambda pair: (-round(2 * pair[1].bits) / 2, pair[0]))
@@ -121,7 +122,7 @@ def _explain(case: Case, finding: Finding, hints: list[str]) -> None:
     for _, explanation in found:
         seen.setdefault(explanation.name, explanation)
     finding.diagnosis = list(seen.values())[:SHOWN]
-    if not finding.diagnosis:
+    if not finding.diagnosis and not finding.shape:
         finding.shape = shapes.describe(case, suspect.masks, focus)
 
 
@@ -156,16 +157,16 @@ def _nonfinite(suspect: Suspect) -> str:
     return f"NaN or infinity is born here: {places}"
 
 
-def _matches(replay: Replay, items: list[Item], known: set[Key]) -> Iterator[Suspect]:
+def _matches(replay: Replay, items: list[Item], dtype: str, known: set[Key]) -> Iterator[Suspect]:
     """Stages whose bits a precision would explain, but a known mistake explains better.
 
     Only where the bits are lower than the dump's own format allows: error of a format's rounding
-    has no better explanation. Sums of products are left out: nothing in the catalogue lies that
-    close to them.
+    has no better explanation. Only mistakes that lie near the right function are tried.
     """
-    usual = verdict.usual_levels(items)
+    usual = verdict.usual_levels(items, dtype)
     for name, expected in usual.items():
-        if STAGE[name].kind in PRODUCTS or STAGE[name].kind == "lookup":
+        near = [entry for entry in CATALOGUE if entry.near and name in entry.stages]
+        if not near:
             continue
         mine = [i for i in items if i.stage == name and (i.stage, i.layer) not in known]
         if not mine or any(item.segment for item in mine):
@@ -177,22 +178,33 @@ def _matches(replay: Replay, items: list[Item], known: set[Key]) -> Iterator[Sus
             suspect = Suspect(
                 item=item, expected=floor, why="match", masks=verdict.bad_slices(item, floor)
             )
-            case = Case(replay, STAGE[name], item.layer)
-            trial = Finding(suspect)
-            _explain_with_catalogue(case, trial)
-            if trial.diagnosis:
+            if _matched(Case(replay, STAGE[name], item.layer), near, floor):
                 yield suspect
 
 
-def _explain_with_catalogue(case: Case, finding: Finding) -> None:
-    base = case.scored(case.exact)
-    for entry in _entries(case, dump_only=False):
-        for detail, candidate in entry.candidates(case):
-            score = case.scored(candidate)
-            if score >= max(finding.suspect.expected - SLACK, base + SLACK):
-                says = entry.says.replace("{}", detail)
-                finding.diagnosis.append(Explanation(entry.name, score, says))
-                return
+def _matched(case: Case, entries: list[Mistake], expected: float) -> bool:
+    """Whether one of the entries explains the dump, and better than the right function does."""
+    needed = max(expected - SLACK, case.scored(case.exact) + SLACK)
+    candidates = (c for entry in entries for _, c in entry.candidates(case))
+    return any(case.scored(candidate) >= needed for candidate in candidates)
+
+
+def formats(
+    replay: Replay, items: list[Item], dtype: str, found: list[Finding]
+) -> dict[str, tuple[str, str]]:
+    """Linear stage -> (precision class, format) where a trace of float32 has fewer bits there,
+    and rounding the inputs in a known way reproduces the dump."""
+    if dtype != "float32":
+        return {}
+    faulty = {finding.suspect.key for finding in found}
+    result = {}
+    for item in items:
+        lowered = item.level < CLASS_F16 and not item.segment and STAGE[item.stage].kind == "matmul"
+        if lowered and item.stage not in result and (item.stage, item.layer) not in faulty:
+            explained = detect(Case(replay, STAGE[item.stage], item.layer))
+            if explained:
+                result[item.stage] = explained
+    return result
 
 
 def _format(replay: Replay, item: Item) -> str:

@@ -9,7 +9,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -63,9 +62,7 @@ def foreign_layout(args: argparse.Namespace) -> Layout | None:
         return None
     model = source.open_model(args.model)
     tokens = source.read_tokens(args, model)
-    return Layout(
-        config=model.config.to_json(), dims=model.config.dims(len(tokens)), tokens=tokens
-    )
+    return Layout(config=model.config.to_json(), dims=model.config.dims(len(tokens)), tokens=tokens)
 
 
 def compare_traces(
@@ -112,9 +109,7 @@ def main(argv: list[str]) -> int:
             rows, logits = compare_traces(a, b, keys)
     except NotComparable as error:
         if args.json:
-            cli.report(
-                args.json, {"schema": 1, "verdict": "not_comparable", "why": str(error)}
-            )
+            cli.report(args.json, {"schema": 1, "verdict": "not_comparable", "why": str(error)})
         raise
     default = TOLERANCE[coarser(a.dtype, b.dtype)]
     tolerance = default if args.tolerance is None else args.tolerance
@@ -185,9 +180,7 @@ def where(stage: str, layer: int | None) -> str:
     return stage if layer is None else f"layer {layer} {stage}"
 
 
-def _table(
-    rows: dict[Key, Difference], parting: Key | None, every_layer: bool, b: Trace
-) -> Table:
+def _table(rows: dict[Key, Difference], parting: Key | None, every_layer: bool, b: Trace) -> Table:
     """A row a stage with the layer where its relative L2 is largest, or a row a layer."""
     if every_layer:
         shown = list(rows)
@@ -247,7 +240,9 @@ def _print_verdict(
     show: Console, rows: dict[Key, Difference], parting: Key | None, tolerance: float
 ) -> None:
     smallest = _smallest(rows)
-    needed = "no tolerance would pass" if smallest is None else f"smallest that passes {smallest:.1e}"
+    needed = (
+        "no tolerance would pass" if smallest is None else f"smallest that passes {smallest:.1e}"
+    )
     first = next((key for key, row in rows.items() if not row.identical), None)
     if first is None:
         show.print(f"[bold]identical[/bold]: all {len(rows)} stages, bit for bit")

@@ -55,10 +55,14 @@ class Report:
     items: list[Item]
     findings: list[Finding]
     skipped: list[dict[str, Any]]
+    formats: dict[str, tuple[str, str]]  # stage -> precision class and format, found by trying
 
     @property
     def precision(self) -> dict[str, dict[str, Any]]:
-        return verdict.precision(self.items, {f.suspect.key for f in self.findings})
+        table = verdict.precision(self.items, {f.suspect.key for f in self.findings})
+        for stage, (name, says) in self.formats.items():
+            table[stage] |= {"class": name, "says": says}
+        return table
 
     @property
     def verdict(self) -> str:
@@ -106,8 +110,10 @@ def localize(trace: Trace, model: Checkpoint, advance: Callable[[Item], None]) -
 
     from tools import diagnose
 
-    findings = diagnose.findings(replay, items)
-    return Report(trace, model.name, dtype, items, findings, _skipped(trace, model, items))
+    findings = diagnose.findings(replay, items, dtype)
+    formats = diagnose.formats(replay, items, dtype, findings)
+    skipped = _skipped(trace, model, items)
+    return Report(trace, model.name, dtype, items, findings, skipped, formats)
 
 
 def _skipped(trace: Trace, model: Checkpoint, items: list[Item]) -> list[dict[str, Any]]:
@@ -245,17 +251,36 @@ def sentence(report: Report) -> str:
             lowered.setdefault(entry["class"], []).append(stage)
     if not lowered:
         return "clean: every stage that could be checked has the bits of float32 or better"
-    meaning = _meaning(lowered)
+    meaning = _meaning(lowered, _through(report.items))
     parts = [
         f"{name} in {'all other stages' if len(s) > 12 else ', '.join(s)}"
         for name, s in lowered.items()
     ]
-    return "precision, no fault: " + (meaning or "; ".join(parts))
+    how = sorted({says for _, says in report.formats.values()})
+    return (
+        "precision, no fault: "
+        + (meaning or "; ".join(parts))
+        + (f" ({', '.join(how)})" if how else "")
+    )
 
 
-def _meaning(lowered: dict[str, list[str]]) -> str | None:
+def _through(items: list[Item]) -> dict[str, set[str]]:
+    """Stage -> the missing stages that it was computed through."""
+    through: dict[str, set[str]] = {}
+    for item in items:
+        through.setdefault(item.stage, set()).update(stage for stage, _ in item.segment)
+    return through
+
+
+def _meaning(lowered: dict[str, list[str]], through: dict[str, set[str]]) -> str | None:
     """What a pattern of precision classes means, where it has one cause."""
-    stages = {name: set(found) for name, found in lowered.items()}
+    products = {name for name in NAMES if STAGE[name].kind in verdict.PRODUCTS}
+
+    def blamed(stage: str) -> set[str]:
+        """After missing stages, the products among them are what lowers the precision."""
+        return through[stage] & products - {stage} or {stage}
+
+    stages = {name: set().union(*map(blamed, found)) for name, found in lowered.items()}
     linears = {name for name in NAMES if STAGE[name].kind == "matmul"}
     cache = {"attn_scores", "attention"}
     if len(stages) == 1:
@@ -272,9 +297,9 @@ def _meaning(lowered: dict[str, list[str]]) -> str | None:
             return f"{name} products, f32 elsewhere: matmuls run in {name}"
         if len(found) > 12:
             return f"{name} throughout"
-    if set(stages) == {"8-bit", "tf32/f16"} and stages["8-bit"] <= linears:
-        if stages["tf32/f16"] <= cache:
-            return "8-bit linear layers and an f16 key/value cache, f32 elsewhere"
+    eight, sixteen = stages.get("8-bit", set()), stages.get("tf32/f16", set())
+    if len(stages) == 2 and eight and sixteen and eight <= linears and sixteen <= cache:
+        return "8-bit linear layers and an f16 key/value cache, f32 elsewhere"
     return None
 
 

@@ -36,10 +36,22 @@ def fits(case: Case, masks: dict[str, np.ndarray], focus: Array | None) -> Itera
 
     if float((y * y).sum()) > 0:
         factor = float((d * y).sum() / (y * y).sum())
-        one = "row_scaled" if confined == ["channel"] else "constant_factor"
-        yield one, f"{_subject(masks)} multiplied by {factor:.6g}", jnp.where(here, factor * exact, exact)
+        one = (
+            "row_scaled"
+            if "channel" in confined and "position" not in confined
+            else "constant_factor"
+        )
+        yield (
+            one,
+            f"{_subject(masks)} multiplied by {factor:.6g}",
+            jnp.where(here, factor * exact, exact),
+        )
         offset = float((d - y).sum() / jnp.maximum(finite.sum(), 1))
-        yield "additive_constant", f"{offset:.6g} added{place}", jnp.where(here, exact + offset, exact)
+        yield (
+            "additive_constant",
+            f"{offset:.6g} added{place}",
+            jnp.where(here, exact + offset, exact),
+        )
     high, low = float(d.max()), float(d.min())
     if float(y.max()) > high or float(y.min()) < low:
         limit = max(high, -low)
