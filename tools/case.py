@@ -165,9 +165,11 @@ class Case:
         """
         if candidate.shape != self.dump.shape:
             return -60.0
-        keep = jnp.isfinite(self.dump) & jnp.isfinite(candidate)
+        keep = jnp.isfinite(self.dump)
         if self.stage.kind == "scores":
             keep &= self.env.mask[:, None]
+        if not bool(keep.any()) or bool((keep & ~jnp.isfinite(candidate)).any()):
+            return -60.0  # nothing to compare, or NaN where the dump has a number
         error = jnp.where(keep, jnp.square(self.dump - candidate), 0.0)
         scale = jnp.where(keep, self.size + jnp.square(candidate), 0.0)
         found = float(verdict.bits(error.sum(), scale.sum()))

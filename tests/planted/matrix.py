@@ -1,0 +1,195 @@
+"""The fault matrix: every planted fault against the localizer, as a table.
+
+    python -m tests.planted.matrix --checkpoint demo hard --mode f32 bf16 --layers one all
+
+A row a fault: where it was planted, what the localizer accused, what it called it, and the cosine
+that a comparison with the right trace would have seen at that stage.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.planted import checkpoints, engine, faults
+
+ONE_LAYER = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One planted fault and what became of it.
+
+    Attributes:
+        due: whether it is large enough that it must be found, see ``faults.plain``.
+        placed: the right stage and layers, and nothing else, were accused.
+        named: it was called by its name, or needs none.
+        cosine: of the faulty stage against the right trace, in the first faulty layer.
+    """
+
+    fault: str
+    due: bool
+    accused: tuple[tuple[str, Any], ...]
+    names: tuple[str, ...]
+    placed: bool
+    named: bool
+    cosine: float
+
+
+class Bench:
+    """One checkpoint, prompt and arithmetic to plant faults in."""
+
+    def __init__(self, directory: Path, tokens: list[int], mode: str) -> None:
+        from qwen_jax.checkpoint import Checkpoint
+        from stages.trace import Layout
+
+        self.model = Checkpoint(directory)
+        self.loaded = engine.load(directory)
+        self.tokens, self.mode = tokens, mode
+        config = self.model.config
+        self.layout = Layout(
+            config=config.to_json(), dims=config.dims(len(tokens)), tokens=tuple(tokens)
+        )
+        self.right = engine.Engine(*self.loaded, mode).run(tokens, "all")
+
+    def localize(self, run: engine.Run, omit: tuple[str, ...] = ()) -> Any:
+        """The localizer's report on a run, through files as a user would hand them over."""
+        from stages.trace import open_trace
+        from tools.localize import localize
+
+        with tempfile.TemporaryDirectory() as scratch:
+            path = run.dump(Path(scratch) / "trace", omit)
+            return localize(open_trace(path, self.layout), self.model, lambda item: None)
+
+    def layers(self, which: str) -> list[int] | None:
+        last = self.model.config.num_hidden_layers - 1
+        return [min(ONE_LAYER, last)] if which == "one" else None
+
+    def plant(self, fault: faults.Fault, which: str) -> engine.Run:
+        layers = self.layers("one" if fault.one_layer else which)
+        return faults.plant(self.loaded, self.tokens, fault, layers, self.mode, "all")
+
+    def try_fault(self, fault: faults.Fault, which: str, judge: Callable | None = None) -> Row:
+        """Plant one fault and judge what the localizer (or ``judge``) says of it."""
+        from tools.localize import faults as reported
+
+        run = self.plant(fault, which)
+        found = (judge or (lambda r: reported(self.localize(r))))(run)
+        accused = tuple((f.stage, f.layer) for f in found)
+        names = tuple(f.first.diagnosis[0].name if f.first.diagnosis else "-" for f in found)
+        stages = [stage for f in found for stage in (f.stage, *f.also)]
+        planted = {stage for _, stage in run.effects}
+        placed = bool(found) and set(stages) <= planted and self._layers_right(found, run)
+        if fault.clean:
+            placed = not found
+        expected = {fault.diagnosis, *fault.accept}
+        named = placed and (fault.diagnosis is None or names[0] in expected)
+        due = bool(faults.plain(run, self.mode)) or fault.clean
+        return Row(fault.name, due, accused, names, placed, named, self._cosine(run))
+
+    def _layers_right(self, found: list, run: engine.Run) -> bool:
+        """Every accused layer is one where the fault was planted, and if it is plain in all of
+        its layers, none is missing."""
+        planted = {layer for layer, _ in run.effects}
+        plain = {layer for layer, _ in faults.plain(run, self.mode)}
+        accused = {f.suspect.item.layer for fault in found for f in fault.findings}
+        return accused <= planted and plain <= accused
+
+    def _cosine(self, run: engine.Run) -> float:
+        """The lowest cosine over the stages where the fault was planted."""
+        return min(
+            (cosine(run.stages[key], self.right.stages[key]) for key in run.effects), default=1
+        )
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two dumps, over finite elements; scores without what the mask removes."""
+    if a.ndim == 3 and a.shape[1] == a.shape[2]:
+        a, b = np.tril(a), np.tril(b)
+    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    keep = np.isfinite(a) & np.isfinite(b)
+    a, b = a[keep], b[keep]
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / norms) if norms else float("nan")
+
+
+def make_bench(name: str, mode: str, directory: Path, length: int = 48) -> Bench:
+    """A bench on the demo model, the hard checkpoint or a small random one."""
+    if name == "demo":
+        from qwen_jax.source import DEMO
+
+        tokens = [0, *np.random.default_rng(0).integers(1, 2048, length - 1).tolist()]
+        return Bench(DEMO, tokens, mode)
+    path = directory / name
+    if not path.exists():
+        make = {"hard": checkpoints.hard_checkpoint, "small": checkpoints.random_checkpoint}[name]
+        make(path)
+    tokens = checkpoints.hard_tokens(length) if name == "hard" else None
+    if tokens is None:
+        tokens = [0, *np.random.default_rng(3).integers(1, 192, length - 1).tolist()]
+    return Bench(path, list(tokens), mode)
+
+
+def rows(bench: Bench, which: str, select: str = "") -> Iterator[Row]:
+    """Every fault whose name contains ``select``."""
+    for name, fault in faults.FAULTS.items():
+        if select in name:
+            yield bench.try_fault(fault, which)
+
+
+def markdown(found: list[Row]) -> str:
+    """The table; faults too small to be due are marked."""
+    lines = ["| planted | accused | named | cosine | |", "|---|---|---|---|---|"]
+    for row in found:
+        accused = ", ".join(s if n is None else f"{s} ({n})" for s, n in row.accused) or "nothing"
+        result = "ok" if row.placed and row.named else "placed" if row.placed else "missed"
+        result = result if row.due else f"{result} (below rounding)"
+        names = ", ".join(row.names)
+        lines.append(f"| {row.fault} | {accused} | {names} | {row.cosine:.6f} | {result} |")
+    return "\n".join(lines)
+
+
+def summary(found: list[Row]) -> str:
+    """How many that must be found were."""
+    due = [row for row in found if row.due]
+    blind = sum(row.cosine > 0.999 for row in due)
+    return (
+        f"{len(due)} faults due: {sum(r.placed for r in due)} placed, "
+        f"{sum(r.named for r in due)} named; cosine above 0.999 for {blind} of them"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", nargs="+", default=["demo"], help="demo, hard, small")
+    parser.add_argument("--mode", nargs="+", default=["f32"], help="f32, bf16, ...")
+    parser.add_argument("--layers", nargs="+", default=["one"], choices=("one", "all"))
+    parser.add_argument("--select", default="", help="only faults with this in their name")
+    parser.add_argument("--brief", action="store_true", help="only rows that are not ok")
+    args = parser.parse_args()
+
+    from qwen_jax import runtime
+
+    runtime.configure("cpu")
+    failed = False
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in args.checkpoint:
+            for mode in args.mode:
+                bench = make_bench(name, mode, Path(scratch))
+                for which in args.layers:
+                    found = list(rows(bench, which, args.select))
+                    print(f"\n## {name}, {mode}, {which} layer{'s' * (which == 'all')}\n")
+                    print(summary(found) + "\n", flush=True)
+                    missed = [row for row in found if row.due and not (row.placed and row.named)]
+                    print(markdown(missed if args.brief else found), flush=True)
+                    failed |= any(row.due and not row.placed for row in found)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
