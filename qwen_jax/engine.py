@@ -26,7 +26,7 @@ from stages.table import (
 from stages.trace import numpy_dtype
 
 Want = Callable[[str, int | None], bool]  # is this stage of this layer to be fetched?
-Emit = Callable[[str, int | None, np.ndarray], None]  # stage, layer, value without batch axis
+Emit = Callable[[str, int | None, np.ndarray], None]  # stage, layer, value
 
 
 class JaxEngine:
@@ -58,14 +58,31 @@ class JaxEngine:
         return {"name": "qwen_jax", "backend": self.backend} | runtime.describe(self.device)
 
     def run(self, tokens: tuple[int, ...], logits: str, want: Want, emit: Emit) -> None:
-        """Compute one sequence and ``emit`` the wanted stages in computation order.
+        """Compute one sequence and ``emit`` the wanted stages in computation order, without a
+        batch axis.
 
         ``lm_head`` is always emitted; ``logits`` is "last" ([V]) or "all" ([T, V]).
         """
+        ids = np.array([tokens], np.int32)
+        self.run_batch(
+            ids,
+            np.ones_like(ids, bool),
+            logits,
+            want,
+            lambda stage, layer, value: emit(stage, layer, value[0]),
+        )
+
+    def run_batch(
+        self, tokens: np.ndarray, valid: np.ndarray, logits: str, want: Want, emit: Emit
+    ) -> None:
+        """Compute sequences of one length: as ``run``, with the batch axis in every value.
+
+        tokens [B, T] int32; valid [B, T] bool is False at padding, which is on the left and may
+        hold any token.
+        """
         model, put = self.model, partial(jax.device_put, device=self.device)
-        rows, index = np.unique(np.array([tokens], np.int32), return_inverse=True)
-        positions = np.arange(len(tokens))[None]
-        valid = np.ones_like(positions, bool)
+        rows, index = np.unique(tokens, return_inverse=True)
+        positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
         envs = {
             sliding: put(make_env(model.config, positions, valid, sliding))
             for sliding in set(model.config.sliding_layers) | {False}
@@ -73,7 +90,7 @@ class JaxEngine:
         # The embedding is most of a small model: only the rows in use go to the device.
         table = params.start_params(model)
         table = put(table.replace(embed_tokens=table.embed_tokens[rows]))
-        given = put({TOKENS: index.reshape(1, -1).astype(np.int32)})
+        given = put({TOKENS: index.reshape(tokens.shape).astype(np.int32)})
         start = self._start(table, envs[False], given)
         x, pending = start["embedding"], [("embedding", 0, start["embedding"])]
         with ThreadPoolExecutor(1) as reader:
@@ -86,7 +103,10 @@ class JaxEngine:
                 x = values["post_ffn_residual"]
                 # JAX dispatches asynchronously: fetch the last layer while this one computes.
                 _fetch(pending, want, emit)
-                pending = [(stage.name, layer, values[stage.name]) for stage in LAYER_STAGES]
+                # A jitted function returns a dictionary in another order.
+                pending = [
+                    (s.name, layer, values[s.name]) for s in LAYER_STAGES if s.name in values
+                ]
                 del values
             end = put(params.end_params(model))
         _fetch(pending, want, emit)
@@ -103,4 +123,4 @@ class JaxEngine:
 def _fetch(values: list, want: Want, emit: Emit) -> None:
     for stage, layer, value in values:
         if stage == "lm_head" or want(stage, layer):
-            emit(stage, layer, np.asarray(value)[0])
+            emit(stage, layer, np.asarray(value))
