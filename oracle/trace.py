@@ -12,7 +12,7 @@ def make_engine(model: Checkpoint, args: argparse.Namespace) -> object:
     try:
         from oracle import recorder
     except ImportError as error:
-        raise UserError(f"the oracle needs PyTorch: pip install '.[oracle]' ({error})") from None
+        raise UserError(f"the oracle cannot start ({error}): pip install '.[oracle]'") from None
     return recorder.TorchEngine(model, args.dtype, args.device)
 
 

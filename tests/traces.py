@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from oracle.recorder import TorchEngine
 from qwen_jax.checkpoint import Checkpoint
 from qwen_jax.config import Config
 from qwen_jax.engine import JaxEngine
@@ -44,6 +43,8 @@ def torch_trace(
     directory: Path, tokens: tuple[int, ...], dtype: str = "float32", logits: str = "all"
 ) -> Trace:
     """All stages of the Hugging Face forward."""
+    from oracle.recorder import TorchEngine  # seconds to import, and not every test needs it
+
     return collect(TorchEngine(Checkpoint(directory), dtype, "cpu"), tokens, logits)
 
 

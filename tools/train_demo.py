@@ -25,6 +25,7 @@ import platform
 import pydoc_data.topics
 import sys
 import sysconfig
+import textwrap
 import time
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def train_tokenizer(text):
 
 
 def make_model():
-    """A fresh model whose q, k and v biases start far from zero, where large Qwen2 models' end."""
+    """A fresh model whose q, k and v biases start far enough from zero to count."""
     model = Qwen2ForCausalLM(Qwen2Config(**CONFIG)).float()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -243,13 +244,15 @@ nothing: use it for arithmetic, not for answers.
 
 ## Shape
 
-{parameters:,} parameters, bfloat16. {num_hidden_layers} layers, hidden size {hidden_size}, {num_attention_heads} query heads and {num_key_value_heads} key/value heads of
-size {head_dim} (the 7:1 ratio of Qwen2-7B; 1/sqrt({head_dim}) is not a power of two), intermediate size {intermediate_size},
-RoPE theta {rope_theta:,.0f}, RMSNorm epsilon {rms_norm_eps}, input and output embeddings not tied.
+{parameters:,} parameters, bfloat16. {num_hidden_layers} layers, hidden size {hidden_size},
+{num_attention_heads} query heads and {num_key_value_heads} key/value heads of size {head_dim} (the
+7:1 ratio of Qwen2-7B; 1/sqrt({head_dim}) is not a power of two), intermediate size
+{intermediate_size}, RoPE theta {rope_theta:,.0f}, RMSNorm epsilon {rms_norm_eps}, input and output
+embeddings not tied.
 
-Vocabulary: {vocab_size} tokens. Byte-level BPE with Qwen2's splitting rule and NFC, trained on the training
-part of the text: the 256 bytes, {merges} merges, and `{end_token}` (id {end}), which separates
-documents.
+Vocabulary: {vocab_size} tokens. Byte-level BPE with Qwen2's splitting rule and NFC, trained on the
+training part of the text: the 256 bytes, {merges} merges, and `{end_token}` (id {end}), which
+separates documents.
 
 ## Text
 
@@ -259,20 +262,22 @@ The docstrings of the standard library's top-level modules, then the language re
 
     {sha}
 
-Copyright © 2001 Python Software Foundation; all rights reserved. Used under the
-[PSF License Agreement, version 2](https://docs.python.org/3/license.html). A few modules carry
-notices of their own: `codecs` (© CNRI), `socketserver` (© 2000 Luke Kenneth Casson Leighton) and
-`ast` (© 2008 Armin Ronacher) name them in the docstrings used here.
+Copyright © 2001 Python Software Foundation; all rights reserved. Used under the [PSF License
+Agreement, version 2](https://docs.python.org/3/license.html). A few modules carry notices of their
+own: `codecs` (© CNRI), `socketserver` (© 2000 Luke Kenneth Casson Leighton) and `ast` (© 2008 Armin
+Ronacher) name them in the docstrings used here.
 
-The last {held_out:.0%} ({held_bytes:,} bytes, {held_tokens:,} tokens) were held out, from the tokenizer too. `prompt.txt` is
-the beginning of a document there, word for word: {prompt_tokens} tokens.
+The last {held_out:.0%} ({held_bytes:,} bytes, {held_tokens:,} tokens) were held out, from the
+tokenizer too. `prompt.txt` is the beginning of a document there, word for word: {prompt_tokens}
+tokens.
 
 ## Training
 
-transformers' `Qwen2ForCausalLM` in float32, seed {seed}, {steps} steps of {batch} windows of {context} tokens ({epochs:.1f} times
-the {train_tokens:,} training tokens), AdamW, {warm_up} steps of warm-up to a learning rate of {peak_rate}, then a
-cosine. It took {minutes:.1f} minutes with two threads. The q, k and v biases were drawn from
-N(0, {bias_std}²) and then trained; the norm weights started at one.
+transformers' `Qwen2ForCausalLM` in float32, seed {seed}, {steps} steps of {batch} windows of
+{context} tokens ({epochs:.1f} times the {train_tokens:,} training tokens), AdamW, {warm_up} steps
+of warm-up to a learning rate of {peak_rate}, then a cosine. It took {minutes:.1f} minutes with two
+threads. The q, k and v biases were drawn from N(0, {bias_std}²) and then trained; the norm weights
+started at one.
 
 On the held-out text, in windows of {context} tokens:
 
@@ -296,9 +301,19 @@ The final norm's distance from one: {final_norm:.3f}.
 
 The text's SHA-256 is the same only under the same CPython release; the script says when it is not.
 With another release, another torch or another processor the weights come out different, but as
-good. Versions: CPython {python}, torch {torch}, transformers {transformers},
-tokenizers {tokenizers}.
+good. Versions: CPython {python}, torch {torch}, transformers {transformers}, tokenizers
+{tokenizers}.
 """
+
+
+def fill(card):
+    """Break the lines of each prose paragraph anew, now that the numbers are in it."""
+    return "\n\n".join(
+        paragraph
+        if paragraph[0] in "#| "
+        else textwrap.fill(paragraph, 100, break_on_hyphens=False)
+        for paragraph in card.strip().split("\n\n")
+    )
 
 
 def layer_table(model):
@@ -396,7 +411,7 @@ def main():
         transformers=transformers.__version__,
         tokenizers=tokenizers.__version__,
     )
-    (args.out / "README.md").write_text(card, encoding="utf-8")
+    (args.out / "README.md").write_text(fill(card) + "\n", encoding="utf-8")
     print(f"wrote {args.out}")
 
 
