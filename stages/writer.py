@@ -171,7 +171,6 @@ class TraceWriter:
         except OSError as error:
             self._error = error
             raise self._failure() from None
-        self._held.close()
         return whole
 
     def _stop(self) -> None:

@@ -1,7 +1,7 @@
 """The stage table is consistent with itself, and its lists parse as DESIGN says."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages import table
@@ -143,6 +143,7 @@ def test_a_wrong_stage_list_is_answered_with_the_names(text):
         assert name in one_line(error)
 
 
+@settings(deadline=None)
 @given(st.sets(st.sampled_from(NAMES), min_size=1), st.randoms())
 def test_any_order_and_case_of_names_gives_computation_order(names, random):
     shuffled = sorted(names, key=lambda name: random.random())

@@ -409,6 +409,13 @@ def test_json_in_a_file(world, run, fake):
     assert 0 < sum(row["probability"] for row in data["top"]) < 1
 
 
+def test_the_next_token_is_that_of_the_last_position(world, run, fake):
+    asked = ("--stages", "lm_head", "--logits", "all", "--out", "out", "--json", "-")
+    top = strict_json(run(*MODEL, *asked).stdout)["top"]
+    logits = open_trace(world / "out").read("lm_head", None)
+    assert top[0]["token"] == logits[-1].argmax() != logits[0].argmax()
+
+
 def test_logits_that_are_not_finite(world, run):
     """The trace of a model that overflows is written; JSON has null where it has NaN."""
     tensors = load_file(world / "model/model.safetensors")

@@ -212,7 +212,8 @@ def test_overwriting_deletes_nothing_beyond_a_link(tmp_path, link):
     (out / link).parent.mkdir(parents=True)
     (out / link).symlink_to(mine if link == "layer-0" else mine / "ffn_up.bin")
     if link == "layer-0":
-        refusal(write, out, {UP: values()}, overwrite=True)
+        assert "'layer-0'" in refusal(write, out, {UP: values()}, overwrite=True)
+        assert [path.name for path in out.iterdir()] == ["layer-0"]
     else:
         write(out, {("ffn_up", 0): values(), HEAD: values()}, overwrite=True)
         assert not (out / link).is_symlink()
@@ -400,6 +401,12 @@ def test_a_failed_write_is_told_to_the_thread_that_adds(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="incomplete"), TraceWriter(tmp_path, header()) as trace:
         for _ in range(10_000):
             trace.add(*UP, values())
+    assert "interrupted" in refusal(open_trace, tmp_path)
+
+
+def test_a_failed_last_write_is_told_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "stage_path", lambda *args: "absent/absent/x.bin")
+    assert "incomplete" in refusal(write, tmp_path, {UP: values()})
     assert "interrupted" in refusal(open_trace, tmp_path)
 
 
