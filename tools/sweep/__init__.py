@@ -1,0 +1,1 @@
+"""What ``tools.parity`` is made of: the grid, the programs it runs and how they are measured."""

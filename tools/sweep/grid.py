@@ -1,0 +1,175 @@
+"""The grid of a sweep: points as data, read from a TOML file. Imports neither jax nor NumPy.
+
+A file is a list of blocks ``[[grid]]``. A block gives each axis a value or a list of values and
+stands for their product; an axis that it leaves out has the default of ``Point``.
+"""
+
+import itertools
+import tomllib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.config import Config
+from stages.errors import UserError
+
+SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml"))}
+
+CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16", "float64"),
+    "precision": ("highest", "high", "default"),
+    "loop": ("layer", "program", "scan"),
+    "attention": ("stages", "fused"),
+    "flags": ("reference", "no-fma", "no-ynn", "default"),
+    "device": ("any", "cpu", "gpu"),
+    "trial": (
+        "reference", "captured", "stages", "rerun", "recompiled", "unobserved", "process", "threads"
+    ),
+    "plant": ("", "bf16_stage", "truncated_sum", "scaled_bias"),
+}  # fmt: skip
+REQUIRE = "identical"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One thing to run and compare.
+
+    Attributes:
+        dtype: of the model.
+        precision: of float32 matrix products, as in ``jax_default_matmul_precision``.
+        length: tokens of the longest sequence.
+        batch: sequences; the others are shorter and padded on the left.
+        excess: whether XLA may keep more precision than the dtype has.
+        loop: "layer" compiles one layer and runs it for each (what traces), "program" compiles
+            the whole model at once, "scan" one layer inside a loop over stacked weights.
+        attention: "stages", or "fused" for ``jax.nn.dot_product_attention``, which leaves
+            ``attn_scores`` and ``attn_softmax`` out.
+        flags: of XLA on the CPU. "reference": no fused multiply-add and no YNNPACK; "no-fma" and
+            "no-ynn": one of the two; "default": neither.
+        device: where the point has a meaning.
+        trial: what the candidate is compared with. "reference": the un-jitted run on the CPU.
+            All others: the same program under the same flags, but with other stages captured
+            ("captured": none, "stages": one at a time), run again, compiled again, in another
+            process, or on one thread; "unobserved" is another program, which returns the logits
+            alone.
+        plant: a fault planted in the candidate, to see the instrument find it.
+        require: "identical", the least significant bits of every stage, or nothing.
+    """
+
+    dtype: str = "float32"
+    precision: str = "highest"
+    length: int = 17
+    batch: int = 1
+    excess: bool = False
+    loop: str = "layer"
+    attention: str = "stages"
+    flags: str = "reference"
+    device: str = "any"
+    trial: str = "reference"
+    plant: str = ""
+    require: str | float | None = None
+
+    @property
+    def key(self) -> str:
+        """What finished points are found by: everything but what is required."""
+        return " ".join(str(v) for name, v in asdict(self).items() if name != "require")
+
+    @property
+    def process(self) -> tuple[str, bool]:
+        """Points that can share a process: XLA reads its flags once."""
+        return self.flags, self.excess
+
+    @property
+    def says(self) -> str:
+        """One line for people."""
+        parts = [self.dtype, f"T {self.length}", f"B {self.batch}", self.loop]
+        if self.attention == "fused":
+            parts.append("fused attention")
+        if self.precision != "highest":
+            parts.append(f"matmul {self.precision}")
+        parts.append(f"flags {self.flags}" + (", excess precision" if self.excess else ""))
+        if self.device != "any":
+            parts.append(f"on the {self.device}")
+        if self.trial != "reference":
+            parts.append(f"trial {self.trial}")
+        if self.plant:
+            parts.append(f"planted {self.plant}")
+        return ", ".join(parts)
+
+
+def load(spec: str) -> list[Point]:
+    """The points of a shipped sweep or of a TOML file, in its order, each once.
+
+    Raises:
+        UserError: no such file, no TOML, or an axis or value that does not exist.
+    """
+    path = SHIPPED.get(spec, Path(spec))
+    try:
+        blocks = tomllib.loads(path.read_text(encoding="utf-8")).get("grid")
+    except OSError as error:
+        known = ", ".join(SHIPPED)
+        raise UserError(f"--sweep {spec}: {error.strerror}; shipped: {known}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--sweep {path}: not TOML: {error}") from None
+    if not isinstance(blocks, list) or not blocks:
+        raise UserError(f"--sweep {path}: expected blocks [[grid]]")
+    points: dict[str, Point] = {}
+    for block in blocks:
+        for point in _product(block, path):
+            if points.setdefault(point.key, point) != point:
+                raise UserError(f"--sweep {path}: two requirements for one point: {point.says}")
+    return list(points.values())
+
+
+def _product(block: dict[str, Any], path: Path) -> Iterator[Point]:
+    types = {f.name: f.type for f in fields(Point)}
+    lists = {}
+    for name, value in block.items():
+        if name not in types:
+            raise UserError(f"--sweep {path}: no axis {name!r}; axes: {', '.join(types)}")
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise UserError(f"--sweep {path}: {name} is empty")
+        for each in values:
+            _check(name, each, types[name], path)
+        lists[name] = values
+    for combination in itertools.product(*lists.values()):
+        yield Point(**dict(zip(lists, combination, strict=True)))
+
+
+def _check(name: str, value: Any, kind: Any, path: Path) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name in CHOICES:
+        ok, expected = value in CHOICES[name], ", ".join(filter(None, CHOICES[name]))
+    elif kind is int:
+        ok, expected = number and isinstance(value, int) and value > 0, "a positive whole number"
+    elif kind is bool:
+        ok, expected = isinstance(value, bool), "true or false"
+    else:
+        ok, expected = value == REQUIRE or number, f"{REQUIRE!r} or a number of bits"
+    if not ok:
+        raise UserError(f"--sweep {path}: {name} = {value!r}; expected {expected}")
+
+
+def impossible(point: Point, config: Config, device: str) -> str | None:
+    """Why a point cannot be run on this model and device; None if it can."""
+    if point.device not in ("any", device):
+        return f"needs --device {point.device}"
+    if device == "gpu" and point.flags != "default":
+        return f"flags {point.flags} are of XLA's CPU backend"
+    if device == "gpu" and point.trial == "threads":
+        return "threads are a matter of the CPU"
+    if point.precision != "highest" and point.dtype != "float32":
+        return f"matmul precision concerns float32 products, not {point.dtype}"
+    if point.length > config.max_position_embeddings:
+        return f"the model has {config.max_position_embeddings} positions"
+    if point.loop == "scan" and len(set(config.sliding_layers)) > 1:
+        return "a scan runs one program for every layer; some layers here have a sliding window"
+    if point.loop != "layer" and (point.attention == "fused" or point.plant):
+        return "replaced stages are tried in the per-layer program only"
+    if point.loop != "layer" and point.trial in ("captured", "stages"):
+        return "a whole program always returns every stage; with fewer it is another program"
+    if point.trial == "unobserved" and (point.loop != "program" or point.attention == "fused"):
+        return "the unobserved program is one program; use loop = program"
+    return None

@@ -1,0 +1,142 @@
+"""The programs that a sweep runs: the layer-wise engine that traces, and the whole model at once.
+
+Each gives every stage with its batch axis: ``{(stage, layer): [B, ...]}``.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array, lax
+
+from qwen_jax import params
+from qwen_jax.checkpoint import Checkpoint
+from qwen_jax.engine import JaxEngine, Want
+from qwen_jax.model import Stages, forward, make_env, run_stages
+from stages.table import END_STAGES, LAYER_INPUT, LAYER_STAGES, START_STAGES, TOKENS, Stage
+from stages.trace import numpy_dtype
+from tools.sweep.variants import Variant
+
+Key = tuple[str, int | None]
+Values = dict[Key, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of falling length in one array, padded on the left.
+
+    Attributes:
+        tokens: [B, T] int32.
+        valid: [B, T] bool, False at padding.
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+
+    @property
+    def lengths(self) -> list[int]:
+        return [int(n) for n in self.valid.sum(1)]
+
+
+def make_batch(tokens: tuple[int, ...], length: int, batch: int) -> Batch:
+    """``batch`` sequences cut from ``tokens`` (repeated as often as needed), the first of
+    ``length`` tokens, the others shorter by equal steps."""
+    stream = np.resize(np.array(tokens, np.int32), length + batch)
+    ids, valid = np.zeros((batch, length), np.int32), np.zeros((batch, length), bool)
+    for row in range(batch):
+        count = -(-length * (batch - row) // batch)
+        ids[row, length - count :] = stream[row : row + count]  # padding is token 0
+        valid[row, length - count :] = True
+    return Batch(ids, valid)
+
+
+class Layers(JaxEngine):
+    """The engine that traces, with stages replaced as ``variant`` says."""
+
+    def __init__(
+        self, model: Checkpoint, dtype: str, backend: str, device: Any, variant: Variant
+    ) -> None:
+        self.variant = variant
+        super().__init__(model, dtype, backend, device)
+
+    def _program(self, rows: tuple[Stage, ...]) -> Any:
+        if rows != LAYER_STAGES:
+            return super()._program(rows)
+        return partial(
+            run_stages,
+            self.variant.rows,
+            self.model.config,
+            dtype=self.dtype,
+            functions=self.variant.functions,
+        )
+
+    def values(self, batch: Batch, want: Want = lambda stage, layer: True) -> Values:
+        """Every wanted stage, and always the logits of all positions."""
+        found: Values = {}
+        self.run_batch(
+            batch.tokens,
+            batch.valid,
+            "all",
+            want,
+            lambda stage, layer, value: found.__setitem__((stage, layer), value),
+        )
+        return found
+
+
+class Whole:
+    """The whole model as one compiled program.
+
+    Arguments:
+        form: "program" (the layers one after another), "scan" (a loop over stacked weights), or
+            "unobserved" (as "program", but only the logits come out, so XLA may fuse at will).
+    """
+
+    def __init__(self, model: Checkpoint, dtype: str, device: Any, form: str) -> None:
+        self.model, self.device, self.form = model, device, form
+        function = _scan if form == "scan" else forward
+        program = partial(function, model.config, dtype=numpy_dtype(dtype))
+        if form == "unobserved":
+            program = partial(_logits, program)
+        self.program = jax.jit(program)
+
+    def values(self, batch: Batch) -> Values:
+        config, put = self.model.config, partial(jax.device_put, device=self.device)
+        positions = np.maximum(np.cumsum(batch.valid, axis=1) - 1, 0)
+        envs = {
+            sliding: put(make_env(config, positions, batch.valid, sliding))
+            for sliding in set(config.sliding_layers) | {False}
+        }
+        weights = params.load(self.model)
+        if self.form == "scan":
+            stacked = jax.tree.map(lambda *layers: np.stack(layers), *weights.layers)
+            weights = weights.replace(layers=stacked)
+        found = self.program(put(weights), put(batch.tokens), envs)
+        if self.form == "unobserved":
+            return {("lm_head", None): np.asarray(found)}
+        values: Values = {("embedding", 0): np.asarray(found.start["embedding"])}
+        for number, layer in enumerate(found.layers):
+            values |= {(s.name, number): np.asarray(layer[s.name]) for s in LAYER_STAGES}
+        return values | {(s.name, None): np.asarray(found.end[s.name]) for s in END_STAGES}
+
+
+def _logits(program: Any, *args: Any) -> Array:
+    return program(*args).end["lm_head"]
+
+
+def _scan(config: Any, weights: params.Params, tokens: Array, envs: Any, dtype: Any) -> Stages:
+    """``model.forward`` with ``lax.scan`` over ``weights.layers``, whose leaves are [L, ...]."""
+    env = envs[False]
+    start = run_stages(START_STAGES, config, weights.start, env, {TOKENS: tokens}, dtype)
+    layer_env = envs[config.sliding_layers[0]]
+
+    def body(x: Array, layer: params.LayerParams) -> tuple[Array, dict[str, Array]]:
+        values = run_stages(LAYER_STAGES, config, layer, layer_env, {LAYER_INPUT: x}, dtype)
+        return values["post_ffn_residual"], values
+
+    x, layers = lax.scan(body, start["embedding"], weights.layers)
+    end = run_stages(END_STAGES, config, weights.end, env, {"post_ffn_residual": x}, dtype)
+    count = config.num_hidden_layers
+    layers = tuple(jax.tree.map(lambda stage: stage[n], layers) for n in range(count))  # noqa: B023
+    return Stages(start=start, layers=layers, end=end)
