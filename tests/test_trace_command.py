@@ -427,6 +427,13 @@ def test_logits_that_are_not_finite(world, run):
     assert np.isnan(open_trace(world / "out").read("lm_head", None)).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_infinite_logits_have_no_probabilities():
+    top = command._top(None, np.array([1.0, np.inf, -np.inf, 2.0]), 2)
+    assert [row["token"] for row in top] == [1, 3]
+    assert np.isnan(top[0]["probability"])
+
+
 def test_a_model_without_a_tokenizer_takes_ids(world, run, fake):
     asked = ("--stages", "lm_head", "--out", "out", "--json", "-")
     result = run("--model", "no-tokenizer", *TOKENS, *asked)
