@@ -213,10 +213,13 @@ def _is_float(x: Array) -> bool:
 
 
 @cache
-def compiled(rows: tuple[Stage, ...], config: Config, dtype: np.dtype) -> Any:
+def compiled(
+    rows: tuple[Stage, ...], config: Config, dtype: np.dtype, unoptimised: bool = False
+) -> Any:
     """``run`` under jit: called as ``(weights, env, dumps, given)``."""
     return jax.jit(
-        lambda weights, env, dumps, given: run(rows, config, weights, env, dumps, given, dtype)
+        lambda weights, env, dumps, given: run(rows, config, weights, env, dumps, given, dtype),
+        compiler_options={"xla_backend_optimization_level": 0} if unoptimised else None,
     )
 
 
@@ -243,10 +246,16 @@ class Replay:
         trace: the dumps.
         source: the checkpoint whose weights made them.
         dtype: the precision of the trace, for what a gap's rounding does.
+        unoptimised: compile in half the time and run slower: for many small traces.
     """
 
-    def __init__(self, trace: Trace, source: Checkpoint, dtype: np.dtype) -> None:
+    def __init__(
+        self, trace: Trace, source: Checkpoint, dtype: np.dtype, unoptimised: bool = False
+    ) -> None:
         self.trace, self.source, self.dtype = trace, source, dtype
+        self._compiled = partial(
+            compiled, config=source.config, dtype=dtype, unoptimised=unoptimised
+        )
         config = source.config
         positions = np.arange(len(trace.tokens))[None]
         valid = np.ones_like(positions, bool)
@@ -254,7 +263,7 @@ class Replay:
             sliding: jax.device_put(model.make_env(config, positions, valid, sliding))
             for sliding in set(config.sliding_layers) | {False}
         }
-        self._layer = compiled(LAYER_STAGES, config, dtype)
+        self._layer = self._compiled(LAYER_STAGES)
         # What the first dumped stage after a gap was computed through.
         self._carried: dict[str, tuple[Array, Array]] = {}
         self._chain: dict[str, tuple] = {}
@@ -284,7 +293,7 @@ class Replay:
         table, tokens = self.start_params()
         start = {"embedding": self.load("embedding", 0), TOKENS: tokens}
         start = {name: dump for name, dump in start.items() if dump is not None}
-        program = compiled(START_STAGES, config, self.dtype)
+        program = self._compiled(START_STAGES)
         yield from self._step(START_STAGES, 0, program, table, start, {})
         with ThreadPoolExecutor(1) as reader:
 
@@ -342,7 +351,7 @@ class Replay:
             dumps["final_norm"] = norm
         if not dumps and not given:
             return
-        program = compiled(END_STAGES[:1], config, self.dtype)
+        program = self._compiled(END_STAGES[:1])
         yield from self._step(END_STAGES[:1], None, program, weights, dumps, given)
         if (head := self.load("lm_head", None)) is None:
             return
@@ -353,7 +362,7 @@ class Replay:
         elif last_only:
             given = {name: (a[:, -1:], b[:, -1:]) for name, (a, b) in given.items()}
         head = head[:, None] if last_only else head
-        program = compiled(END_STAGES[1:], config, self.dtype)
+        program = self._compiled(END_STAGES[1:])
         parts = []
         for first in range(0, config.vocab_size, VOCABULARY_SLICE):
             cut = slice(first, first + VOCABULARY_SLICE)

@@ -19,6 +19,7 @@ from tools.sweep.grid import Point
 from tools.sweep.memory import MemoryTrace, compared
 
 CLASS = {"float64": "f64", "float32": "f32", "float16": "tf32/f16", "bfloat16": "bf16"}
+UNOPTIMISED = 128  # tokens up to which a replay takes longer to compile than to run
 FINEST_FIRST = [name for name, _, _ in verdict.CLASSES]
 
 
@@ -147,7 +148,9 @@ def local(traces: Iterable[MemoryTrace], model: Checkpoint, point: Point, device
     result, dtype, config = Local(), point.dtype, model.config.to_json()
     worst: dict[tuple[str, int | None], dict[str, Any]] = {}
     for trace in traces:
-        replay = Replay(trace, model, numpy_dtype(dtype))
+        replay = Replay(
+            trace, model, numpy_dtype(dtype), unoptimised=len(trace.tokens) <= UNOPTIMISED
+        )
         items = [verdict.judge(m.stage, m.layer, m.sums, m.segment, config, dtype) for m in replay]
         result.items += items
         odd = {suspect.key: suspect.why for suspect in verdict.suspects(items, dtype)}

@@ -14,7 +14,7 @@ from jax import Array, lax
 from qwen_jax import params
 from qwen_jax.checkpoint import Checkpoint
 from qwen_jax.engine import JaxEngine, Want
-from qwen_jax.model import Stages, forward, make_env, run_stages
+from qwen_jax.model import forward, make_env, run_stages
 from stages.table import END_STAGES, LAYER_INPUT, LAYER_STAGES, START_STAGES, TOKENS, Stage
 from stages.trace import numpy_dtype
 from tools.sweep.variants import Variant
@@ -95,11 +95,8 @@ class Whole:
 
     def __init__(self, model: Checkpoint, dtype: str, device: Any, form: str) -> None:
         self.model, self.device, self.form = model, device, form
-        function = _scan if form == "scan" else forward
-        program = partial(function, model.config, dtype=numpy_dtype(dtype))
-        if form == "unobserved":
-            program = partial(_logits, program)
-        self.program = jax.jit(program)
+        function = {"program": _unrolled, "scan": _scan, "unobserved": _logits}[form]
+        self.program = jax.jit(partial(function, model.config, dtype=numpy_dtype(dtype)))
 
     def values(self, batch: Batch) -> Values:
         config, put = self.model.config, partial(jax.device_put, device=self.device)
@@ -112,21 +109,33 @@ class Whole:
         if self.form == "scan":
             stacked = jax.tree.map(lambda *layers: np.stack(layers), *weights.layers)
             weights = weights.replace(layers=stacked)
-        found = self.program(put(weights), put(batch.tokens), envs)
+        found = jax.device_get(self.program(put(weights), put(batch.tokens), envs))
         if self.form == "unobserved":
-            return {("lm_head", None): np.asarray(found)}
-        values: Values = {("embedding", 0): np.asarray(found.start["embedding"])}
-        for number, layer in enumerate(found.layers):
-            values |= {(s.name, number): np.asarray(layer[s.name]) for s in LAYER_STAGES}
-        return values | {(s.name, None): np.asarray(found.end[s.name]) for s in END_STAGES}
+            return {("lm_head", None): found}
+        start, layers, end = found
+        values: Values = {("embedding", 0): start["embedding"]}
+        for number in range(config.num_hidden_layers):
+            for name in (stage.name for stage in LAYER_STAGES):
+                stacked = self.form == "scan"
+                values[name, number] = layers[name][number] if stacked else layers[number][name]
+        return values | {(s.name, None): end[s.name] for s in END_STAGES}
 
 
-def _logits(program: Any, *args: Any) -> Array:
-    return program(*args).end["lm_head"]
+def _unrolled(config: Any, *args: Any, dtype: Any) -> tuple[Any, Any, Any]:
+    """``model.forward``: (start, layers, end)."""
+    found = forward(config, *args, dtype)
+    return found.start, found.layers, found.end
 
 
-def _scan(config: Any, weights: params.Params, tokens: Array, envs: Any, dtype: Any) -> Stages:
-    """``model.forward`` with ``lax.scan`` over ``weights.layers``, whose leaves are [L, ...]."""
+def _logits(*args: Any, **kwargs: Any) -> Array:
+    return _unrolled(*args, **kwargs)[2]["lm_head"]
+
+
+def _scan(
+    config: Any, weights: params.Params, tokens: Array, envs: Any, dtype: Any
+) -> tuple[Any, Any, Any]:
+    """``model.forward`` with ``lax.scan`` over ``weights.layers``, whose leaves are [L, ...]; so
+    are those of the layers' values."""
     env = envs[False]
     start = run_stages(START_STAGES, config, weights.start, env, {TOKENS: tokens}, dtype)
     layer_env = envs[config.sliding_layers[0]]
@@ -137,6 +146,4 @@ def _scan(config: Any, weights: params.Params, tokens: Array, envs: Any, dtype: 
 
     x, layers = lax.scan(body, start["embedding"], weights.layers)
     end = run_stages(END_STAGES, config, weights.end, env, {"post_ffn_residual": x}, dtype)
-    count = config.num_hidden_layers
-    layers = tuple(jax.tree.map(lambda stage: stage[n], layers) for n in range(count))  # noqa: B023
-    return Stages(start=start, layers=layers, end=end)
+    return start, layers, end

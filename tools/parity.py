@@ -1,0 +1,306 @@
+"""``python -m tools.parity``: XLA-compiled against un-jitted, over a grid of ways to compile.
+
+The reference is the un-jitted forward on the CPU, the candidate what XLA compiles for the device.
+Finished points are kept in ``--out``; the same command goes on where it was interrupted.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from qwen_jax import source
+from qwen_jax.checkpoint import Checkpoint
+from stages import cli
+from stages.errors import NotComparable, UserError
+from tools.sweep import grid, report
+from tools.sweep.grid import Point
+from tools.sweep.worker import environment, last_line
+
+SCHEMA = 1
+ROWS, STAMP, TABLE = "points.jsonl", "sweep.json", "table.md"
+ROOT = Path(__file__).resolve().parent.parent
+
+Row = dict[str, Any]
+
+
+def parser() -> argparse.ArgumentParser:
+    result = cli.Parser(prog="python -m tools.parity", description=__doc__)
+    source.add_model_arguments(result)
+    add = result.add_argument
+    shipped = ", ".join(grid.SHIPPED)
+    add("--sweep", default="quick", metavar="NAME|FILE.toml", help=f"{shipped}, or your own grid")
+    add("--device", default="cpu", choices=("cpu", "gpu"), help="of the candidate")
+    add("--out", type=Path, metavar="DIR", help="finished points and the table; go on from there")
+    add("--overwrite", action="store_true", help="forget the finished points in --out")
+    add("--jobs", type=_jobs, metavar="N", help="processes at once; default: cores, at most 4")
+    cli.add_json(result)
+    return result
+
+
+def _jobs(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    points = grid.load(args.sweep)
+    model = source.open_model(args.model)
+    tokens = read_tokens(args, model)
+    job = {"device": args.device, "model": args.model, "tokens": list(tokens)}
+    machine = ask_device(job)
+    out = args.out or Path(f"parity-{model.name}-{Path(args.sweep).stem}-{args.device}")
+    began = time.perf_counter()
+    with _locked(out):
+        rows = finished(out, _stamp(job, model, machine), args.overwrite)
+        for point in points:
+            if why := grid.impossible(point, model.config, args.device):
+                rows[point.key] = {"key": point.key, "verdict": "not run", "why": why}
+        left = [point for point in points if point.key not in rows]
+        kept = sum(row["verdict"] != "not run" for row in rows.values())
+        jobs = args.jobs or (1 if args.device == "gpu" else min(4, os.cpu_count() or 1))
+        rows |= run(left, job, jobs, out / ROWS)
+        pairs = [(point, rows[point.key]) for point in points]
+        (out / TABLE).write_text(report.markdown(pairs), encoding="utf-8")
+    failures = [(p, why) for p, row in pairs if (why := report.failure(p, row))]
+    ran = sum(row["verdict"] != "not run" for _, row in pairs)
+    data = {
+        "schema": SCHEMA,
+        "verdict": "fail" if failures else "pass" if ran else "not_comparable",
+        "sweep": args.sweep,
+        "model": model.name,
+        "device": args.device,
+        "machine": machine,
+        "seconds": round(time.perf_counter() - began, 1),
+        "points": [_entry(point, row) for point, row in pairs],
+    }
+    show = cli.report(args.json, data)
+    show.print(report.table(pairs))
+    _summary(show, pairs, failures, kept, out)
+    if failures:
+        return 1
+    if not ran:
+        raise NotComparable(f"nothing compared: none of the {len(pairs)} points could be run")
+    return 0
+
+
+def _entry(point: Point, row: Row) -> Row:
+    """A point and its row as ``--json`` has them."""
+    row = {name: value for name, value in row.items() if name != "key"}
+    return {"point": vars(point), "failure": report.failure(point, row)} | row
+
+
+def _summary(
+    show: Console, pairs: list[tuple[Point, Row]], failures: list, kept: int, out: Path
+) -> None:
+    counts: dict[str, int] = {}
+    for _, row in pairs:
+        counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
+    listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+    show.print(f"\n{len(pairs)} points: {listed}" + (f"; {kept} from before" if kept else ""))
+    for point, why in failures:
+        show.print(f"[bold red]fails[/bold red] {point.says}: {why}", soft_wrap=True)
+    show.print(f"[bold]{'fail' if failures else 'pass'}[/bold]; table in {out / TABLE}")
+
+
+def read_tokens(args: argparse.Namespace, model: Checkpoint) -> tuple[int, ...]:
+    """What the user gave; else the embedded prompt, or, for a model without a tokenizer, ids drawn
+    once and for all."""
+    given = args.tokens is not None or args.prompt is not None or args.prompt_file is not None
+    if given or source.load_tokenizer(model) is not None:
+        return source.read_tokens(args, model)
+    return tuple(map(int, np.random.default_rng(0).integers(model.config.vocab_size, size=64)))
+
+
+# --- finished points
+
+
+def finished(out: Path, stamp: Row, overwrite: bool) -> dict[str, Row]:
+    """Rows of an earlier run of the same sweep in ``out``, by key.
+
+    Raises:
+        UserError: what is there was made with another model, device, version or code.
+    """
+    rows, path = out / ROWS, out / STAMP
+    if path.exists() and not overwrite:
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            there = {}
+        if differing := sorted(
+            k for k in stamp.keys() | there.keys() if stamp.get(k) != there.get(k)
+        ):
+            raise UserError(
+                f"--out {out}: holds points of another {', '.join(differing)}; add --overwrite to "
+                "forget them, or choose another directory"
+            )
+        return {row["key"]: row for row in _lines(rows)}
+    rows.write_text("", encoding="utf-8")
+    path.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
+    return {}
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    """The whole lines of a file that may end in the middle of one."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+def _stamp(job: Row, model: Checkpoint, machine: Row) -> Row:
+    """What finished points depend on. A change of any of it makes them another sweep's."""
+    weights = sorted(model.directory.glob("*.safetensors"))
+    code = hashlib.sha256()
+    for package in ("stages", "qwen_jax", "tools/sweep"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            code.update(path.read_bytes())
+    tokens = hashlib.sha256(json.dumps(job["tokens"]).encode()).hexdigest()[:16]
+    return {
+        "schema": SCHEMA,
+        "model": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in weights},
+        "config": model.config.to_json(),
+        "tokens": tokens,
+        "machine": machine,
+        "code": code.hexdigest()[:16],
+    }
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One sweep at a time in a directory."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        strangers = [p.name for p in out.iterdir() if p.name not in (ROWS, STAMP, TABLE)]
+        if strangers:
+            raise UserError(f"--out {out}: holds {strangers[0]!r}; choose an empty directory")
+        descriptor = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another sweep is writing there") from None
+    finally:
+        os.close(descriptor)
+
+
+# --- workers
+
+
+def ask_device(job: Row) -> Row:
+    """What a worker finds: device, flags, versions.
+
+    Raises:
+        UserError: no such device here.
+    """
+    for line in _worker(job, ("default", False), []):
+        if "refused" in line:
+            raise UserError(line["refused"])
+        if "machine" in line:
+            return {
+                k: v for k, v in line["machine"].items() if k not in ("flags", "matmul_precision")
+            }
+    raise UserError("the worker process ended before it had looked for a device")
+
+
+def run(points: list[Point], job: Row, jobs: int, path: Path) -> dict[str, Row]:
+    """Run the points, flag set by flag set, and append each row to ``path`` as it is finished."""
+    queues: dict[tuple[str, bool], list[Point]] = {}
+    for point in points:
+        queues.setdefault(point.process, []).append(point)
+    rows: dict[str, Row] = {}
+    by_key = {point.key: point for point in points}
+    lock = threading.Lock()
+    with open(path, "a", encoding="utf-8") as file, cli.progress() as bar:
+        task = bar.add_task("points", total=len(points))
+
+        def done(row: Row) -> None:
+            with lock:
+                rows[row["key"]] = row
+                if not row.get("failed"):  # what went wrong is tried again next time
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+                point, verdict = by_key[row["key"]], row["verdict"]
+                why = f": {row['why']}" if "why" in row else ""
+                count = f"[{len(rows)}/{len(points)}]"
+                line = f"{count} {point.says}: {verdict}{why} ({row.get('seconds', 0):.1f} s)"
+                bar.console.print(line, markup=False, soft_wrap=True)
+                bar.advance(task)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            for future in [pool.submit(_drain, job, p, q, done) for p, q in queues.items()]:
+                future.result()
+    return rows
+
+
+def _drain(
+    job: Row, process: tuple[str, bool], points: list[Point], done: Callable[[Row], None]
+) -> None:
+    """Run all points of one flag set; a point that takes its process down does not end the rest."""
+    left = {p.key: p for p in sorted(points, key=lambda p: (p.dtype, p.length, p.batch))}
+    while left:
+        current, code = None, 0
+        for line in _worker(job, process, list(left.values())):
+            if "begin" in line:
+                current = line["begin"]
+            elif "key" in line:
+                done(line)
+                left.pop(line["key"])
+                current = None
+            elif "ended" in line:
+                code = line
+        if left:
+            key = current or next(iter(left))
+            left.pop(key)
+            why = f"its process ended with {code['ended']}: {code['last']}"
+            done({"key": key, "verdict": "not run", "why": why, "failed": True})
+
+
+def _worker(job: Row, process: tuple[str, bool], points: list[Point]) -> Iterator[Row]:
+    """The lines that one worker process prints, and last ``{"ended": exit code, "last": ...}``."""
+    flags, excess = process
+    job = job | {"flags": flags, "excess": excess, "points": [vars(point) for point in points]}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tools.sweep.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=environment(flags, excess),
+    )
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.append(child.stderr.read()), daemon=True)
+    reader.start()
+    try:
+        with child.stdin as stdin:
+            stdin.write(json.dumps(job))
+        for line in child.stdout:
+            yield json.loads(line)
+        code = child.wait()
+        reader.join()
+        yield {"ended": code, "last": last_line("".join(said))}
+    finally:
+        child.kill()
+        child.wait()
+
+
+if __name__ == "__main__":
+    cli.run(main)
