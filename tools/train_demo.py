@@ -276,8 +276,8 @@ tokens.
 transformers' `Qwen2ForCausalLM` in float32, seed {seed}, {steps} steps of {batch} windows of
 {context} tokens ({epochs:.1f} times the {train_tokens:,} training tokens), AdamW, {warm_up} steps
 of warm-up to a learning rate of {peak_rate}, then a cosine. It took {minutes:.1f} minutes with two
-threads. The q, k and v biases were drawn from N(0, {bias_std}²) and then trained; the norm weights
-started at one.
+threads; two cores with nothing else to do need about eight. The q, k and v biases were drawn from
+N(0, {bias_std}²) and then trained; the norm weights started at one.
 
 On the held-out text, in windows of {context} tokens:
 
