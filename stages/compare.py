@@ -137,9 +137,7 @@ class _Sums:
             row, column = divmod(flat, a.shape[1])
             self.at = (start + row, column)
 
-    def _set_nonfinite_aside(
-        self, a: np.ndarray, b: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _set_nonfinite_aside(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Count NaN and infinity, put zeros in their places, and go on in float64."""
         bad_a, bad_b = ~np.isfinite(a), ~np.isfinite(b)
         same = (np.isnan(a) & np.isnan(b)) | (a == b)

@@ -126,10 +126,14 @@ def class_of(level: float, stage: str) -> str | None:
     return next((n for n, sums, others in CLASSES if level >= (sums if product else others)), None)
 
 
-def sibling_gap(stage: str) -> float:
+def sibling_gap(item: Item) -> float:
     """How many bits below its siblings a layer is out of line. Within one precision they stay
-    within 0.7 bits of each other (measured); the next class is 3 bits away."""
-    return 2.5 if STAGE[stage].kind in PRODUCTS else 2.0
+    within 0.7 bits of each other (measured); the next class is 3 bits away. After a gap with a
+    softmax in it they do not: it amplifies what a lower precision before it lost, by as much as
+    the layer's scores are large."""
+    if any(stage == "attn_softmax" for stage, _ in item.segment):
+        return 8.0
+    return 2.5 if STAGE[item.stage].kind in PRODUCTS else 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +185,12 @@ def suspects(items: list[Item], dtype: str) -> list[Suspect]:
             why, masks = "nan", item.born_slices
         elif not explained:
             why, masks = "bits", bad_slices(item, expected)
-        elif item.level < expected - sibling_gap(item.stage):
+        elif item.level < expected - sibling_gap(item):
             why, masks = "layer", bad_slices(item, expected)
         elif low:
             why, masks = "slice", low
+            sound = max(float(np.median(levels)) for levels, _ in item.slices.values())
+            expected = max(expected, min(sound, _cap(dtype)))
         else:
             continue
         found.append(Suspect(item=item, expected=expected, why=why, masks=masks))
@@ -209,8 +215,8 @@ def usual_levels(items: list[Item], dtype: str) -> dict[str, float]:
 
 
 def _cap(dtype: str) -> float:
-    """More bits than this are luck, and no stage, layer or slice needs to have them."""
-    return NOMINAL["float64" if dtype == "float64" else "float32"]
+    """More bits than the trace's own precision are luck: no stage, layer or slice needs them."""
+    return NOMINAL[dtype]
 
 
 def _all_products_lowered(items: list[Item]) -> bool:

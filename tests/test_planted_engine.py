@@ -56,7 +56,8 @@ def test_without_a_fault_it_equals_the_jax_forward(tmp_path):
 
 
 def test_it_shares_nothing_with_what_it_tries():
-    for path in (ROOT / "tests" / "planted").glob("*.py"):
+    for name in ("engine", "faults", "checkpoints"):
+        path = ROOT / "tests" / "planted" / f"{name}.py"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -199,6 +199,20 @@ def consumers(stage: str, layer: int | None, last_layer: int) -> Iterator[tuple[
                 yield row.name, layer + 1
 
 
+def confine(case: Case, masks: Mapping[str, np.ndarray], needed: float) -> dict[str, np.ndarray]:
+    """The same slices, without those that are low only because a wrong one crosses them.
+
+    A wrong channel makes every position lower, and the other way round. The fewest elements win
+    outside of which the dump is right to ``needed`` bits; the other axes are then marked whole.
+    """
+    confined = {a: m for a, m in masks.items() if m.any() and not m.all()}
+    for axis, mask in sorted(confined.items(), key=lambda pair: pair[1].mean()):
+        focus = focus_of(case, {axis: mask})
+        if focus is not None and case.scored(jnp.where(focus, case.dump, case.exact)) >= needed:
+            return {a: m if a == axis else np.ones_like(m) for a, m in masks.items()}
+    return dict(masks)
+
+
 def focus_of(case: Case, masks: Mapping[str, np.ndarray]) -> Array | None:
     """Where a suspect's error is, as a mask of the dump's shape: its low slices, every axis that
     has some; None if there are none."""

@@ -909,7 +909,7 @@ def _(case: Case) -> Candidates:
             x = np.moveaxis(x.reshape(1, x.shape[1], heads, -1), 2, 1)
         else:
             x = np.where(np.asarray(case.env.mask)[:, None], x, 0)
-        return np.nan_to_num(x.reshape(heads, -1))
+        return np.nan_to_num(x.reshape(heads, -1), posinf=0.0, neginf=0.0)
 
     found, exact = by_head(case.dump), by_head(case.exact)
     distance = (found**2).sum(1)[:, None] + (exact**2).sum(1)[None] - 2 * found @ exact.T

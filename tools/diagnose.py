@@ -1,6 +1,7 @@
 """From suspects to findings: whose fault it is, and what the mistake is."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from qwen_jax.replay import Replay
@@ -8,7 +9,7 @@ from stages import verdict
 from stages.table import STAGE
 from stages.verdict import Item, Suspect
 from tools import shapes
-from tools.case import Array, Case, consumers, focus_of
+from tools.case import Array, Case, confine, consumers, focus_of
 from tools.catalogue import CATALOGUE, Mistake
 from tools.formats import detect
 from tools.localize import Explanation, Finding
@@ -93,9 +94,12 @@ def _explain(case: Case, finding: Finding, hints: list[str]) -> None:
         finding.shape = _nonfinite(suspect)
     if case.exact is None:
         return
+    sound = min(suspect.expected, 24.0) - SLACK
+    if suspect.why != "nan":
+        suspect = finding.suspect = replace(suspect, masks=confine(case, suspect.masks, sound))
     focus = focus_of(case, suspect.masks) if suspect.why == "slice" else None
     base = case.scored(case.exact, focus)
-    needed = max(min(suspect.expected, 24.0) - SLACK, base + SLACK)
+    needed = max(sound, base + SLACK)
     found: list[tuple[int, Explanation]] = []
 
     def consider(rank: int, name: str, says: str, candidate: Array) -> None:

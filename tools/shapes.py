@@ -34,7 +34,7 @@ def fits(case: Case, masks: dict[str, np.ndarray], focus: Array | None) -> Itera
         yield "dead_head", f"head {heads} is zero", _zero_heads(case, dead)
     yield name, f"zero{place}", jnp.where(here, 0.0, exact)
 
-    if float((y * y).sum()) > 0:
+    if float((y * y).sum()) > 0 and bool(d.any()):
         factor = float((d * y).sum() / (y * y).sum())
         one = (
             "row_scaled"
