@@ -84,7 +84,9 @@ def _rms_norm(config: Config, x: Array, weight: Array) -> Array:
     Hugging Face normalises in float32 and rounds *before* it multiplies by the weight.
     """
     wide = _wide(x)
-    mean = lax.reduce(wide * wide, np.zeros((), wide.dtype), lax.add, (2,)) / x.shape[-1]
+    # Behind a barrier, or XLA multiplies by 1/D where there is one position, and divides elsewhere.
+    count = lax.optimization_barrier(np.asarray(x.shape[-1], wide.dtype))
+    mean = lax.reduce(wide * wide, np.zeros((), wide.dtype), lax.add, (2,)) / count
     scale = lax.rsqrt(mean + np.asarray(config.rms_norm_eps, wide.dtype))
     return _round(wide * scale[..., None], x.dtype) * _wide(weight)
 
