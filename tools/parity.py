@@ -67,7 +67,8 @@ def main(argv: list[str]) -> int:
     out = args.out or Path(f"parity-{model.name}-{Path(args.sweep).stem}-{args.device}")
     began = time.perf_counter()
     with _locked(out):
-        rows = finished(out, _stamp(job, model, machine), args.overwrite)
+        stamp = _stamp(job, model, machine)
+        rows = finished(out, stamp, args.overwrite)
         for point in points:
             if why := grid.impossible(point, model.config, args.device):
                 rows[point.key] = {"key": point.key, "verdict": "not run", "why": why}
@@ -75,6 +76,9 @@ def main(argv: list[str]) -> int:
         kept = sum(row["verdict"] != "not run" for row in rows.values())
         jobs = args.jobs or (1 if args.device == "gpu" else min(4, os.cpu_count() or 1))
         rows |= run(left, job, jobs, out / ROWS)
+        if left and stamp != _stamp(job, model, machine):
+            (out / STAMP).unlink()  # half of the points are of something else
+            raise UserError("the model or the code changed during the sweep; start it again")
         pairs = [(point, rows[point.key]) for point in points]
         (out / TABLE).write_text(report.markdown(pairs), encoding="utf-8")
     failures = [(p, why) for p, row in pairs if (why := report.failure(p, row))]
@@ -90,6 +94,8 @@ def main(argv: list[str]) -> int:
         "points": [_entry(point, row) for point, row in pairs],
     }
     show = cli.report(args.json, data)
+    if not sys.stdout.isatty():
+        show.width = report.WIDTH
     show.print(report.table(pairs))
     _summary(show, pairs, failures, kept, out)
     if failures:
@@ -137,10 +143,10 @@ def finished(out: Path, stamp: Row, overwrite: bool) -> dict[str, Row]:
         UserError: what is there was made with another model, device, version or code.
     """
     rows, path = out / ROWS, out / STAMP
-    if path.exists() and not overwrite:
+    if rows.exists() and not overwrite:
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (OSError, ValueError):
             there = {}
         if differing := sorted(
             k for k in stamp.keys() | there.keys() if stamp.get(k) != there.get(k)
@@ -222,10 +228,12 @@ def ask_device(job: Row) -> Row:
 
 
 def run(points: list[Point], job: Row, jobs: int, path: Path) -> dict[str, Row]:
-    """Run the points, flag set by flag set, and append each row to ``path`` as it is finished."""
-    queues: dict[tuple[str, bool], list[Point]] = {}
-    for point in points:
-        queues.setdefault(point.process, []).append(point)
+    """Run the points in worker processes, and append each row to ``path`` as it is finished."""
+    queues: dict[tuple, list[Point]] = {}
+    for point in points:  # what shares flags and a reference; trials have none
+        shared = (*point.process, point.dtype, point.trial != "reference")
+        queues.setdefault(shared, []).append(point)
+    longest_first = sorted(queues.values(), key=len, reverse=True)
     rows: dict[str, Row] = {}
     by_key = {point.key: point for point in points}
     lock = threading.Lock()
@@ -246,15 +254,14 @@ def run(points: list[Point], job: Row, jobs: int, path: Path) -> dict[str, Row]:
                 bar.advance(task)
 
         with ThreadPoolExecutor(jobs) as pool:
-            for future in [pool.submit(_drain, job, p, q, done) for p, q in queues.items()]:
+            for future in [pool.submit(_drain, job, queue, done) for queue in longest_first]:
                 future.result()
     return rows
 
 
-def _drain(
-    job: Row, process: tuple[str, bool], points: list[Point], done: Callable[[Row], None]
-) -> None:
-    """Run all points of one flag set; a point that takes its process down does not end the rest."""
+def _drain(job: Row, points: list[Point], done: Callable[[Row], None]) -> None:
+    """Run points of one flag set; one that takes its process down does not end the rest."""
+    process = points[0].process
     left = {p.key: p for p in sorted(points, key=lambda p: (p.dtype, p.length, p.batch))}
     while left:
         current, code = None, 0

@@ -38,8 +38,8 @@ class Point:
     Attributes:
         dtype: of the model.
         precision: of float32 matrix products, as in ``jax_default_matmul_precision``.
-        length: tokens of the longest sequence.
-        batch: sequences; the others are shorter and padded on the left.
+        length: tokens of the first sequence.
+        batch: sequences; every second one is half as long and padded on the left.
         excess: whether XLA may keep more precision than the dtype has.
         loop: "layer" compiles one layer and runs it for each (what traces), "program" compiles
             the whole model at once, "scan" one layer inside a loop over stacked weights.

@@ -25,7 +25,7 @@ Values = dict[Key, np.ndarray]
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of falling length in one array, padded on the left.
+    """Sequences of one or more lengths in one array, padded on the left.
 
     Attributes:
         tokens: [B, T] int32.
@@ -41,12 +41,12 @@ class Batch:
 
 
 def make_batch(tokens: tuple[int, ...], length: int, batch: int) -> Batch:
-    """``batch`` sequences cut from ``tokens`` (repeated as often as needed), the first of
-    ``length`` tokens, the others shorter by equal steps."""
+    """``batch`` different sequences cut from ``tokens`` (repeated as often as needed); every second
+    one is half as long, and padded."""
     stream = np.resize(np.array(tokens, np.int32), length + batch)
     ids, valid = np.zeros((batch, length), np.int32), np.zeros((batch, length), bool)
     for row in range(batch):
-        count = -(-length * (batch - row) // batch)
+        count = -(-length // 2) if row % 2 else length
         ids[row, length - count :] = stream[row : row + count]  # padding is token 0
         valid[row, length - count :] = True
     return Batch(ids, valid)

@@ -11,7 +11,12 @@ COLUMNS = (
     "dtype", "T", "B", "program", "flags", "compared with", "bytes", "first difference",
     "local bits", "rel. L2", "arg-max", "KL", "class", "verdict",
 )  # fmt: skip
+WIDTH = 165  # of the table where no terminal sets it
+SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 COLOURS = {"identical": "green", "precision": "cyan", "fault": "bold red", "not run": "dim"}
+
+
+UNOBSERVED = "* the forward that returns the logits alone, fused as XLA likes: what nobody observes"
 
 
 def failure(point: Point, row: dict[str, Any]) -> str | None:
@@ -49,7 +54,7 @@ def _fault(row: dict[str, Any]) -> str:
 def cells(point: Point, row: dict[str, Any]) -> list[str]:
     """One row of the table, in the order of ``COLUMNS``."""
     known = [
-        point.dtype,
+        SHORT[point.dtype],
         str(point.length),
         str(point.batch),
         _program(point),
@@ -59,7 +64,8 @@ def cells(point: Point, row: dict[str, Any]) -> list[str]:
     if row["verdict"] == "not run":
         return [*known, *[""] * 7, f"not run: {row['why']}"]
     first, bits = row["first_difference"], row.get("local_bits")
-    same = "identical" if row["identical"] else f"{row['stages_differing']}/{row['stages']} differ"
+    differing = f"{row['stages_differing']} of {row['stages']} differ"
+    same = "same" if row["identical"] else differing
     return [
         *known,
         same,
@@ -88,11 +94,11 @@ def _compared_with(point: Point) -> str:
     says = {
         "reference": "un-jitted",
         "captured": "nothing captured",
-        "stages": "one stage at a time",
+        "stages": "stages one by one",
         "rerun": "run again",
         "recompiled": "compiled again",
-        "unobserved": "another program: fused, unobserved",
-        "process": "another process",
+        "unobserved": "other program*",
+        "process": "other process",
         "threads": "one thread",
     }
     return says[point.trial]
@@ -122,7 +128,10 @@ def _classes(found: dict[str, str]) -> str:
 
 def table(pairs: list[tuple[Point, dict[str, Any]]]) -> Table:
     """For the terminal."""
-    result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    result = Table(
+        box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0), caption=UNOBSERVED
+    )
+    result.caption_justify = "left"
     for name in COLUMNS:
         result.add_column(name, justify="right" if name in ("T", "B") else "left")
     for point, row in pairs:
@@ -138,4 +147,5 @@ def markdown(pairs: list[tuple[Point, dict[str, Any]]]) -> str:
     used = [n for n in range(len(COLUMNS)) if any(row[n] for row in rows)]
     lines = [[COLUMNS[n] for n in used], ["---"] * len(used)]
     lines += [[row[n].replace("|", "\\|") for n in used] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{text}\n\n{UNOBSERVED.replace('*', chr(92) + '*')}\n"

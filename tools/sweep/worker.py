@@ -133,10 +133,10 @@ class Worker:
         digest = str(sorted(hashes(found).items()))
         local = self.measured(found, point, digest)
         result = both.to_json() | local
-        if result["identical"]:
-            verdict = "identical"
+        if local["faults"] or both.unmatched:  # what un-jitted does as well can be a fault too
+            verdict = "fault"
         else:
-            verdict = "fault" if local["faults"] or both.unmatched else "precision"
+            verdict = "identical" if result["identical"] else "precision"
         return {"verdict": verdict} | result
 
     def against(self, first: Any, second: Any, point: Point) -> dict[str, Any]:
