@@ -888,11 +888,11 @@ def _(case: Case) -> Candidates:
 def _(case: Case) -> Candidates:
     if case.layer is None or case.stage.scope != "layer":
         return
-    for layer in (case.layer - 1, case.layer + 1):
-        if 0 <= layer <= case.last_layer:
-            other = Case(case.replay, STAGE[case.stage.name], layer)
-            if other.inputs is not None:
-                yield str(layer), other.exact
+    count = case.config.num_hidden_layers
+    for layer in {(case.layer - 1) % count, (case.layer + 1) % count} - {case.layer}:
+        other = Case(case.replay, STAGE[case.stage.name], layer)
+        if other.inputs is not None:
+            yield str(layer), other.exact
 
 
 @mistake("heads_permuted", "heads in the order {}", WITH_HEADS, None)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -114,11 +115,11 @@ def _entry(point: Point, row: Row) -> Row:
 def _summary(
     show: Console, pairs: list[tuple[Point, Row]], failures: list, kept: int, out: Path
 ) -> None:
-    counts: dict[str, int] = {}
-    for _, row in pairs:
-        counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
+    counts = Counter(row["verdict"] for _, row in pairs)
     listed = ", ".join(f"{count} {name}" for name, count in counts.items())
     show.print(f"\n{len(pairs)} points: {listed}" + (f"; {kept} from before" if kept else ""))
+    for why, count in Counter(row["why"] for _, row in pairs if "why" in row).items():
+        show.print(f"{count} not run: {why}", markup=False)
     for point, why in failures:
         show.print(f"[bold red]fails[/bold red] {point.says}: {why}", soft_wrap=True)
     show.print(f"[bold]{'fail' if failures else 'pass'}[/bold]; table in {out / TABLE}")

@@ -162,6 +162,8 @@ def impossible(point: Point, config: Config, device: str) -> str | None:
         return "threads are a matter of the CPU"
     if point.precision != "highest" and point.dtype != "float32":
         return f"matmul precision concerns float32 products, not {point.dtype}"
+    if point.attention == "fused" and point.dtype == "float16" and device == "cpu":
+        return "dot_product_attention asks for F16_F16_F32 products, which XLA's CPU backend lacks"
     if point.length > config.max_position_embeddings:
         return f"the model has {config.max_position_embeddings} positions"
     if point.loop == "scan" and len(set(config.sliding_layers)) > 1:

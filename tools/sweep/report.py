@@ -114,7 +114,8 @@ def _number(value: float | None) -> str:
 
 
 def _classes(found: dict[str, str]) -> str:
-    """'f32', or 'f32; tf32/f16 in matmul, scores'. A lookup is always exact and says nothing."""
+    """'f32', or 'f32; tf32/f16 in matmul, scores'. What is exact by chance or always (a lookup) says
+    nothing."""
     kinds: dict[str, list[str]] = {}
     for kind, name in found.items():
         if kind != "lookup":
@@ -122,20 +123,25 @@ def _classes(found: dict[str, str]) -> str:
     if not kinds:
         return ""
     usual = max(kinds, key=lambda name: len(kinds[name]))
-    rest = [f"{name} in {', '.join(held)}" for name, held in kinds.items() if name != usual]
+    rest = [
+        f"{name} in {', '.join(held)}"
+        for name, held in kinds.items()
+        if name not in (usual, "exact")
+    ]
     return "; ".join([usual, *rest])
 
 
 def table(pairs: list[tuple[Point, dict[str, Any]]]) -> Table:
-    """For the terminal."""
+    """For the terminal. Why a point was not run is said below it, once."""
     result = Table(
         box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0), caption=UNOBSERVED
     )
     result.caption_justify = "left"
     for name in COLUMNS:
-        result.add_column(name, justify="right" if name in ("T", "B") else "left")
+        right, whole = name in ("T", "B"), name in ("local bits", "verdict")
+        result.add_column(name, justify="right" if right else "left", no_wrap=whole)
     for point, row in pairs:
-        shown = [Text(cell) for cell in cells(point, row)]
+        shown = [Text(cell) for cell in [*cells(point, row)[:-1], row["verdict"]]]
         shown[-1].stylize(COLOURS[row["verdict"]])
         result.add_row(*shown)
     return result
