@@ -114,7 +114,7 @@ def _number(value: float | None) -> str:
 
 
 def _classes(found: dict[str, str]) -> str:
-    """'f32', or 'f32; tf32/f16 in matmul, scores'. What is exact by chance or always (a lookup) says
+    """'f32', or 'f32; tf32/f16 in matmul, scores'. What is exact, by chance or always, says
     nothing."""
     kinds: dict[str, list[str]] = {}
     for kind, name in found.items():
