@@ -1,0 +1,314 @@
+"""Comparing two traces: the numbers, the preflight, and where planted faults are placed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_jax import model, trace
+from stages import aprt, cli
+from stages.compare import compare, compare_logits
+from stages.errors import NotComparable, UserError
+from stages.mask import causal_mask
+from stages.table import LAYER_STAGES
+from stages.trace import open_trace
+from tests.tiny import write_checkpoint
+from tools import diff, reference
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    write_checkpoint(directory)
+    return directory
+
+
+TOKENS = "5,3,9,1,0,7,2,8,4,6,11,10"
+
+
+@pytest.fixture(scope="module")
+def traced(checkpoint, tmp_path_factory):
+    """Make a trace with further arguments; the same arguments give the same directory."""
+    made: dict[tuple, Path] = {}
+
+    def make(*arguments: str) -> Path:
+        if arguments not in made:
+            out = tmp_path_factory.mktemp("traces") / f"t{len(made)}"
+            common = ["--model", str(checkpoint), "--tokens", TOKENS, "--out", str(out)]
+            assert trace.main([*common, *arguments]) == 0
+            made[arguments] = out
+        return made[arguments]
+
+    return make
+
+
+def run(capsys, *arguments: str) -> tuple[int, str]:
+    capsys.readouterr()
+    code = diff.main([str(a) for a in arguments])
+    return code, capsys.readouterr().out
+
+
+# --- numbers
+
+
+def arrays() -> st.SearchStrategy:
+    shape = st.tuples(st.integers(1, 5), st.integers(1, 700))
+    return st.tuples(shape, st.integers(0, 2**32 - 1), st.floats(-6, 2))
+
+
+@given(arrays())
+@settings(max_examples=40, deadline=None)
+def test_numbers_against_numpy_in_float64(case):
+    (rows, width), seed, size = case
+    rng = np.random.default_rng(seed)
+    b = rng.standard_normal((rows, width)).astype(np.float32)
+    a = (b + 10.0**size * rng.standard_normal((rows, width))).astype(np.float32)
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    found = compare(a, b, ("T", "D"))
+    assert found.max_abs == pytest.approx(np.abs(x - y).max(), rel=1e-6)
+    assert found.at == np.unravel_index(np.abs(x - y).argmax(), x.shape) or found.max_abs == (
+        pytest.approx(abs(x - y)[found.at], rel=1e-6)
+    )
+    norm = np.linalg.norm
+    assert found.relative_l2 == pytest.approx(norm(x - y) / norm(y), rel=1e-5)
+    assert found.rms == pytest.approx(np.sqrt(((x - y) ** 2).mean()), rel=1e-5)
+    cosine = (x * y).sum() / norm(x) / norm(y)
+    # sums are float32 within a block: two norms that differ are known to 1e-6 of the difference
+    assert 1 - found.cosine == pytest.approx(
+        1 - cosine, rel=1e-3, abs=1e-6 * min(found.relative_l2, 1) + 1e-13
+    )
+    worst = np.argmax(norm(x - y, axis=1) / norm(y, axis=1))
+    assert found.worst["position"][0] == worst
+
+
+def test_units_in_the_last_place():
+    b = np.array([[1.0, -0.0, 2.0, 1e-40]], np.float32)
+    a = np.array([[np.nextafter(np.float32(1), np.float32(2)), 0.0, 2.0, 0.0]], np.float32)
+    found = compare(a, b, ("T", "D"))
+    assert (found.ulp_0, found.ulp_1) == (0.5, 0.75)
+    assert found.ulp_max == int(b.view(np.int32)[0, 3])
+    ones = np.ones((1, 4), ml_dtypes.bfloat16)
+    assert compare(ones * ml_dtypes.bfloat16(1.0078125), ones, ("T", "D"), "bfloat16").ulp_max == 1
+
+
+def test_nan_is_a_difference_unless_on_both_sides():
+    b = np.ones((3, 4), np.float32)
+    a = b.copy()
+    a[1, 2] = np.nan
+    one = compare(a, b, ("T", "D"))
+    assert (one.nonfinite_a, one.nonfinite_b, one.unmatched) == (1, 0, 1)
+    assert not one.within(1e9)
+    assert not one.identical
+    both = compare(a, a.copy(), ("T", "D"))
+    assert (both.unmatched, both.relative_l2) == (0, 0.0)
+    assert both.identical
+    a[1, 2], b[1, 2] = np.inf, -np.inf
+    assert compare(a, b, ("T", "D")).unmatched == 1
+
+
+def test_sizes_that_float32_squares_cannot_hold():
+    for scale in (1e-30, 1e30):
+        b = np.full((2, 8), scale, np.float32)
+        found = compare(b * np.float32(1.5), b, ("T", "D"))
+        assert found.relative_l2 == pytest.approx(0.5)
+
+
+def test_masked_scores_are_left_out():
+    b = np.ones((2, 3, 3), np.float32)
+    a = np.where(causal_mask(3), b, np.float32(-np.inf))
+    found = compare(a, b, ("N", "T", "S"), mask=causal_mask(3), heads=2)
+    assert found.identical
+    assert found.count == 12
+    assert not compare(a, b, ("N", "T", "S"), heads=2).identical
+
+
+def test_logits():
+    b = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    a = np.array([[1.0, 2.0, 3.0], [3.0, 3.5, 1.0]])
+    found = compare_logits(a, b)
+    assert (found.positions, found.argmax_equal, found.margin) == (2, 1, 1.0)
+    p, q = (np.exp(x) / np.exp(x).sum() for x in (b[1], a[1]))
+    assert found.kl_max == pytest.approx((p * np.log(p / q)).sum())
+    a[0, 0] = np.nan
+    assert compare_logits(a, b).argmax_equal == 0
+
+
+def test_nothing_compared_is_an_error():
+    empty = np.zeros((0, 4), np.float32)
+    with pytest.raises(UserError, match="nothing to compare"):
+        compare(empty, empty, ("T", "D"))
+
+
+# --- traces
+
+
+def test_a_trace_and_itself_are_identical(traced, capsys):
+    code, out = run(capsys, traced(), traced())
+    assert code == 0
+    assert "identical" in out
+
+
+def test_aprt_against_safetensors(traced, capsys):
+    code, out = run(capsys, traced(), traced("--format", "safetensors"))
+    assert code == 0
+    assert "identical" in out
+
+
+def test_last_logits_against_all(traced, capsys):
+    code, out = run(capsys, traced(), traced("--logits", "all"))
+    assert code == 0
+    assert "arg-max equal at 1 of 1" in out
+
+
+def test_dtypes_are_judged_by_the_coarser(traced, capsys):
+    code, out = run(capsys, traced("--dtype", "bfloat16"), traced())
+    assert code == 0
+    assert "judged as bfloat16" in out
+    assert run(capsys, traced("--dtype", "bfloat16"), traced(), "--tolerance", "1e-6")[0] == 1
+
+
+def test_a_foreign_trace_needs_the_model_and_the_tokens(traced, checkpoint, tmp_path, capsys):
+    foreign = tmp_path / "foreign"
+    shutil.copytree(traced(), foreign)
+    (foreign / "manifest.json").unlink()
+    (foreign / "layer-1" / "post_ffn_residual.bin").rename(foreign / "layer-1" / "layer_output.bin")
+    with pytest.raises(UserError, match="--model"):
+        run(capsys, foreign, traced())
+    code, out = run(capsys, foreign, traced(), "--model", checkpoint, "--tokens", TOKENS)
+    assert code == 0
+    assert "taken on trust" in out
+    assert "identical" in out
+
+
+def test_stages_on_one_side_are_listed(traced, capsys):
+    code, out = run(capsys, traced("--stages", "embedding,ffn_up"), traced())
+    assert code == 0
+    assert "only in" in out
+    assert "not in both traces" in out  # nothing can be said of the logits
+
+
+def test_what_is_not_comparable(traced, checkpoint, tmp_path, capsys):
+    other_tokens = tmp_path / "tokens"
+    assert (
+        trace.main(["--model", str(checkpoint), "--tokens", "1,2", "--out", str(other_tokens)]) == 0
+    )
+    weights, config = tmp_path / "weights", tmp_path / "config"
+    write_checkpoint(weights, seed=1)
+    write_checkpoint(config, rope_theta=77.0)
+    for place in (weights, config):
+        out = str(place) + "-trace"
+        assert trace.main(["--model", str(place), "--tokens", TOKENS, "--out", out]) == 0
+    cases = {
+        other_tokens: "tokens",
+        Path(f"{weights}-trace"): "weight tensors differ",
+        Path(f"{config}-trace"): "configs differ: rope_theta",
+        traced("--stages", "ffn_up"): "no stage in common",
+    }
+    for other, why in cases.items():
+        mine = traced("--stages", "ffn_gate") if "no stage" in why else traced()
+        with pytest.raises(NotComparable, match=why) as caught:
+            run(capsys, mine, other)
+        assert caught.value.exit_code == 3
+        with pytest.raises(NotComparable):
+            run(capsys, mine, other, "--json", tmp_path / "d.json")
+        assert json.loads((tmp_path / "d.json").read_text())["verdict"] == "not_comparable"
+
+
+def test_nothing_selected_is_not_a_pass(traced, capsys):
+    with pytest.raises(NotComparable):
+        run(capsys, traced("--stages", "ffn_up"), traced(), "--stages", "ffn_gate")
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "inf", "x"])
+def test_a_tolerance_that_would_disarm_the_gate_is_refused(traced, capsys, tolerance):
+    with pytest.raises(UserError):
+        run(capsys, traced(), traced(), f"--tolerance={tolerance}")
+
+
+@pytest.mark.parametrize("stage", [stage.name for stage in LAYER_STAGES])
+def test_a_planted_fault_is_where_the_traces_part(
+    stage, traced, checkpoint, tmp_path, monkeypatch, capsys
+):
+    """One stage function of ours is replaced, in all layers: the traces part in layer 0 there."""
+    right = model.FUNCTIONS[stage]
+
+    def wrong(*args):
+        return right(*args) * 1.001
+
+    monkeypatch.setitem(model.FUNCTIONS, stage, wrong)
+    out = str(tmp_path / "wrong")
+    common = ["--model", str(checkpoint), "--tokens", TOKENS, "--out", out]
+    assert trace.main([*common, "--backend", "eager"]) == 0
+    code, _ = run(capsys, out, traced(), "--json", tmp_path / "d.json")
+    data = json.loads((tmp_path / "d.json").read_text())
+    assert code == 1
+    assert data["parting"] == {"stage": stage, "layer": 0}
+    assert data["smallest_tolerance"] > 5e-4
+
+
+def test_one_wrong_value_in_one_file(traced, checkpoint, tmp_path, capsys):
+    changed = tmp_path / "changed"
+    shutil.copytree(traced(), changed)
+    path = changed / "layer-1" / "ffn_up.bin"
+    values = aprt.read(path, 1).copy()
+    values[37] += 1
+    header, payload = aprt.encode(values, 1)
+    path.write_bytes(header + payload.tobytes())
+    with pytest.raises(UserError, match="was changed"):
+        run(capsys, changed, traced())
+    (changed / "manifest.json").unlink()
+    given = ["--model", str(checkpoint), "--tokens", TOKENS]
+    code, out = run(capsys, changed, traced(), *given)
+    assert code == 1
+    assert "part at layer 1 ffn_up" in out
+    values[37] = np.nan
+    path.write_bytes(header + values.astype("<f4").tobytes())
+    code, out = run(capsys, changed, traced(), *given)
+    assert code == 1
+    assert "no tolerance would pass" in out
+
+
+def test_other_embeddings_of_a_foreign_trace_are_not_comparable(
+    traced, checkpoint, tmp_path, capsys
+):
+    foreign = tmp_path / "foreign"
+    shutil.copytree(traced(), foreign)
+    (foreign / "manifest.json").unlink()
+    tokens = TOKENS.replace("5,3", "3,5")
+    with pytest.raises(NotComparable, match="tokens differ"):
+        run(capsys, foreign, traced(), "--model", checkpoint, "--tokens", tokens)
+    path = foreign / "layer-0" / "embedding.bin"
+    values = aprt.read(path, 0) * np.float32(1.1)
+    path.write_bytes(b"".join(bytes(c) for c in aprt.encode(values, 0)))
+    with pytest.raises(NotComparable, match="embeddings differ"):
+        run(capsys, foreign, traced(), "--model", checkpoint, "--tokens", TOKENS)
+
+
+def test_every_layer_has_a_row(traced, capsys):
+    _, brief = run(capsys, traced("--dtype", "bfloat16"), traced())
+    _, long = run(capsys, traced("--dtype", "bfloat16"), traced(), "--every-layer")
+    assert brief.count("\nffn_up ") == 1
+    assert long.count("\nffn_up ") == len(
+        {layer for stage, layer in open_trace(traced()).entries if stage == "ffn_up"}
+    )
+
+
+def test_bad_input_from_the_shell(tmp_path, run_cli):
+    for arguments in (["nowhere", "nowhere"], [str(tmp_path), str(tmp_path)], ["one"]):
+        result = run_cli("tools.diff", *arguments)
+        assert result.code == 2
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.startswith("error: ")
+
+
+def test_the_reference_page_is_up_to_date():
+    """It is made from the tables that the code runs on."""
+    assert reference.FILE.read_text(encoding="utf-8") == reference.render(), (
+        "run: python -m tools.reference"
+    )
+    assert cli.size(1536) == "1.5 kB"
