@@ -132,10 +132,23 @@ def main(argv: list[str]) -> int:
     }
     show = cli.report(args.json, data)
     _print_preflight(show, a, b, ready)
-    show.print(_table(rows, parting, args.every_layer, b))
+    show_comparison(show, b, rows, logits, tolerance, args.every_layer)
+    return 0 if parting is None else 1
+
+
+def show_comparison(
+    show: Console,
+    b: Trace,
+    rows: dict[Key, Difference],
+    logits: LogitsDifference | None,
+    tolerance: float,
+    every_layer: bool = False,
+) -> None:
+    """Print the table of ``compare_traces``, what it means for the next token, and the verdict."""
+    parting = next((key for key in rows if not rows[key].within(tolerance)), None)
+    show.print(_table(rows, parting, every_layer, b))
     _print_logits(show, logits)
     _print_verdict(show, rows, parting, tolerance)
-    return 0 if parting is None else 1
 
 
 def _select(args: argparse.Namespace, common: list[Key], b: Trace) -> list[Key]:

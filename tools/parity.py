@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,7 @@ def ask_device(job: Row) -> Row:
     Raises:
         UserError: no such device here.
     """
-    for line in _worker(job, ("default", False), []):
+    for line in Workers(job).lines(("default", False), []):
         if "refused" in line:
             raise UserError(line["refused"])
         if "machine" in line:
@@ -254,60 +254,79 @@ def run(points: list[Point], job: Row, jobs: int, path: Path) -> dict[str, Row]:
                 bar.console.print(line, markup=False, soft_wrap=True)
                 bar.advance(task)
 
+        workers = Workers(job)
         with ThreadPoolExecutor(jobs) as pool:
-            for future in [pool.submit(_drain, job, queue, done) for queue in longest_first]:
-                future.result()
+            try:
+                for future in [pool.submit(workers.drain, q, done) for q in longest_first]:
+                    future.result()
+            except BaseException:  # Ctrl-C: what is finished is in the file
+                workers.stop()
+                raise
     return rows
 
 
-def _drain(job: Row, points: list[Point], done: Callable[[Row], None]) -> None:
-    """Run points of one flag set; one that takes its process down does not end the rest."""
-    process = points[0].process
-    left = {p.key: p for p in sorted(points, key=lambda p: (p.dtype, p.length, p.batch))}
-    while left:
-        current, code = None, 0
-        for line in _worker(job, process, list(left.values())):
-            if "begin" in line:
-                current = line["begin"]
-            elif "key" in line:
-                done(line)
-                left.pop(line["key"])
-                current = None
-            elif "ended" in line:
-                code = line
-        if left:
-            key = current or next(iter(left))
-            left.pop(key)
-            why = f"its process ended with {code['ended']}: {code['last']}"
-            done({"key": key, "verdict": "not run", "why": why, "failed": True})
+class Workers:
+    """The worker processes of one sweep."""
 
+    def __init__(self, job: Row) -> None:
+        self.job = job
+        self.stopped = False
+        self._children: set[subprocess.Popen] = set()
 
-def _worker(job: Row, process: tuple[str, bool], points: list[Point]) -> Iterator[Row]:
-    """The lines that one worker process prints, and last ``{"ended": exit code, "last": ...}``."""
-    flags, excess = process
-    job = job | {"flags": flags, "excess": excess, "points": [vars(point) for point in points]}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "tools.sweep.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        env=environment(flags, excess),
-    )
-    said: list[str] = []
-    reader = threading.Thread(target=lambda: said.append(child.stderr.read()), daemon=True)
-    reader.start()
-    try:
-        with child.stdin as stdin:
-            stdin.write(json.dumps(job))
-        for line in child.stdout:
-            yield json.loads(line)
-        code = child.wait()
-        reader.join()
-        yield {"ended": code, "last": last_line("".join(said))}
-    finally:
-        child.kill()
-        child.wait()
+    def stop(self) -> None:
+        """End all of them and start no more."""
+        self.stopped = True
+        for child in list(self._children):
+            child.kill()
+
+    def drain(self, points: list[Point], done: Callable[[Row], None]) -> None:
+        """Run points of one flag set; one that takes its process down does not end the rest."""
+        left = {p.key: p for p in sorted(points, key=lambda p: (p.dtype, p.length, p.batch))}
+        while left and not self.stopped:
+            current, end = None, {}
+            for line in self.lines(points[0].process, list(left.values())):
+                if "begin" in line:
+                    current = line["begin"]
+                elif "key" in line:
+                    left.pop(line["key"])
+                    done(line)
+                elif "ended" in line:
+                    end = line
+            if left and not self.stopped:
+                key = current if current in left else next(iter(left))
+                left.pop(key)
+                why = f"its process ended with {end['ended']}: {end['last']}"
+                done({"key": key, "verdict": "not run", "why": why, "failed": True})
+
+    def lines(self, process: tuple[str, bool], points: list[Point]) -> Iterator[Row]:
+        """The lines that one worker prints, and last ``{"ended": exit code, "last": ...}``."""
+        flags, excess = process
+        points_json = [vars(point) for point in points]
+        job = self.job | {"flags": flags, "excess": excess, "points": points_json}
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tools.sweep.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            env=environment(flags, excess),
+        )
+        self._children.add(child)
+        said: list[str] = []
+        reader = threading.Thread(target=lambda: said.append(child.stderr.read()), daemon=True)
+        reader.start()
+        try:
+            with suppress(BrokenPipeError), child.stdin as stdin:
+                stdin.write(json.dumps(job))
+            for line in child.stdout:
+                yield json.loads(line)
+            code = child.wait()
+            reader.join()
+            yield {"ended": code, "last": last_line("".join(said))}
+        finally:
+            child.kill()
+            child.wait()
+            self._children.discard(child)
 
 
 if __name__ == "__main__":
