@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from tokenizers import Tokenizer
 
@@ -148,7 +147,7 @@ def main(args: argparse.Namespace, suffix: str, make_engine: Callable[..., Any])
     if args.dry_run:
         show = cli.report(args.json, _summary(plan))
         show.print(_table(plan))
-        out = escape(str(plan.out))
+        out = str(plan.out)
         show.print(f"dry run: nothing was computed or written; --out would be {out}/")
         return 0
     replaceable(plan.out, args.overwrite)  # said now, not when a large model has been loaded
@@ -181,7 +180,7 @@ def main(args: argparse.Namespace, suffix: str, make_engine: Callable[..., Any])
     show.print(_table(plan))
     _print_top(show, top)
     show.print(
-        f"[bold]{escape(str(plan.out))}/[/bold]: {len(plan.stored)} files, "
+        f"{plan.out}/: {len(plan.stored)} files, "
         f"{cli.size(writer.bytes)}, {plan.dtype}, {len(plan.tokens)} tokens, in {seconds:.1f} s, "
         f"peak memory {cli.size(peak)}"
     )
@@ -272,7 +271,7 @@ def _print_top(show: Console, top: list[dict[str, Any]]) -> None:
     for name in ("token", "text", "logit", "probability"):
         table.add_column(name, justify="left" if name == "text" else "right")
     for row in top:
-        text = "" if row["text"] is None else escape(repr(row["text"]))
+        text = "" if row["text"] is None else repr(row["text"])
         cells = (f"{row['logit']:.4f}", f"{row['probability']:.4f}")
         table.add_row(str(row["token"]), text, *cells)
     show.print(table)

@@ -289,7 +289,7 @@ class Replay:
 
     def __iter__(self) -> Iterator[Measured]:
         """Every dumped stage in computation order."""
-        config, layers = self.source.config, self.source.config.num_hidden_layers
+        layers = self.source.config.num_hidden_layers
         table, tokens = self.start_params()
         start = {"embedding": self.load("embedding", 0), TOKENS: tokens}
         start = {name: dump for name, dump in start.items() if dump is not None}

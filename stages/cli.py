@@ -54,7 +54,9 @@ def console(to_stderr: bool = False) -> Console:
     """Where people read. Wide enough for our tables when piped; colour only in a terminal."""
     stream = sys.stderr if to_stderr else sys.stdout
     width = None if stream.isatty() else 120
-    return _Console(file=stream, width=width, highlight=False, emoji=False, soft_wrap=True)
+    return _Console(
+        file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True
+    )
 
 
 def progress() -> Progress:

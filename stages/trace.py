@@ -184,3 +184,13 @@ def _foreign_entry(
 def numpy_dtype(name: str) -> np.dtype:
     """The NumPy dtype of a dtype name of a manifest, bfloat16 included."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def coarsest_dtype(values: np.ndarray) -> str:
+    """The name of the coarsest float dtype that holds all of these values exactly."""
+    for name in ("bfloat16", "float16"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            back = values.astype(numpy_dtype(name)).astype(values.dtype)
+        if np.array_equal(back, values, equal_nan=True):
+            return name
+    return "float32" if values.dtype.itemsize <= 4 else "float64"

@@ -13,6 +13,8 @@ from stages.verdict import class_of
 from tests.planted import checkpoints, engine, faults
 from tests.planted.matrix import Bench, cosine, make_bench, markdown, rows, summary
 from tools import localize
+from tools.report import faults as faulty
+from tools.report import sentence
 
 SETTINGS = [("f32", "one"), ("f32", "all"), ("bf16", "one"), ("bf16", "all")]
 
@@ -90,9 +92,9 @@ def test_precision_is_never_called_a_fault(directory, mode, omit):
     for name in ("small", "hard"):
         bench = make_bench(name, mode, directory, length=24)
         report = bench.localize(bench.right, OMITTED[omit])
-        assert report.verdict in ("clean", "precision"), (name, localize.sentence(report))
+        assert report.verdict in ("clean", "precision"), (name, sentence(report))
         if mode in ("f32", "blocked", "online_softmax"):
-            assert report.verdict == "clean", (name, localize.sentence(report))
+            assert report.verdict == "clean", (name, sentence(report))
 
 
 @pytest.mark.parametrize("length", [1, 2, 64, 600])
@@ -100,7 +102,7 @@ def test_precision_is_never_called_a_fault(directory, mode, omit):
 def test_prompts_of_any_length(directory, mode, length):
     bench = make_bench("small", mode, directory, length=length)
     report = bench.localize(bench.right)
-    assert report.verdict in ("clean", "precision"), localize.sentence(report)
+    assert report.verdict in ("clean", "precision"), sentence(report)
 
 
 def test_four_bit_weights_are_right_given_those_weights(directory):
@@ -127,14 +129,14 @@ PATTERNS = {
 @pytest.mark.parametrize("mode", PATTERNS)
 def test_a_pattern_of_precision_is_explained(mode, tmp_path):
     bench = make_bench("demo", mode, tmp_path, length=48)
-    assert PATTERNS[mode] in localize.sentence(bench.localize(bench.right))
+    assert PATTERNS[mode] in sentence(bench.localize(bench.right))
 
 
 def test_a_segment_is_accused_where_stages_are_missing(directory):
     bench = make_bench("small", "f32", directory, length=24)
     run = bench.plant(faults.FAULTS["attn_softmax.mask_missing"], "one")
     report = bench.localize(run, ("attn_scores", "attn_softmax"))
-    (fault,) = localize.faults(report)
+    (fault,) = faulty(report)
     assert fault.stage == "attention"
     assert fault.to_json()["segment"] == ["attn_scores", "attn_softmax", "attention"]
     skipped = {entry["stage"]: entry for entry in report.skipped}
@@ -144,14 +146,14 @@ def test_a_segment_is_accused_where_stages_are_missing(directory):
 def test_what_follows_a_nan_is_not_accused(directory):
     bench = make_bench("small", "f32", directory, length=24)
     report = bench.localize(bench.plant(faults.FAULTS["ffn_silu.nan"], "one"))
-    (fault,) = localize.faults(report)
+    (fault,) = faulty(report)
     assert (fault.stage, fault.to_json()["nonfinite"]) == ("ffn_silu", 1)
 
 
 def test_one_entry_for_a_mistake_in_all_layers(directory):
     bench = make_bench("small", "f32", directory, length=24)
     report = bench.localize(bench.plant(faults.FAULTS["qk_post_rope.rope_interleaved"], "all"))
-    (fault,) = localize.faults(report)
+    (fault,) = faulty(report)
     assert (fault.stage, fault.layer, fault.also) == ("q_post_rope", "all", ["k_post_rope"])
 
 
@@ -244,7 +246,7 @@ def test_a_damaged_value_is_found(directory, tmp_path):
     from stages.trace import open_trace
 
     report = localize.localize(open_trace(dump, bench.layout), bench.model, lambda item: None)
-    (fault,) = localize.faults(report)
+    (fault,) = faulty(report)
     assert (fault.stage, fault.layer) == ("ffn_up", 1)
 
 

@@ -2,17 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+
+import jax.numpy as jnp
 
 from qwen_jax.replay import Replay
 from stages import verdict
 from stages.table import STAGE
+from stages.trace import coarsest_dtype
 from stages.verdict import Item, Suspect
 from tools import shapes
 from tools.case import Array, Case, confine, consumers, focus_of
 from tools.catalogue import CATALOGUE, Mistake
 from tools.formats import detect
-from tools.localize import Explanation, Finding
+from tools.report import Explanation, Finding
 
 Key = tuple[str, int | None]
 
@@ -147,8 +149,6 @@ def _confined(case: Case, finding: Finding, found: list) -> None:
     focus = focus_of(case, {"channel": mask})
     if focus is None:
         return
-    import jax.numpy as jnp
-
     rest = case.scored(jnp.where(focus, case.dump, case.exact))
     if rest >= min(finding.suspect.expected, 24.0) - SLACK:
         rows = verdict.ranges(mask)
@@ -213,13 +213,4 @@ def formats(
 
 def _format(replay: Replay, item: Item) -> str:
     """The coarsest format that holds a stage's dump exactly."""
-    import numpy as np
-
-    from stages.trace import numpy_dtype
-
-    values: Any = replay.trace.read(item.stage, item.layer).ravel()[:65536]
-    for name in ("bfloat16", "float16"):
-        with np.errstate(over="ignore", invalid="ignore"):
-            if np.array_equal(values, values.astype(numpy_dtype(name)).astype(values.dtype)):
-                return name
-    return "float32" if values.dtype.itemsize <= 4 else "float64"
+    return coarsest_dtype(replay.trace.read(item.stage, item.layer).ravel()[:65536])

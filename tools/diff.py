@@ -259,17 +259,17 @@ def _print_verdict(
     )
     first = next((key for key, row in rows.items() if not row.identical), None)
     if first is None:
-        show.print(f"[bold]identical[/bold]: all {len(rows)} stages, bit for bit")
+        show.print(f"identical: all {len(rows)} stages, bit for bit")
     elif parting is None:
         show.print(
-            f"[bold]agree[/bold]: every stage within relative L2 {tolerance:g} ({needed}); first "
+            f"agree: every stage within relative L2 {tolerance:g} ({needed}); first "
             f"bits that differ: {where(*first)}"
         )
     else:
         row = rows[parting]
         places = ", ".join(f"{axis} {i} ({r:.1e})" for axis, (i, r) in row.worst.items())
         show.print(
-            f"[bold]differ[/bold]: the traces part at {where(*parting)}: relative L2 "
+            f"differ: the traces part at {where(*parting)}: relative L2 "
             f"{row.relative_l2:.1e}, tolerance {tolerance:g} ({needed})"
         )
         if places:

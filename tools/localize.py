@@ -6,7 +6,6 @@ dump was created at that stage; what arrived there from before cannot show.
 
 import argparse
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,57 +18,12 @@ from qwen_jax import source
 from qwen_jax.checkpoint import Checkpoint
 from stages import cli, verdict
 from stages.errors import NotComparable
-from stages.table import LAYER_STAGES, NAMES, STAGE, computation_order
-from stages.trace import Layout, Trace, numpy_dtype, open_trace
-from stages.verdict import Item, Suspect
+from stages.table import LAYER_STAGES, STAGE, computation_order
+from stages.trace import Layout, Trace, coarsest_dtype, numpy_dtype, open_trace
+from stages.verdict import Item
+from tools.report import COLOURS, Fault, Report, faults, place, sentence, to_json
 
 Key = tuple[str, int | None]
-
-
-@dataclass
-class Explanation:
-    """One explanation that restores a suspect's bits."""
-
-    name: str
-    bits: float
-    says: str
-
-
-@dataclass
-class Finding:
-    """A suspect with what explains it."""
-
-    suspect: Suspect
-    dump_only: bool = False
-    diagnosis: list[Explanation] = field(default_factory=list)
-    shape: str = ""
-
-
-@dataclass
-class Report:
-    """Everything localize found out about one trace."""
-
-    trace: Trace
-    model: str
-    dtype: str
-    items: list[Item]
-    findings: list[Finding]
-    skipped: list[dict[str, Any]]
-    formats: dict[str, tuple[str, str]]  # stage -> precision class and format, found by trying
-
-    @property
-    def precision(self) -> dict[str, dict[str, Any]]:
-        table = verdict.precision(self.items, {f.suspect.key for f in self.findings})
-        for stage, (name, says) in self.formats.items():
-            table[stage] |= {"class": name, "says": says}
-        return table
-
-    @property
-    def verdict(self) -> str:
-        if self.findings:
-            return "fault"
-        fine = ("exact", "f64", "f32")
-        return "clean" if all(p["class"] in fine for p in self.precision.values()) else "precision"
 
 
 def trace_dtype(trace: Trace) -> str:
@@ -79,15 +33,7 @@ def trace_dtype(trace: Trace) -> str:
         return trace.dtype
     names = [key for key in trace.entries if STAGE[key[0]].kind != "lookup"][:6]
     values = [trace.read(*key).ravel()[:65536] for key in names]
-    for name in ("bfloat16", "float16"):
-        with np.errstate(over="ignore", invalid="ignore"):
-            same = [
-                np.array_equal(v, v.astype(numpy_dtype(name)).astype(v.dtype), equal_nan=True)
-                for v in values
-            ]
-        if all(same):
-            return name
-    return "float32"
+    return coarsest_dtype(np.concatenate(values)) if values else "float32"
 
 
 def localize(trace: Trace, model: Checkpoint, advance: Callable[[Item], None]) -> Report:
@@ -134,190 +80,6 @@ def _skipped(trace: Trace, model: Checkpoint, items: list[Item]) -> list[dict[st
             entry["checked_through"] = sorted(t for t in through if t)
         result.append(entry)
     return result
-
-
-# --- output
-
-
-@dataclass
-class Fault:
-    """Findings of one cause, as reported: one entry, whatever the number of layers."""
-
-    layer: int | str | None
-    stage: str
-    findings: list[Finding]
-    also: list[str] = field(default_factory=list)
-
-    @property
-    def first(self) -> Finding:
-        return self.findings[0]
-
-    def to_json(self) -> dict[str, Any]:
-        worst = min(self.findings, key=lambda f: f.suspect.found)
-        suspect = worst.suspect
-        entry: dict[str, Any] = {
-            "layer": self.layer,
-            "stage": self.stage,
-            "bits": round(suspect.found, 1),
-            "expected_bits": round(suspect.expected, 1),
-            "where": suspect.where,
-            "diagnosis": [
-                {"name": e.name, "bits": round(e.bits, 1), "says": e.says}
-                for e in self.first.diagnosis
-            ],
-        }
-        if suspect.item.segment:
-            entry["segment"] = [*dict.fromkeys(s for s, _ in suspect.item.segment), self.stage]
-        if suspect.why == "nan":
-            entry["nonfinite"] = suspect.item.born
-        if self.first.dump_only:
-            entry["dump_only"] = True
-        if self.also:
-            entry["also"] = self.also
-        if self.first.shape:
-            entry["shape"] = self.first.shape
-        return entry
-
-
-def faults(report: Report) -> list[Fault]:
-    """Findings put together by cause, first cause first."""
-    groups: dict[tuple[str, str], list[Finding]] = {}
-    for finding in report.findings:
-        name = finding.diagnosis[0].name if finding.diagnosis else finding.suspect.why
-        groups.setdefault((finding.suspect.item.stage, name), []).append(finding)
-    measured: dict[str, set] = {}
-    for item in report.items:
-        measured.setdefault(item.stage, set()).add(item.layer)
-    result: list[Fault] = []
-    for (stage, name), found in groups.items():
-        layers = [f.suspect.item.layer for f in found]
-        fault = Fault(_layers(layers, measured[stage]), stage, found)
-        twin = next((f for f in result if _same_cause(f, fault, name)), None)
-        if twin:
-            twin.also.append(stage)
-        else:
-            result.append(fault)
-    order = {(i.stage, i.layer): n for n, i in enumerate(report.items)}
-    return sorted(result, key=lambda f: order[f.first.suspect.key])
-
-
-TWINS = ({"q_post_rope", "k_post_rope"}, {"attn_norm", "ffn_norm", "final_norm"})
-
-
-def _same_cause(first: Fault, second: Fault, name: str) -> bool:
-    """Whether two stages that share code show the same named mistake in the same layers."""
-    named = bool(first.first.diagnosis) and first.first.diagnosis[0].name == name
-    related = any({first.stage, second.stage} <= twins for twins in TWINS)
-    layers = first.layer == second.layer or (first.layer == "all" and second.layer is None)
-    return named and related and layers
-
-
-def _layers(found: list[int | None], measured: set) -> int | str | None:
-    if len(found) == 1:
-        return "all" if measured == {found[0]} and len(measured) > 1 else found[0]
-    if set(found) == measured:
-        return "all"
-    mask = np.zeros(max(n for n in measured if n is not None) + 2, bool)
-    mask[[n for n in found if n is not None]] = True
-    return verdict.ranges(mask)
-
-
-def to_json(report: Report) -> dict[str, Any]:
-    """The object of ``--json``."""
-    return {
-        "schema": 1,
-        "verdict": report.verdict,
-        "trace": str(report.trace.path),
-        "model": report.model,
-        "dtype": report.dtype,
-        "faults": [fault.to_json() for fault in faults(report)],
-        "precision": report.precision,
-        "skipped": report.skipped,
-    }
-
-
-def sentence(report: Report) -> str:
-    """The verdict in one sentence."""
-    found = faults(report)
-    if found:
-        first = found[0]
-        what = _place(first)
-        why = first.first.diagnosis[0].says if first.first.diagnosis else "of no known kind"
-        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-        return f"fault: {what}: {why}{more}"
-    lowered: dict[str, list[str]] = {}
-    for stage, entry in report.precision.items():
-        if entry["class"] not in ("exact", "f64", "f32"):
-            lowered.setdefault(entry["class"], []).append(stage)
-    if not lowered:
-        return "clean: every stage that could be checked has the bits of float32 or better"
-    meaning = _meaning(lowered, _through(report.items))
-    parts = [
-        f"{name} in {'all other stages' if len(s) > 12 else ', '.join(s)}"
-        for name, s in lowered.items()
-    ]
-    how = sorted({says for _, says in report.formats.values()})
-    return (
-        "precision, no fault: "
-        + (meaning or "; ".join(parts))
-        + (f" ({', '.join(how)})" if how else "")
-    )
-
-
-def _through(items: list[Item]) -> dict[str, set[str]]:
-    """Stage -> the missing stages that it was computed through."""
-    through: dict[str, set[str]] = {}
-    for item in items:
-        through.setdefault(item.stage, set()).update(stage for stage, _ in item.segment)
-    return through
-
-
-def _meaning(lowered: dict[str, list[str]], through: dict[str, set[str]]) -> str | None:
-    """What a pattern of precision classes means, where it has one cause."""
-    products = {name for name in NAMES if STAGE[name].kind in verdict.PRODUCTS}
-
-    def blamed(stage: str) -> set[str]:
-        """After missing stages, the products among them are what lowers the precision."""
-        return through[stage] & products - {stage} or {stage}
-
-    stages = {name: set().union(*map(blamed, found)) for name, found in lowered.items()}
-    linears = {name for name in NAMES if STAGE[name].kind == "matmul"}
-    cache = {"attn_scores", "attention"}
-    if len(stages) == 1:
-        name, found = next(iter(stages.items()))
-        if name == "tf32/f16" and found <= cache:
-            return "f16-level attn_scores and attention, f32 elsewhere: an f16 key/value cache"
-        if name == "bf16" and found <= cache:
-            return "bf16-level attn_scores and attention, f32 elsewhere: a bf16 key/value cache"
-        if name == "8-bit" and found <= cache:
-            return "8-bit attn_scores and attention, f32 elsewhere: a quantised key/value cache"
-        if name in ("8-bit", "lower") and found <= linears:
-            return f"{name} linear layers, f32 elsewhere: activations are quantised before matmuls"
-        if found <= linears | cache:
-            return f"{name} products, f32 elsewhere: matmuls run in {name}"
-        if len(found) > 12:
-            return f"{name} throughout"
-    eight, sixteen = stages.get("8-bit", set()), stages.get("tf32/f16", set())
-    if len(stages) == 2 and eight and sixteen and eight <= linears and sixteen <= cache:
-        return "8-bit linear layers and an f16 key/value cache, f32 elsewhere"
-    return None
-
-
-def _place(fault: Fault) -> str:
-    layer = fault.layer
-    stage = " and ".join([fault.stage, *fault.also])
-    if fault.first.suspect.item.segment:
-        chain = [*dict.fromkeys(s for s, _ in fault.first.suspect.item.segment), fault.stage]
-        stage = f"the segment {' > '.join(chain)} (not dumped in between)"
-    if layer is None:
-        return stage
-    return f"{stage} of all layers" if layer == "all" else f"layer {layer} {stage}"
-
-
-COLOURS = {
-    "exact": "green", "f64": "green", "f32": "green", "tf32/f16": "cyan", "bf16": "yellow",
-    "8-bit": "magenta", "lower": "red",
-}  # fmt: skip
 
 
 def _table(report: Report) -> Table:
@@ -380,16 +142,16 @@ def _short(layers: Iterable[int]) -> str:
 def _print_fault(show: Console, number: int, fault: Fault) -> None:
     entry = fault.to_json()
     where = ", ".join(f"{axis} {place}" for axis, place in entry["where"].items())
-    show.print(f"\n[bold red]fault {number}[/bold red]: {_place(fault)}")
+    show.print(f"\nfault {number}: {place(fault)}", style="bold red")
     if "nonfinite" in entry:
         show.print(f"  {entry['nonfinite']} elements are NaN or infinite; their inputs are finite")
     else:
         show.print(f"  {entry['bits']} bits, {entry['expected_bits']} expected; {where}")
     for explanation in entry["diagnosis"]:
         name, says = explanation["name"], explanation["says"]
-        show.print(f"  matches '{says}' to {explanation['bits']} bits ({name})", markup=False)
+        show.print(f"  matches '{says}' to {explanation['bits']} bits ({name})")
     if "shape" in entry:
-        show.print(f"  {entry['shape']}", markup=False)
+        show.print(f"  {entry['shape']}")
     if "dump_only" in entry:
         show.print("  only the dump is wrong: later stages used the right value")
 
