@@ -84,9 +84,10 @@ def _rms_norm(config: Config, x: Array, weight: Array) -> Array:
     Hugging Face normalises in float32 and rounds *before* it multiplies by the weight.
     """
     wide = _wide(x)
-    # Behind a barrier, or XLA multiplies by 1/D where there is one position, and divides elsewhere.
-    count = lax.optimization_barrier(np.asarray(x.shape[-1], wide.dtype))
-    mean = lax.reduce(wide * wide, np.zeros((), wide.dtype), lax.add, (2,)) / count
+    total = lax.reduce(wide * wide, np.zeros((), wide.dtype), lax.add, (2,))
+    # A division, as in PyTorch: where it sees one number for all, XLA multiplies by its reciprocal,
+    # and where it sees that depends on what it compiles.
+    mean = total / lax.optimization_barrier(np.full(total.shape, x.shape[-1], wide.dtype))
     scale = lax.rsqrt(mean + np.asarray(config.rms_norm_eps, wide.dtype))
     return _round(wide * scale[..., None], x.dtype) * _wide(weight)
 
