@@ -27,7 +27,8 @@ class Difference:
         max_abs: largest |a - b| over finite elements, and ``at``: its index in the stage's axes.
         rms: root mean square of a - b.
         relative_l2: |a - b| / |b| over finite elements; inf where only b is zero.
-        cosine: of the angle between a and b; NaN where one of them is zero.
+        cosine: of the angle between a and b, to about 1e-6 of their relative difference; NaN where
+            one of them is zero.
         ulp_max, ulp_0, ulp_1: distance in units in the last place of the coarser dtype: the
             largest, the fraction of elements at 0 and at most 1.
         nonfinite_a, nonfinite_b: elements that are NaN or infinite; ``unmatched``: those where

@@ -56,7 +56,9 @@ def test_a_cosine_threshold_does_not_pass_the_matrix(directory):
             if cosine(run.stages[key], bench.right.stages[key]) < 0.999:
                 layer, stage = key
                 item = SimpleNamespace(layer=layer)
-                finding = SimpleNamespace(diagnosis=[], suspect=SimpleNamespace(item=item))
+                finding = SimpleNamespace(
+                    diagnosis=[], suspect=SimpleNamespace(item=item, why="cosine")
+                )
                 fault = SimpleNamespace(
                     stage=stage, layer=layer, also=[], first=finding, findings=[finding]
                 )
