@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 from qwen_jax import source
 from qwen_jax.checkpoint import Checkpoint
@@ -119,10 +120,11 @@ def _summary(
     listed = ", ".join(f"{count} {name}" for name, count in counts.items())
     show.print(f"\n{len(pairs)} points: {listed}" + (f"; {kept} from before" if kept else ""))
     for why, count in Counter(row["why"] for _, row in pairs if "why" in row).items():
-        show.print(f"{count} not run: {why}", markup=False)
+        show.print(f"{count} not run: {why}")
     for point, why in failures:
-        show.print(f"[bold red]fails[/bold red] {point.says}: {why}", soft_wrap=True)
-    show.print(f"[bold]{'fail' if failures else 'pass'}[/bold]; table in {out / TABLE}")
+        show.print(Text.assemble(("fails", "bold red"), f" {point.says}: {why}"))
+    verdict = "fail" if failures else "pass"
+    show.print(Text.assemble((verdict, "bold"), f"; table in {out / TABLE}"))
 
 
 def read_tokens(args: argparse.Namespace, model: Checkpoint) -> tuple[int, ...]:
@@ -156,19 +158,14 @@ def finished(out: Path, stamp: Row, overwrite: bool) -> dict[str, Row]:
                 f"--out {out}: holds points of another {', '.join(differing)}; add --overwrite to "
                 "forget them, or choose another directory"
             )
-        return {row["key"]: row for row in _lines(rows)}
+        whole = [line for line in rows.read_text(encoding="utf-8").splitlines(True) if "\n" in line]
+        rows.write_text(
+            "".join(whole), encoding="utf-8"
+        )  # an interrupted line would spoil the next
+        return {row["key"]: row for row in map(json.loads, whole)}
     rows.write_text("", encoding="utf-8")
     path.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
     return {}
-
-
-def _lines(path: Path) -> Iterator[Row]:
-    """The whole lines of a file that may end in the middle of one."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
 
 
 def _stamp(job: Row, model: Checkpoint, machine: Row) -> Row:
@@ -313,7 +310,12 @@ class Workers:
         )
         self._children.add(child)
         said: list[str] = []
-        reader = threading.Thread(target=lambda: said.append(child.stderr.read()), daemon=True)
+
+        def read() -> None:  # or a worker that says much would wait for a reader
+            with child.stderr as stream:
+                said.append(stream.read())
+
+        reader = threading.Thread(target=read, daemon=True)
         reader.start()
         try:
             with suppress(BrokenPipeError), child.stdin as stdin:
@@ -326,6 +328,8 @@ class Workers:
         finally:
             child.kill()
             child.wait()
+            reader.join()
+            child.stdout.close()
             self._children.discard(child)
 
 
