@@ -1,0 +1,300 @@
+"""The sweep finds what it must: planted faults, what is not identical, what could not be run."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from qwen_jax import source
+from qwen_jax.checkpoint import Checkpoint
+from stages.errors import NotComparable, UserError
+from tests.tiny import write_checkpoint
+from tools import parity
+from tools.sweep import grid, measure, programs, report, variants
+from tools.sweep.grid import Point
+from tools.sweep.memory import sequences
+from tools.testing import assert_traces_agree, trace_model, trace_of  # noqa: F401 -- a fixture
+
+TOKENS = tuple(int(n) for n in np.random.default_rng(1).integers(48, size=20))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("parity") / "tiny")
+
+
+def sweep_file(directory: Path, text: str) -> Path:
+    path = directory / "grid.toml"
+    path.write_text(text)
+    return path
+
+
+def run(sweep: Path | str, model: Path, out: Path, *more: str) -> tuple[int, dict]:
+    """Exit code and JSON of the command, in this process; its workers are their own."""
+    target = out.parent / "result.json"
+    given = {"sweep": sweep, "model": model, "out": out, "json": target}
+    given["tokens"] = ",".join(map(str, TOKENS))
+    code = parity.main([*(f"--{name}={value}" for name, value in given.items()), *more])
+    return code, json.loads(target.read_text())
+
+
+# --- the grid
+
+
+def test_a_block_stands_for_the_product_of_its_axes(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path, '[[grid]]\ndtype = ["float32", "bfloat16"]\nlength = [1, 2, 3]\n')
+    points = grid.load(str(file))
+    assert [(p.dtype, p.length) for p in points] == [
+        (dtype, length) for dtype in ("float32", "bfloat16") for length in (1, 2, 3)
+    ]
+    assert all(p.batch == 1 and p.loop == "layer" for p in points)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[grid]]\ncolour = 1\n", "no axis 'colour'"),
+        ("[[grid]]\ndtype = 'float8'\n", "float32, bfloat16"),
+        ("[[grid]]\nlength = 0\n", "positive whole number"),
+        ("[[grid]]\nlength = true\n", "positive whole number"),
+        ("[[grid]]\nexcess = 1\n", "true or false"),
+        ("[[grid]]\nrequire = 'equal'\n", "number of bits"),
+        ("[[grid]]\nlength = []\n", "length is empty"),
+        ("[[grid]]\nrequire = 20\n[[grid]]\nrequire = 'identical'\n", "two requirements"),
+        ("grid = 3\n", "[[grid]]"),
+        ("no toml", "not TOML"),
+    ],
+)
+def test_a_wrong_grid_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        grid.load(str(sweep_file(tmp_path, text)))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_shipped_grids_load_and_cover_the_axes() -> None:
+    with pytest.raises(UserError, match="quick"):
+        grid.load("none-such")
+    assert {"quick", "full", "plants"} <= grid.SHIPPED.keys()
+    full = grid.load("full")
+    for axis, choices in grid.CHOICES.items():
+        seen = {getattr(point, axis) for point in full}
+        absent = {"dtype": {"float64"}, "device": {"cpu"}, "plant": set(choices[1:])}
+        plants = axis == "plant"
+        assert seen == set(choices) - absent.get(axis, set()), axis
+        assert not plants or {p.plant for p in grid.load("plants")} == set(choices[1:])
+    assert {p.length for p in full} == {1, 2, 17, 64, 600}
+    assert {p.batch for p in full} == {1, 3} and {p.excess for p in full} == {False, True}
+
+
+def test_every_impossible_point_has_its_reason(demo: Checkpoint) -> None:
+    for changed, device, reason in [
+        ({"device": "gpu"}, "cpu", "needs --device gpu"),
+        ({"flags": "no-fma"}, "gpu", "CPU"),
+        ({"dtype": "bfloat16", "precision": "high"}, "cpu", "float32"),
+        ({"length": 4096}, "cpu", "2048 positions"),
+        ({"loop": "scan", "plant": "bf16_stage"}, "cpu", "per-layer"),
+        ({"loop": "scan", "trial": "captured"}, "cpu", "another program"),
+        ({"trial": "unobserved"}, "cpu", "loop = program"),
+        ({"dtype": "float16", "attention": "fused"}, "cpu", "F16"),
+        ({"trial": "threads", "flags": "default"}, "gpu", "CPU"),
+    ]:
+        assert reason in (grid.impossible(Point(**changed), demo.config, device) or "")
+    assert grid.impossible(Point(), demo.config, "cpu") is None
+
+
+# --- what fails a sweep
+
+
+def row(**changed: object) -> dict:
+    first = {"stage": "attn_norm", "layer": 0}
+    base = {
+        "verdict": "precision",
+        "identical": False,
+        "stages": 5,
+        "stages_differing": 2,
+        "first_difference": first,
+        "relative_l2": {"worst": 1e-6, **first},
+        "argmax_equal": 1,
+        "positions": 1,
+        "kl_max": 0.0,
+        "local_bits": {"worst": 21.0, **first},
+    }
+    return base | changed
+
+
+def test_what_fails_a_sweep_and_what_does_not() -> None:
+    same = row(verdict="identical", identical=True, first_difference=None)
+    fault = {"stage": "ffn_up", "layer": 1, "bits": 9.0, "expected": "f32", "why": "bits"}
+    assert report.failure(Point(), row()) is None
+    assert report.failure(Point(require="identical"), same) is None
+    assert "attn_norm 0" in report.failure(Point(require="identical"), row())
+    assert report.failure(Point(require=20), row()) is None
+    assert "22 bits" in report.failure(Point(require=22), row())
+    assert "ffn_up of layer 1" in report.failure(Point(), row(verdict="fault", faults=[fault]))
+    assert report.failure(Point(), {"verdict": "not run", "why": "no GPU"}) is None
+    assert report.failure(Point(), {"verdict": "not run", "why": "died", "failed": True}) == "died"
+
+
+# --- the command
+
+
+def test_identical_resumed_and_impossible(tiny: Path, tmp_path: Path, capsys) -> None:
+    file = sweep_file(
+        tmp_path,
+        """
+        [[grid]]
+        length = [1, 5, 600]
+        require = "identical"
+        [[grid]]
+        device = "gpu"
+        """,
+    )
+    out = tmp_path / "out"
+    code, data = run(file, tiny, out)
+    assert (code, data["verdict"]) == (0, "pass")
+    verdicts = [(p["point"]["length"], p["verdict"]) for p in data["points"]]
+    assert verdicts == [(1, "identical"), (5, "identical"), (600, "not run"), (17, "not run")]
+    assert [p["why"] for p in data["points"] if "why" in p] == [
+        "the model has 256 positions",
+        "needs --device gpu",
+    ]
+    first = data["points"][1]
+    assert first["argmax_equal"] == first["positions"] == 5 and first["kl_max"] == 0
+    assert first["local_bits"]["worst"] > 20 and first["classes"]["matmul"] == "f32"
+    table = (out / parity.TABLE).read_text()
+    assert table.count("| not run: ") == 2 and table.count("| identical |") == 2
+
+    rows = out / parity.ROWS
+    lines = rows.read_text().splitlines(keepends=True)
+    assert len(lines) == 2
+    rows.write_text("".join(lines[:-1]) + lines[-1][:40])  # killed in the middle of a line
+    capsys.readouterr()
+    code, data = run(file, tiny, out)
+    assert code == 0 and "1 from before" in capsys.readouterr().out
+    assert len({json.loads(line)["key"] for line in rows.read_text().splitlines()}) == 2
+
+    other = write_checkpoint(tmp_path / "other", seed=5)
+    with pytest.raises(UserError, match="points of another model"):
+        run(file, other, out)
+
+
+def test_planted_faults_are_reported_at_their_stage(tiny: Path, tmp_path: Path, capsys) -> None:
+    code, data = run("plants", tiny, tmp_path / "out")
+    assert (code, data["verdict"]) == (1, "fail")
+    for entry in data["points"]:
+        stage, _ = variants.PLANTS[entry["point"]["plant"]]
+        assert entry["verdict"] == "fault"
+        assert {fault["stage"] for fault in entry["faults"]} == {stage}
+        assert entry["first_difference"] == {"stage": stage, "layer": 0}
+        assert stage in entry["failure"]
+    assert capsys.readouterr().out.count("fails float32") == 3
+
+
+def test_a_process_that_dies_costs_one_point(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lines(self, process, points):
+        if not points:
+            yield {"machine": {"device": "cpu"}}
+        for point in points:
+            yield {"begin": point.key}
+            if point.length == 2:
+                yield {"ended": -11, "last": "Segmentation fault"}
+                return
+            same = row(verdict="identical", identical=True, first_difference=None)
+            yield same | {"key": point.key, "seconds": 0.0}
+        yield {"ended": 0, "last": ""}
+
+    monkeypatch.setattr(parity.Workers, "lines", lines)
+    file = sweep_file(tmp_path, "[[grid]]\nlength = [1, 2, 3]\n")
+    code, data = run(file, tiny, tmp_path / "out")
+    assert code == 1
+    assert [p["verdict"] for p in data["points"]] == ["identical", "not run", "identical"]
+    assert "Segmentation fault" in data["points"][1]["failure"]
+    assert len((tmp_path / "out" / parity.ROWS).read_text().splitlines()) == 2  # tried again
+
+
+def test_nothing_run_is_no_pass(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "ask_device", lambda job: {"device": "cpu"})
+    with pytest.raises(NotComparable, match="nothing compared"):
+        run(sweep_file(tmp_path, "[[grid]]\nlength = 600\n"), tiny, tmp_path / "out")
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_no_gpu_is_one_line_and_exit_2(run_cli) -> None:
+    done = run_cli("tools.parity", "--device", "gpu")
+    assert done.code == 2 and done.stderr.count("\n") == 1 and "gpu" in done.stderr
+    assert done.stdout == ""
+
+
+# --- what it stands on
+
+
+def test_padding_reaches_nothing(tiny: Path) -> None:
+    model, device = Checkpoint(tiny), jax.devices("cpu")[0]
+    engine = programs.Layers(model, "float32", "xla", device, variants.variant("stages", ""))
+    batch = programs.make_batch(TOKENS, 9, 3)
+    assert batch.lengths == [9, 5, 9]
+    other = programs.Batch(np.where(batch.valid, batch.tokens, 7), batch.valid)
+    first, second = (sequences(engine.values(b), b, model, "float32") for b in (batch, other))
+    assert measure.agreement(first, second).first is None
+    alone = programs.make_batch(first[1].tokens, 5, 1)
+    single = sequences(engine.values(alone), alone, model, "float32")
+    assert measure.agreement(first[1:2], single).within("float32")
+
+
+@pytest.mark.parametrize("form", ["program", "scan", "unobserved"])
+def test_whole_programs_compute_the_same_model(tiny: Path, form: str) -> None:
+    model, device = Checkpoint(tiny), jax.devices("cpu")[0]
+    batch = programs.make_batch(TOKENS, 6, 2)
+    layers = programs.Layers(model, "float32", "xla", device, variants.variant("stages", ""))
+    whole = programs.Whole(model, "float32", device, form)
+    ours, theirs = (sequences(p.values(batch), batch, model, "float32") for p in (whole, layers))
+    found = measure.agreement(ours, theirs)
+    assert found.within("float32")
+    assert found.stages == (1 if form == "unobserved" else len(theirs[0].entries))
+
+
+# --- for other people's tests
+
+
+def test_traces_agree_or_show_the_table(tiny: Path, trace_model) -> None:  # noqa: F811
+    ours = trace_model(tiny, TOKENS)
+    assert trace_model(tiny, TOKENS) is ours
+    assert_traces_agree(ours, ours, bits=math.inf)
+    eager = trace_model(tiny, TOKENS, backend="eager")
+    assert_traces_agree(ours, eager)
+    wrong = trace_of(str(tiny), TOKENS)
+    wrong.values["ffn_up", 1] = wrong.values["ffn_up", 1] * np.float32(1.01)
+    with pytest.raises(AssertionError) as caught:
+        assert_traces_agree(wrong, eager, bits=16)
+    message = str(caught.value)
+    assert "the traces part at layer 1 ffn_up: relative L2 1.0e-02" in message
+    assert "worst layer" in message and "arg-max equal" in message
+    assert_traces_agree(wrong, eager, bits=16, stages="ffn_gate,lm_head")
+    assert_traces_agree(wrong, eager, bits=6)
+
+
+def test_what_was_not_compared_does_not_agree(tiny: Path) -> None:
+    whole = trace_of(str(tiny), TOKENS)
+    part = trace_of(str(tiny), TOKENS)
+    for layer in (0, 1):
+        del part.entries["ffn_up", layer]
+    assert_traces_agree(part, whole)
+    with pytest.raises(AssertionError, match="not on both sides: ffn_up"):
+        assert_traces_agree(part, whole, stages="ffn_up,ffn_gate")
+    with pytest.raises(AssertionError, match="tokens"):
+        assert_traces_agree(trace_of(str(tiny), TOKENS[:-1]), whole)
+
+
+def test_a_model_without_tokenizer_is_swept_with_drawn_ids(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "bare")
+    (directory / "tokenizer.json").unlink()
+    args = parity.parser().parse_args([])
+    tokens = parity.read_tokens(args, source.open_model(str(directory)))
+    assert len(tokens) == 64 and max(tokens) < 48
