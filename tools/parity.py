@@ -78,9 +78,9 @@ def main(argv: list[str]) -> int:
         kept = sum(row["verdict"] != "not run" for row in rows.values())
         jobs = args.jobs or (1 if args.device == "gpu" else min(4, os.cpu_count() or 1))
         rows |= run(left, job, jobs, out / ROWS)
-        if left and stamp != _stamp(job, model, machine):
-            (out / STAMP).unlink()  # half of the points are of something else
-            raise UserError("the model or the code changed during the sweep; start it again")
+        if left and stamp["model"] != _stamp(job, model, machine)["model"]:
+            (out / STAMP).unlink()  # a point in between may be half of one model, half of another
+            raise UserError("the model's files changed during the sweep; start it again")
         pairs = [(point, rows[point.key]) for point in points]
         (out / TABLE).write_text(report.markdown(pairs), encoding="utf-8")
     failures = [(p, why) for p, row in pairs if (why := report.failure(p, row))]
