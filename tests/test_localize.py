@@ -13,8 +13,8 @@ from stages.verdict import class_of
 from tests.planted import checkpoints, engine, faults
 from tests.planted.matrix import Bench, cosine, make_bench, markdown, rows, summary
 from tools import localize
-from tools.report import faults as faulty
-from tools.report import sentence
+from tools.localizer.report import faults as faulty
+from tools.localizer.report import sentence
 
 SETTINGS = [("f32", "one"), ("f32", "all"), ("bf16", "one"), ("bf16", "all")]
 

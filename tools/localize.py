@@ -21,7 +21,7 @@ from stages.errors import NotComparable
 from stages.table import LAYER_STAGES, STAGE, computation_order
 from stages.trace import Layout, Trace, coarsest_dtype, numpy_dtype, open_trace
 from stages.verdict import Item
-from tools.report import COLOURS, Fault, Report, faults, place, sentence, to_json
+from tools.localizer.report import COLOURS, Fault, Report, faults, place, sentence, to_json
 
 Key = tuple[str, int | None]
 
@@ -54,7 +54,7 @@ def localize(trace: Trace, model: Checkpoint, advance: Callable[[Item], None]) -
     if not items:
         raise NotComparable(f"not comparable: {trace.path} holds no stage that can be replayed")
 
-    from tools import diagnose
+    from tools.localizer import diagnose
 
     findings = diagnose.findings(replay, items, dtype)
     formats = diagnose.formats(replay, items, dtype, findings)
@@ -233,7 +233,7 @@ def main(argv: list[str]) -> int:
         raise
     data = to_json(reports[0])
     if args.against:
-        from tools import against
+        from tools.localizer import against
 
         data["against"] = to_json(reports[1])
         data["right"] = against.judgements(*reports)

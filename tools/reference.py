@@ -11,7 +11,7 @@ FILE = Path(__file__).parents[1] / "docs" / "reference.md"
 
 def render() -> str:
     """The whole page."""
-    from tools.catalogue import CATALOGUE
+    from tools.localizer.catalogue import CATALOGUE
 
     lines = [
         "# Reference",

@@ -76,7 +76,7 @@ class Bench:
 
     def try_fault(self, fault: faults.Fault, which: str, judge: Callable | None = None) -> Row:
         """Plant one fault and judge what the localizer (or ``judge``) says of it."""
-        from tools.report import faults as reported
+        from tools.localizer.report import faults as reported
 
         run = self.plant(fault, which)
         found = (judge or (lambda r: reported(self.localize(r))))(run)

@@ -10,11 +10,11 @@ from stages import verdict
 from stages.table import STAGE
 from stages.trace import coarsest_dtype
 from stages.verdict import Item, Suspect
-from tools import shapes
-from tools.case import Array, Case, confine, consumers, focus_of
-from tools.catalogue import CATALOGUE, Mistake
-from tools.formats import detect
-from tools.report import Explanation, Finding
+from tools.localizer import shapes
+from tools.localizer.case import Array, Case, confine, consumers, focus_of
+from tools.localizer.catalogue import CATALOGUE, Mistake
+from tools.localizer.formats import detect
+from tools.localizer.report import Explanation, Finding
 
 Key = tuple[str, int | None]
 

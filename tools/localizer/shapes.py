@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from stages.verdict import PRODUCTS, ranges
-from tools.case import Array, Case
+from tools.localizer.case import Array, Case
 
 Fit = tuple[str, str, Array]  # name, what it says, candidate
 

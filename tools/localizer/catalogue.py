@@ -16,7 +16,7 @@ import numpy as np
 from qwen_jax import model, params, rope
 from qwen_jax.model import Env
 from stages.table import LAYER_INPUT, STAGE, STAGES
-from tools.case import Case
+from tools.localizer.case import Case
 
 Array = Any
 Candidates = Iterator[tuple[str, Array]]

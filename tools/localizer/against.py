@@ -8,7 +8,7 @@ from rich.text import Text
 
 from stages import verdict
 from stages.table import NAMES
-from tools.report import COLOURS, Report
+from tools.localizer.report import COLOURS, Report
 
 CLEAR = 2.0  # bits by which one side must be better to be called the right one
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from tools.case import Array, Case
+from tools.localizer.case import Array, Case
 
 CLEAR = 3.0  # bits that a format must bring back to be believed
 

@@ -1,0 +1,1 @@
+"""What ``tools.localize`` is made of: cases, known mistakes, shapes of errors, findings."""
