@@ -8,7 +8,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from qwen_jax.checkpoint import INDEX, SINGLE, Checkpoint
+from stages import manifest
 from stages.errors import UserError
+from stages.trace import Layout, Trace, open_trace
 
 DEMO = Path(__file__).parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -95,6 +97,37 @@ def read_tokens(args: argparse.Namespace, model: Checkpoint) -> tuple[int, ...]:
             f"token id {outside[0]} is outside the vocabulary; ids go from 0 to {vocabulary - 1}"
         )
     return tokens
+
+
+def tokens_given(args: argparse.Namespace) -> bool:
+    """Whether the command line says what the tokens are."""
+    return any(x is not None for x in (args.tokens, args.prompt, args.prompt_file))
+
+
+def foreign_layout(args: argparse.Namespace, model: Checkpoint) -> Layout:
+    """What a trace without manifest does not say of itself, from the command line."""
+    tokens = read_tokens(args, model)
+    config = model.config
+    return Layout(config=config.to_json(), dims=config.dims(len(tokens)), tokens=tokens)
+
+
+def open_given(args: argparse.Namespace, path: Path, model: Checkpoint | None) -> Trace:
+    """Open a trace; tokens of the command line must be those of its manifest, if it has one.
+
+    ``model`` is needed, and used, for a trace without manifest.
+
+    Raises:
+        UserError: no trace, or other tokens.
+    """
+    needed = tokens_given(args) or not (path / manifest.NAME).exists()
+    layout = foreign_layout(args, model) if model is not None and needed else None
+    trace = open_trace(path, layout)
+    if layout and tokens_given(args) and trace.tokens != layout.tokens:
+        raise UserError(
+            f"{path}: its manifest has {len(trace.tokens)} tokens other than the "
+            f"{len(layout.tokens)} of the command line; leave --tokens and --prompt away"
+        )
+    return trace
 
 
 def _prompt_text(args: argparse.Namespace) -> str:

@@ -94,7 +94,7 @@ def _check_embedding(a: Trace, b: Trace, notes: list[str]) -> None:
         notes.append("no embedding on both sides: tokens and weights are unproved by it")
         return
     dtype = numpy_dtype(coarser(a.dtype, b.dtype))
-    same = np.array_equal(a.read(*key).astype(dtype), b.read(*key).astype(dtype))
+    same = np.array_equal(a.read(*key).astype(dtype), b.read(*key).astype(dtype), equal_nan=True)
     if not same and (a.manifest is None or b.manifest is None):
         raise NotComparable(
             "not comparable: the embeddings differ, so tokens or weights do (or the lookup itself "

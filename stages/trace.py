@@ -79,6 +79,7 @@ class Trace:
             raise UserError(
                 f"{path}: {array.size} values, but {' x '.join(entry.axes)} is "
                 f"{' x '.join(map(str, entry.shape))}"
+                + ("" if self.manifest else f"; are its {len(self.tokens)} --tokens right?")
             )
         if entry.xxh3 and tensor_hash(array) != entry.xxh3:
             raise UserError(f"{path}: content does not match the manifest; the file was changed")
@@ -124,6 +125,9 @@ def open_trace(path: Path, layout: Layout | None = None) -> Trace:
                 f"{path}: {absent[0]} is in {manifest.NAME} but not there ({len(absent)} of "
                 f"{len(entries)} files); copy the whole directory or trace again"
             )
+        vocabulary = found.model["config"].get("vocab_size")
+        if vocabulary and not all(0 <= token < vocabulary for token in found.tokens):
+            raise UserError(f"{path}: {manifest.NAME} has token ids outside the vocabulary")
         return Trace(path, found, entries, found.model["config"], found.tokens)
     files = _foreign_files(path)
     if not files:
@@ -188,9 +192,10 @@ def numpy_dtype(name: str) -> np.dtype:
 
 def coarsest_dtype(values: np.ndarray) -> str:
     """The name of the coarsest float dtype that holds all of these values exactly."""
+    values = values[np.isfinite(values)]
     for name in ("bfloat16", "float16"):
         with np.errstate(over="ignore", invalid="ignore"):
             back = values.astype(numpy_dtype(name)).astype(values.dtype)
-        if np.array_equal(back, values, equal_nan=True):
+        if values.size and np.array_equal(back, values):
             return name
     return "float32" if values.dtype.itemsize <= 4 else "float64"

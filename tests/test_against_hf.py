@@ -18,7 +18,7 @@ from qwen_jax.checkpoint import Checkpoint
 from stages.errors import UserError
 from stages.table import NAMES
 from tests.tiny import hf_config, random_tensors, write_checkpoint, write_json, write_tensors
-from tests.traces import check_stages, jax_trace, torch_trace, ulps
+from tests.traces import check_stages, jax_trace, torch_trace, ulps, visible
 
 F32 = 1e-5  # relative L2 of the error accumulated up to any stage
 
@@ -158,17 +158,20 @@ def test_demo_float32(demo, prompt, backend) -> None:
     check_argmax(trace["lm_head", None], reference["lm_head", None])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "last"), [("bfloat16", "post_ffn_residual"), ("float16", "attn_softmax")]
+)
 @pytest.mark.parametrize("backend", ["xla", "eager"])
-def test_demo_rounds_where_hugging_face_rounds(demo, prompt, dtype, backend) -> None:
-    """Up to the bias no error can pile up, so a rounding point too many or too few shows: each of
-    those known changes 20 % or more of a bfloat16 stage (``docs/rounding.md``)."""
+def test_demo_rounds_where_hugging_face_rounds(demo, prompt, dtype, last, backend) -> None:
+    """Layer 0, where little error has piled up (in float16, with its finer steps, some has by the
+    end): nearly all elements are equal. A rounding point too many or too few changes 20 % or more
+    of the bfloat16 elements of its stage. docs/rounding.md has what is measured."""
     reference = torch_trace(demo.directory, prompt, dtype)
     trace = jax_trace(demo.directory, prompt, dtype, backend)
-    for stage in NAMES[: NAMES.index("qkv_bias") + 1]:
-        distance = ulps(trace[stage, 0], reference[stage, 0])
-        assert (distance <= 1).mean() >= 0.99, f"{stage}: {(distance > 1).mean():.2%} are further"
-        assert (distance == 0).mean() >= 0.99, f"{stage}: {(distance > 0).mean():.2%} differ"
+    for stage in NAMES[: NAMES.index(last) + 1]:
+        distance = ulps(*(visible(demo.config, stage, 0, t[stage, 0]) for t in (trace, reference)))
+        equal, near = (distance == 0).mean(), (distance <= 1).mean()
+        assert near >= 0.99 and equal >= 0.98, f"{stage}: {1 - equal:.2%} differ, {near=:.2%}"
 
 
 # The oracle itself.

@@ -120,7 +120,7 @@ def test_four_bit_weights_are_right_given_those_weights(directory):
 
 PATTERNS = {
     "f32": "clean",
-    "bf16": "bf16 throughout",
+    "bf16": "bf16 in every stage that could be checked",
     "f16_kv": "f16 key/value cache",
     "act8": "activations are quantised before matmuls (inputs rounded to 8 bits in blocks of 32)",
     "tf32": "matmuls run in tf32/f16",

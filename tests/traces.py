@@ -48,18 +48,17 @@ def torch_trace(
     return collect(TorchEngine(Checkpoint(directory), dtype, "cpu"), tokens, logits)
 
 
-def computed(config: Config, stage: str, layer: int | None, value: np.ndarray) -> np.ndarray:
-    """The elements of a stage that are part of the computation, in float64 (float16's and
-    bfloat16's own values): all of them but the masked scores."""
-    wide = value.astype(np.float64)
+def visible(config: Config, stage: str, layer: int | None, value: np.ndarray) -> np.ndarray:
+    """The elements of a stage that are part of the computation: all but the masked scores."""
     if stage != "attn_scores":
-        return wide
+        return value
     window = config.sliding_window if config.sliding_layers[layer] else None
-    return wide[:, causal_mask(value.shape[1], window)]
+    return value[:, causal_mask(value.shape[1], window)]
 
 
 def relative_l2(value: np.ndarray, reference: np.ndarray) -> float:
     """|value - reference| / |reference|, infinite where anything is not finite."""
+    value, reference = value.astype(np.float64), reference.astype(np.float64)
     error = np.linalg.norm(value - reference) / max(np.linalg.norm(reference), 1e-300)
     return float(error) if np.isfinite(error) else np.inf
 
@@ -74,7 +73,7 @@ def check_stages(config: Config, trace: Trace, reference: Trace, bound: float) -
     lines, over = [], 0
     for key in order:
         assert trace[key].shape == reference[key].shape, key
-        error = relative_l2(*(computed(config, *key, each[key]) for each in (trace, reference)))
+        error = relative_l2(*(visible(config, *key, each[key]) for each in (trace, reference)))
         over += error > bound
         mark = "" if error <= bound else "  <-- first" if over == 1 else "  <-- "
         lines.append(f"{key[0]:20}{'-' if key[1] is None else key[1]:>5}  {error:.2e}{mark}")

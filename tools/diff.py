@@ -20,7 +20,7 @@ from stages.errors import NotComparable
 from stages.mask import layer_mask
 from stages.slices import head_count
 from stages.table import parse_layers, parse_stages
-from stages.trace import Layout, Trace, open_trace
+from stages.trace import Trace
 
 Key = tuple[str, int | None]
 
@@ -51,19 +51,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _tolerance(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
     if not 0 <= value < float("inf"):  # NaN would let everything pass or nothing
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a relative L2 such as 1e-5")
     return value
-
-
-def foreign_layout(args: argparse.Namespace) -> Layout | None:
-    """How to read a trace without manifest, if --model or tokens were given."""
-    if not (args.model or args.tokens or args.prompt or args.prompt_file):
-        return None
-    model = source.open_model(args.model)
-    tokens = source.read_tokens(args, model)
-    return Layout(config=model.config.to_json(), dims=model.config.dims(len(tokens)), tokens=tokens)
 
 
 def compare_traces(
@@ -100,8 +94,9 @@ def compare_traces(
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    layout = foreign_layout(args)
-    a, b = open_trace(args.a, layout), open_trace(args.b, layout)
+    told = args.model is not None or source.tokens_given(args)
+    model = source.open_model(args.model) if told else None
+    a, b = (source.open_given(args, path, model) for path in (args.a, args.b))
     try:
         ready = preflight.check(a, b)
         keys = _select(args, ready.common, b)

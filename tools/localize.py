@@ -17,9 +17,9 @@ from rich.text import Text
 from qwen_jax import source
 from qwen_jax.checkpoint import Checkpoint
 from stages import cli, verdict
-from stages.errors import NotComparable
+from stages.errors import NotComparable, UserError
 from stages.table import LAYER_STAGES, STAGE, computation_order
-from stages.trace import Layout, Trace, coarsest_dtype, numpy_dtype, open_trace
+from stages.trace import Trace, coarsest_dtype, numpy_dtype
 from stages.verdict import Item
 from tools.localizer.report import COLOURS, Fault, Report, faults, place, sentence, to_json
 
@@ -53,6 +53,8 @@ def localize(trace: Trace, model: Checkpoint, advance: Callable[[Item], None]) -
         advance(items[-1])
     if not items:
         raise NotComparable(f"not comparable: {trace.path} holds no stage that can be replayed")
+
+    _check_weights(trace, model)
 
     from tools.localizer import diagnose
 
@@ -174,14 +176,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _open(args: argparse.Namespace, path: Path, model: Checkpoint) -> Trace:
-    given = args.tokens or args.prompt or args.prompt_file
-    layout = None
-    if given or not (path / "manifest.json").exists():
-        tokens = source.read_tokens(args, model)
-        layout = Layout(
-            config=model.config.to_json(), dims=model.config.dims(len(tokens)), tokens=tokens
-        )
-    trace = open_trace(path, layout)
+    trace = source.open_given(args, path, model)
     _check_model(trace, model)
     return trace
 
@@ -194,17 +189,24 @@ def _check_model(trace: Trace, model: Checkpoint) -> None:
             f"not comparable: {trace.path} was made with another config than {model.name}; "
             "give its own model with --model"
         )
+
+
+def _check_weights(trace: Trace, model: Checkpoint) -> None:
+    """Called when the replay has read, and so hashed, every weight.
+
+    Raises:
+        NotComparable: the trace was made with other weights, so nothing it shows is a fault.
+    """
     if trace.manifest is None:
         return
     stated = trace.manifest.model["weights"]
-    name = "model.norm.weight"
-    if name in stated:
-        model.read(name)
-        if model.hashes[name]["xxh3"] != stated[name]["xxh3"]:
-            raise NotComparable(
-                f"not comparable: {trace.path} was made with other weights than {model.name} "
-                f"({name} differs); give its own model with --model"
-            )
+    other = [n for n, w in model.hashes.items() if n in stated and stated[n] != w]
+    if other:
+        raise NotComparable(
+            f"not comparable: {trace.path} was made with other weights than {model.name} "
+            f"({len(other)} of {len(model.hashes)} tensors differ, first {other[0]}); "
+            "give its own model with --model"
+        )
 
 
 def run(path: Path, model: Checkpoint, args: argparse.Namespace) -> Report:
@@ -217,6 +219,8 @@ def run(path: Path, model: Checkpoint, args: argparse.Namespace) -> Report:
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
+    if args.against_model and not args.against:
+        raise UserError("--against-model is the model of --against; give that too")
     model = source.open_model(args.model)
 
     from qwen_jax import runtime
@@ -229,7 +233,9 @@ def main(argv: list[str]) -> int:
             reports.append(run(args.against, other, args))
     except NotComparable as error:
         if args.json:
-            cli.report(args.json, {"schema": 1, "verdict": "not_comparable", "why": str(error)})
+            nothing = {"faults": [], "precision": {}, "skipped": []}
+            why = {"schema": 1, "verdict": "not_comparable", "why": str(error)}
+            cli.report(args.json, why | nothing)
         raise
     data = to_json(reports[0])
     if args.against:
@@ -237,6 +243,7 @@ def main(argv: list[str]) -> int:
 
         data["against"] = to_json(reports[1])
         data["right"] = against.judgements(*reports)
+        data["same_weights"] = against.same_weights(*reports)
     show = cli.report(args.json, data)
     _print(show, reports[0])
     if args.against:

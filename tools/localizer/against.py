@@ -55,10 +55,15 @@ def _bits(report: Report, stage: str) -> list[float]:
     return [min(found), max(found)]
 
 
+def same_weights(a: Report, b: Report) -> bool | None:
+    """Whether both sides ran the same weights; None where a manifest is missing to say so."""
+    weights = [r.trace.manifest.model["weights"] if r.trace.manifest else None for r in (a, b)]
+    return None if None in weights else weights[0] == weights[1]
+
+
 def show(console: Console, a: Report, b: Report) -> None:
     """Print the table, and first whether the two sides ran the same weights."""
-    weights = [r.trace.manifest.model["weights"] if r.trace.manifest else None for r in (a, b)]
-    if None not in weights and weights[0] != weights[1]:
+    if same_weights(a, b) is False:
         console.print("the two sides have different weights; each is judged by its own")
     elif a.model != b.model:
         console.print(f"A is judged by the weights of {a.model}, B by those of {b.model}")

@@ -199,6 +199,21 @@ def consumers(stage: str, layer: int | None, last_layer: int) -> Iterator[tuple[
                 yield row.name, layer + 1
 
 
+def _right_outside(case: Case, focus: Array, needed: float) -> bool:
+    """Whether the dump is right to ``needed`` bits everywhere but in ``focus``, and in each other
+    position and channel: an error of the whole must not hide that of a slice."""
+    outside = jnp.where(focus, case.exact, case.dump)
+    error = jnp.square(outside - case.exact)
+    scale = case.size + jnp.square(case.exact)
+    if not bool(jnp.isfinite(error).all()):
+        return False
+    for kept in range(1, case.dump.ndim):
+        others = [axis for axis in range(1, case.dump.ndim) if axis != kept]
+        if float(verdict.bits(error.sum(others), scale.sum(others)).min()) < needed - 2.0:
+            return False
+    return True
+
+
 def confine(case: Case, masks: Mapping[str, np.ndarray], needed: float) -> dict[str, np.ndarray]:
     """The same slices, without those that are low only because a wrong one crosses them.
 
@@ -206,9 +221,12 @@ def confine(case: Case, masks: Mapping[str, np.ndarray], needed: float) -> dict[
     outside of which the dump is right to ``needed`` bits; the other axes are then marked whole.
     """
     confined = {a: m for a, m in masks.items() if m.any() and not m.all()}
+    crossing = focus_of(case, confined) if len(confined) > 1 else None
+    if crossing is not None and _right_outside(case, crossing, needed):
+        return dict(masks)
     for axis, mask in sorted(confined.items(), key=lambda pair: pair[1].mean()):
         focus = focus_of(case, {axis: mask})
-        if focus is not None and case.scored(jnp.where(focus, case.dump, case.exact)) >= needed:
+        if focus is not None and _right_outside(case, focus, needed):
             return {a: m if a == axis else np.ones_like(m) for a, m in masks.items()}
     return dict(masks)
 

@@ -216,7 +216,6 @@ def _(case: Case) -> Candidates:
         "",
         x / (jnp.abs(x).mean(-1, keepdims=True) + case.config.rms_norm_eps) * _norm_weight(case),
     )
-    x = case.inputs[0]
     yield "", x / jnp.abs(x).mean(-1, keepdims=True) * _norm_weight(case)
 
 
@@ -315,7 +314,7 @@ def _(case: Case) -> Candidates:
     yield "", case.exact + jnp.concatenate([w.q_bias, w.k_bias, w.v_bias])
 
 
-@mistake("gate_up_swapped", "gate and up projections swapped", "ffn_gate ffn_up")
+@mistake("gate_up_swapped", "gate and up projections swapped", "ffn_gate ffn_up", None)
 def _(case: Case) -> Candidates:
     yield "", case.run(stage="ffn_up" if case.stage.name == "ffn_gate" else "ffn_gate")
 
@@ -835,12 +834,12 @@ def _(case: Case) -> Candidates:
 # --- layout of the dump, and anything else that can happen to any stage
 
 
-def _grid(case: Case) -> tuple[Array, tuple[int, ...]]:
+def _grid(case: Case) -> Array:
     """The exact value [B=1, T, heads, rest] or [1, N, T, S] or [1, T, C], without the batch."""
     exact, heads = case.exact[0], case.heads
     if case.stage.axes == ("N", "T", "S") or exact.ndim != 2 or not heads:
-        return exact, exact.shape
-    return exact.reshape(exact.shape[0], heads, -1), exact.shape
+        return exact
+    return exact.reshape(exact.shape[0], heads, -1)
 
 
 @mistake("layout_transposed", "dumped with its axes transposed", ALL, None)
@@ -857,7 +856,7 @@ def _(case: Case) -> Candidates:
     True,
 )
 def _(case: Case) -> Candidates:
-    grid, _ = _grid(case)
+    grid = _grid(case)
     if grid.ndim == 3:
         yield "", grid.swapaxes(0, 1).reshape(case.exact.shape)
 
@@ -869,7 +868,7 @@ def _(case: Case) -> Candidates:
     None,
 )
 def _(case: Case) -> Candidates:
-    grid, _ = _grid(case)
+    grid = _grid(case)
     if grid.ndim == 3:
         yield "", grid.swapaxes(1, 2).reshape(case.exact.shape)
 
@@ -893,6 +892,35 @@ def _(case: Case) -> Candidates:
         other = Case(case.replay, STAGE[case.stage.name], layer)
         if other.inputs is not None:
             yield str(layer), other.exact
+
+
+@mistake("stage_swapped", "the dump of {}", ALL, True)
+def _(case: Case) -> Candidates:
+    for row in STAGES:
+        if row.name == case.stage.name or row.axes != case.stage.axes or row.scope != "layer":
+            continue
+        if case.layer is not None:
+            other = Case(case.replay, row, case.layer, case.overrides)
+            if other.exact is not None:
+                yield row.name, other.exact
+
+
+@mistake("positions_permuted", "positions in another order: {}", ALL, None)
+def _(case: Case) -> Candidates:
+    """Match every position of the dump to the position of the exact value it is nearest to."""
+    if case.stage.axes[0] != "T" or case.dump.ndim < 3:
+        return
+    length = case.dump.shape[1]
+    found, exact = (
+        np.nan_to_num(np.asarray(x).reshape(length, -1), posinf=0.0, neginf=0.0)
+        for x in (case.dump, case.exact)
+    )
+    distance = (found**2).sum(1)[:, None] + (exact**2).sum(1)[None] - 2 * found @ exact.T
+    order = distance.argmin(1)
+    moved = np.flatnonzero(order != np.arange(length))
+    if moved.size and len(set(order)) >= length - 1:  # a shift may repeat or lose the last one
+        says = ", ".join(f"{place} holds {order[place]}" for place in moved[:4])
+        yield says + (", ..." if moved.size > 4 else ""), case.exact[:, order]
 
 
 @mistake("heads_permuted", "heads in the order {}", WITH_HEADS, None)

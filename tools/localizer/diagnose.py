@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 
 import jax.numpy as jnp
+import numpy as np
 
 from qwen_jax.replay import Replay
 from stages import verdict
-from stages.table import STAGE
+from stages.table import STAGE, TOKENS
 from stages.trace import coarsest_dtype
 from stages.verdict import Item, Suspect
 from tools.localizer import shapes
-from tools.localizer.case import Array, Case, confine, consumers, focus_of
+from tools.localizer.case import Array, Case, confine, consumers, focus_of, source_of
 from tools.localizer.catalogue import CATALOGUE, Mistake
 from tools.localizer.formats import detect
 from tools.localizer.report import Explanation, Finding
@@ -31,7 +33,7 @@ def findings(replay: Replay, items: list[Item], dtype: str) -> list[Finding]:
     suspects += list(_matches(replay, items, dtype, {s.key for s in suspects}))
     order = {(item.stage, item.layer): place for place, item in enumerate(items)}
     suspects.sort(key=lambda suspect: order[suspect.key])
-    overrides, cleared, dump_only = _clear(replay, suspects)
+    overrides, cleared, dump_only = _clear(replay, suspects, items)
     kept = [s for s in suspects if s.key not in cleared]
     hints: dict[str, list[str]] = {}  # stage -> names that explained another layer
     result = []
@@ -51,12 +53,15 @@ def _case(replay: Replay, item: Item, overrides: dict[Key, Array], without: Key)
     return Case(replay, STAGE[item.stage], item.layer, others)
 
 
-def _clear(replay: Replay, suspects: list[Suspect]) -> tuple[dict[Key, Array], set[Key], set[Key]]:
+def _clear(
+    replay: Replay, suspects: list[Suspect], items: list[Item]
+) -> tuple[dict[Key, Array], set[Key], set[Key]]:
     """Clear the stages that only suffer from the wrong *dump* of an earlier one.
 
     If a suspect's consumer is a suspect too, and is right once the suspect's dump is replaced by
     its exact value, then the engine went on from the right value: the consumer is cleared, and
-    the mistake is one of the dump.
+    the mistake is one of the dump. The same where the earlier dump is merely too imprecise to
+    replay from, though no suspect.
     """
     by_key = {suspect.key: suspect for suspect in suspects}
     overrides: dict[Key, Array] = {}
@@ -86,14 +91,45 @@ def _clear(replay: Replay, suspects: list[Suspect]) -> tuple[dict[Key, Array], s
                 cleared.add(key)
                 dump_only.add(suspect.key)
                 overrides[suspect.key] = exact
+    for suspect in suspects:
+        key = suspect.key
+        if key in cleared or suspect.why == "nan":
+            continue
+        vague = _vague_inputs(replay, suspect, items, by_key)
+        if vague:
+            case = Case(replay, STAGE[key[0]], key[1], overrides | vague)
+            focus = focus_of(case, suspect.masks) if suspect.why == "slice" else None
+            if case.scored(case.exact, focus) >= min(suspect.expected, 24.0) - SLACK:
+                cleared.add(key)
     return overrides, cleared, dump_only
+
+
+def _vague_inputs(
+    replay: Replay, suspect: Suspect, items: list[Item], suspects: dict[Key, Suspect]
+) -> dict[Key, Array]:
+    """The exact values of a suspect's inputs whose dumps have far fewer bits than it should have,
+    though a precision explains them: the engine may have gone on from better ones."""
+    held = {(item.stage, item.layer): item for item in items}
+    stage, layer = suspect.key
+    last = replay.source.config.num_hidden_layers - 1
+    vague = {}
+    for name in STAGE[stage].inputs:
+        if name == TOKENS:
+            continue
+        key = source_of(name, layer, last)
+        item = held.get(key)
+        if item and key not in suspects and item.level < min(suspect.expected, 20.0):
+            exact = Case(replay, STAGE[key[0]], key[1]).exact
+            if exact is not None:
+                vague[key] = exact
+    return vague
 
 
 def _explain(case: Case, finding: Finding, hints: list[str]) -> None:
     """Try the catalogue and the general shapes; fill in ``diagnosis`` and ``shape``."""
     suspect = finding.suspect
     if suspect.why == "nan":
-        finding.shape = _nonfinite(suspect)
+        finding.shape = _nonfinite(case, suspect)
     if case.exact is None:
         return
     sound = min(suspect.expected, 24.0) - SLACK
@@ -143,7 +179,10 @@ def _entries(case: Case, dump_only: bool) -> list[Mistake]:
 def _confined(case: Case, finding: Finding, found: list) -> None:
     """A linear layer whose error lies in a few output channels has that many wrong rows of its
     weight: nothing else of it can confine an error so."""
-    mask = finding.suspect.masks.get("channel")
+    masks = finding.suspect.masks
+    mask, positions = masks.get("channel"), masks.get("position", np.ones(1, bool))
+    if finding.dump_only or positions.mean() < 0.5:  # a wrong row is wrong at most positions
+        return
     if case.stage.kind != "matmul" or mask is None or not 0 < mask.sum() <= max(4, mask.size // 50):
         return
     focus = focus_of(case, {"channel": mask})
@@ -156,8 +195,11 @@ def _confined(case: Case, finding: Finding, found: list) -> None:
         found.append((0, Explanation("row_corrupted", rest, says)))
 
 
-def _nonfinite(suspect: Suspect) -> str:
+def _nonfinite(case: Case, suspect: Suspect) -> str:
     places = ", ".join(f"{axis} {where}" for axis, where in suspect.where.items())
+    largest = 0.0 if case.exact is None else float(jnp.abs(jnp.nan_to_num(case.exact)).max())
+    if case.replay.dtype == np.float16 and largest > 65504:
+        return f"overflow: {largest:.3g} should be here, and float16 ends at 65504; {places}"
     return f"NaN or infinity is born here: {places}"
 
 
@@ -165,13 +207,14 @@ def _matches(replay: Replay, items: list[Item], dtype: str, known: set[Key]) -> 
     """Stages whose bits a precision would explain, but a known mistake explains better.
 
     Only where the bits are lower than the dump's own format allows: error of a format's rounding
-    has no better explanation. Only mistakes that lie near the right function are tried.
+    has no better explanation. Only what lies near the right function is tried: a constant factor
+    or offset, and the mistakes that are marked so.
     """
     usual = verdict.usual_levels(items, dtype)
     for name, expected in usual.items():
-        near = [entry for entry in CATALOGUE if entry.near and name in entry.stages]
-        if not near:
+        if STAGE[name].kind == "lookup":
             continue
+        near = [entry for entry in CATALOGUE if entry.near and name in entry.stages]
         mine = [i for i in items if i.stage == name and (i.stage, i.layer) not in known]
         if not mine or any(item.segment for item in mine):
             continue
@@ -189,8 +232,9 @@ def _matches(replay: Replay, items: list[Item], dtype: str, known: set[Key]) -> 
 def _matched(case: Case, entries: list[Mistake], expected: float) -> bool:
     """Whether one of the entries explains the dump, and better than the right function does."""
     needed = max(expected - SLACK, case.scored(case.exact) + SLACK)
-    candidates = (c for entry in entries for _, c in entry.candidates(case))
-    return any(case.scored(candidate) >= needed for candidate in candidates)
+    known = (c for entry in entries for _, c in entry.candidates(case))
+    uniform = (c for _, _, c in shapes.uniform(case))
+    return any(case.scored(candidate) >= needed for candidate in chain(uniform, known))
 
 
 def formats(

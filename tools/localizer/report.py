@@ -81,7 +81,7 @@ class Fault:
         entry: dict[str, Any] = {
             "layer": self.layer,
             "stage": self.stage,
-            "bits": round(suspect.found, 1),
+            "bits": None if suspect.why == "nan" else round(suspect.found, 1),
             "expected_bits": round(suspect.expected, 1),
             "where": suspect.where,
             "diagnosis": [
@@ -165,7 +165,10 @@ def sentence(report: Report) -> str:
     if found:
         first = found[0]
         what = place(first)
-        why = first.first.diagnosis[0].says if first.first.diagnosis else "of no known kind"
+        finding = first.first
+        why = finding.diagnosis[0].says if finding.diagnosis else "of no known kind"
+        if finding.suspect.why == "nan" and not finding.diagnosis:
+            why = finding.shape
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
         return f"fault: {what}: {why}{more}"
     lowered: dict[str, list[str]] = {}
@@ -174,7 +177,7 @@ def sentence(report: Report) -> str:
             lowered.setdefault(entry["class"], []).append(stage)
     if not lowered:
         return "clean: every stage that could be checked has the bits of float32 or better"
-    meaning = _meaning(lowered, _through(report.items))
+    meaning = _meaning(report, lowered)
     parts = [
         f"{name} in {'all other stages' if len(s) > 12 else ', '.join(s)}"
         for name, s in lowered.items()
@@ -195,8 +198,11 @@ def _through(items: list[Item]) -> dict[str, set[str]]:
     return through
 
 
-def _meaning(lowered: dict[str, list[str]], through: dict[str, set[str]]) -> str | None:
+def _meaning(report: Report, lowered: dict[str, list[str]]) -> str | None:
     """What a pattern of precision classes means, where it has one cause."""
+    through = _through(report.items)
+    classes = {s: p["class"] for s, p in report.precision.items() if STAGE[s].kind != "lookup"}
+    elsewhere = any(name in ("exact", "f64", "f32") for name in classes.values())
     products = {name for name in NAMES if STAGE[name].kind in verdict.PRODUCTS}
 
     def blamed(stage: str) -> set[str]:
@@ -206,6 +212,8 @@ def _meaning(lowered: dict[str, list[str]], through: dict[str, set[str]]) -> str
     stages = {name: set().union(*map(blamed, found)) for name, found in lowered.items()}
     linears = {name for name in NAMES if STAGE[name].kind == "matmul"}
     cache = {"attn_scores", "attention"}
+    if len(stages) == 1 and not elsewhere:
+        return f"{next(iter(stages))} in every stage that could be checked"
     if len(stages) == 1:
         name, found = next(iter(stages.items()))
         if name == "tf32/f16" and found <= cache:
@@ -215,11 +223,11 @@ def _meaning(lowered: dict[str, list[str]], through: dict[str, set[str]]) -> str
         if name == "8-bit" and found <= cache:
             return "8-bit attn_scores and attention, f32 elsewhere: a quantised key/value cache"
         if name in ("8-bit", "lower") and found <= linears:
+            if not set(report.formats) >= {s for s in lowered[name] if not through[s]}:
+                return f"{name} linear layers, f32 elsewhere; no number format explains them"
             return f"{name} linear layers, f32 elsewhere: activations are quantised before matmuls"
         if found <= linears | cache:
             return f"{name} products, f32 elsewhere: matmuls run in {name}"
-        if len(found) > 12:
-            return f"{name} throughout"
     eight, sixteen = stages.get("8-bit", set()), stages.get("tf32/f16", set())
     if len(stages) == 2 and eight and sixteen and eight <= linears and sixteen <= cache:
         return "8-bit linear layers and an f16 key/value cache, f32 elsewhere"

@@ -34,24 +34,13 @@ def fits(case: Case, masks: dict[str, np.ndarray], focus: Array | None) -> Itera
         yield "dead_head", f"head {heads} is zero", _zero_heads(case, dead)
     yield name, f"zero{place}", jnp.where(here, 0.0, exact)
 
-    if float((y * y).sum()) > 0 and bool(d.any()):
-        factor = float((d * y).sum() / (y * y).sum())
-        one = (
-            "row_scaled"
-            if "channel" in confined and "position" not in confined
-            else "constant_factor"
-        )
-        yield (
-            one,
-            f"{_subject(masks)} multiplied by {factor:.6g}",
-            jnp.where(here, factor * exact, exact),
-        )
-        offset = float((d - y).sum() / jnp.maximum(finite.sum(), 1))
-        yield (
-            "additive_constant",
-            f"{offset:.6g} added{place}",
-            jnp.where(here, exact + offset, exact),
-        )
+    one = "channel" in confined and "position" not in confined
+    for name, says, candidate in _linear_fits(case, d, y, finite, here):
+        if name == "constant_factor":
+            renamed = "row_scaled" if one else name
+            yield renamed, f"{_subject(masks)} multiplied by {says}", candidate
+        else:
+            yield name, f"{says} added{place}", candidate
     high, low = float(d.max()), float(d.min())
     if float(y.max()) > high or float(y.min()) < low:
         limit = max(high, -low)
@@ -66,6 +55,26 @@ def fits(case: Case, masks: dict[str, np.ndarray], focus: Array | None) -> Itera
             value = case.run(*inputs)
             yield f"computed_in_{name}", f"computed on {name} inputs{place}", value
             yield f"computed_in_{name}", f"computed in {name}{place}", _rounded(value, dtype)
+
+
+def uniform(case: Case) -> Iterator[Fit]:
+    """One factor, or one offset, for the whole stage."""
+    here = jnp.ones(case.dump.shape, bool)
+    finite = jnp.isfinite(case.dump) & jnp.isfinite(case.exact)
+    if case.stage.kind == "scores":
+        finite &= case.env.mask[:, None]
+    d, y = jnp.where(finite, case.dump, 0.0), jnp.where(finite, case.exact, 0.0)
+    yield from _linear_fits(case, d, y, finite, here)
+
+
+def _linear_fits(case: Case, d: Array, y: Array, finite: Array, here: Array) -> Iterator[Fit]:
+    """The factor and the offset that fit best ``here``; d and y are zero where not ``finite``."""
+    if float((y * y).sum()) == 0 or not bool(d.any()):
+        return
+    factor = float((d * y).sum() / (y * y).sum())
+    yield "constant_factor", f"{factor:.6g}", jnp.where(here, factor * case.exact, case.exact)
+    offset = float((d - y).sum() / finite.sum())
+    yield "additive_constant", f"{offset:.6g}", jnp.where(here, case.exact + offset, case.exact)
 
 
 def _rounded(x: Array, dtype: type) -> Array:
