@@ -32,7 +32,7 @@ class Stage:
         inputs: the values it is a function of: earlier stages, or ``layer_input`` / ``tokens``.
         axes: its axes without the batch axis. A product such as ``N*H`` is one axis.
         kind: the arithmetic that makes it. Decides what rounding can act on, and so the scale
-            that error is measured against (``stages/scale`` of the local error).
+            that error is measured against (``qwen_jax.replay.size_squared``).
         value: one line for people.
     """
 

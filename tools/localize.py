@@ -31,7 +31,9 @@ def trace_dtype(trace: Trace) -> str:
     holds all values of its first dumped stages exactly."""
     if trace.dtype:
         return trace.dtype
-    names = [key for key in trace.entries if STAGE[key[0]].kind != "lookup"][:6]
+    # not the embedding, which has the weights' format, nor scores, where a mask's fill may stand
+    telling = [key for key in trace.entries if STAGE[key[0]].kind not in ("lookup", "scores")]
+    names = telling[:6]
     values = [trace.read(*key).ravel()[:65536] for key in names]
     return coarsest_dtype(np.concatenate(values)) if values else "float32"
 
