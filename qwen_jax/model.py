@@ -85,10 +85,11 @@ def _rms_norm(config: Config, x: Array, weight: Array) -> Array:
     """
     wide = _wide(x)
     total = lax.reduce(wide * wide, np.zeros((), wide.dtype), lax.add, (2,))
-    # A division, as in PyTorch: where it sees one number for all, XLA multiplies by its reciprocal,
-    # and where it sees that depends on what it compiles.
+    # Divisions and a square root, as in PyTorch. Without the barriers XLA makes of them, depending
+    # on what it compiles, a product with 1/D and its own rsqrt, a last bit off in 38 % of cases.
     mean = total / lax.optimization_barrier(np.full(total.shape, x.shape[-1], wide.dtype))
-    scale = lax.rsqrt(mean + np.asarray(config.rms_norm_eps, wide.dtype))
+    root = lax.sqrt(mean + np.asarray(config.rms_norm_eps, wide.dtype))
+    scale = 1 / lax.optimization_barrier(root)
     return _round(wide * scale[..., None], x.dtype) * _wide(weight)
 
 
