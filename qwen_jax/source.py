@@ -112,22 +112,23 @@ def foreign_layout(args: argparse.Namespace, model: Checkpoint) -> Layout:
 
 
 def open_given(args: argparse.Namespace, path: Path, model: Checkpoint | None) -> Trace:
-    """Open a trace; tokens of the command line must be those of its manifest, if it has one.
-
-    ``model`` is needed, and used, for a trace without manifest.
-
-    Raises:
-        UserError: no trace, or other tokens.
-    """
+    """Open a trace. ``model`` and the tokens are needed, and used, where it has no manifest."""
     needed = tokens_given(args) or not (path / manifest.NAME).exists()
     layout = foreign_layout(args, model) if model is not None and needed else None
-    trace = open_trace(path, layout)
-    if layout and tokens_given(args) and trace.tokens != layout.tokens:
+    return open_trace(path, layout)
+
+
+def check_tokens(args: argparse.Namespace, trace: Trace, model: Checkpoint) -> None:
+    """Tokens on the command line must not contradict a manifest.
+
+    Raises:
+        UserError: they do.
+    """
+    if tokens_given(args) and trace.manifest and trace.tokens != read_tokens(args, model):
         raise UserError(
-            f"{path}: its manifest has {len(trace.tokens)} tokens other than the "
-            f"{len(layout.tokens)} of the command line; leave --tokens and --prompt away"
+            f"{trace.path}: was made with other tokens than the command line gives; its manifest "
+            "knows them, so leave --tokens and --prompt away"
         )
-    return trace
 
 
 def _prompt_text(args: argparse.Namespace) -> str:

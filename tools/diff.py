@@ -97,6 +97,8 @@ def main(argv: list[str]) -> int:
     told = args.model is not None or source.tokens_given(args)
     model = source.open_model(args.model) if told else None
     a, b = (source.open_given(args, path, model) for path in (args.a, args.b))
+    if model and a.manifest and b.manifest:
+        source.check_tokens(args, a, model)
     try:
         ready = preflight.check(a, b)
         keys = _select(args, ready.common, b)

@@ -179,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _open(args: argparse.Namespace, path: Path, model: Checkpoint) -> Trace:
     trace = source.open_given(args, path, model)
+    source.check_tokens(args, trace, model)
     _check_model(trace, model)
     return trace
 

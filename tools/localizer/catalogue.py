@@ -308,7 +308,7 @@ def _(case: Case) -> Candidates:
         yield name, case.run(value[:, -1:] if case.last_only else value)
 
 
-@mistake("bias_already_added", "dumped after the bias was added", "qkv_matmul", None)
+@mistake("bias_already_added", "dumped after the bias was added", "qkv_matmul", None, near=True)
 def _(case: Case) -> Candidates:
     w = case.weights
     yield "", case.exact + jnp.concatenate([w.q_bias, w.k_bias, w.v_bias])
