@@ -24,6 +24,7 @@ Key = tuple[str, int | None]
 # must be better than the right function by at least as much.
 SLACK = 2.5
 CLASS_F16 = 14.0  # more bits than rounding the inputs of a product to 16 bits leaves
+VAGUE = 4.0  # an input that lacks that many bits cannot show what a stage made of it
 SHOWN = 3  # explanations listed for one fault
 
 
@@ -99,7 +100,7 @@ def _clear(
             continue
         vague = _vague_inputs(replay, suspect, items, by_key)
         if vague:
-            case = Case(replay, STAGE[key[0]], key[1], overrides | vague)
+            case = _case(replay, suspect.item, overrides | vague, without=key)
             focus = focus_of(case, suspect.masks) if suspect.why == "slice" else None
             if case.scored(case.exact, focus) >= min(suspect.expected, 24.0) - SLACK:
                 cleared.add(key)
@@ -109,8 +110,8 @@ def _clear(
 def _vague_inputs(
     replay: Replay, suspect: Suspect, items: list[Item], suspects: dict[Key, Suspect]
 ) -> dict[Key, Array]:
-    """The exact values of a suspect's inputs whose dumps have far fewer bits than it should have,
-    though a precision explains them: the engine may have gone on from better ones."""
+    """The exact values of a suspect's inputs whose dumps have far fewer bits than the trace's
+    precision, though another one explains them: the engine may have gone on from better ones."""
     held = {(item.stage, item.layer): item for item in items}
     stage, layer = suspect.key
     last = replay.source.config.num_hidden_layers - 1
@@ -120,7 +121,7 @@ def _vague_inputs(
             continue
         key = source_of(name, layer, last)
         item = held.get(key)
-        if item and key not in suspects and item.level < min(suspect.expected, 20.0):
+        if item and key not in suspects and item.level < verdict.NOMINAL[replay.dtype.name] - VAGUE:
             exact = Case(replay, STAGE[key[0]], key[1]).exact
             if exact is not None:
                 vague[key] = exact
