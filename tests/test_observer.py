@@ -3,6 +3,7 @@ value is the value that the rest of the model consumed."""
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from stages.table import LAYER_INPUT, LAYER_STAGES, NAMES, STAGE
 from stages.trace import numpy_dtype
 from tests.conftest import ROOT, user_environment
 from tests.tiny import write_checkpoint
-from tests.traces import Trace, jax_trace, ulps
+from tests.traces import Trace, collect, jax_trace, ulps
 
 TOKENS = tuple(int(token) for token in np.random.default_rng(0).integers(0, 48, 37))
 
@@ -34,15 +35,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def observe(engine: JaxEngine, want, logits: str = "last") -> dict:
+def observe(engine: JaxEngine, want: Callable[[str, int | None], bool]) -> dict:
     """(stage, layer) -> bytes of what one run emitted."""
-    seen = {}
-
-    def emit(stage, layer, value) -> None:
-        seen[stage, layer] = value.tobytes()
-
-    engine.run(TOKENS, logits, want, emit)
-    return seen
+    return {key: v.tobytes() for key, v in collect(engine, TOKENS, "last", want).items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -121,6 +116,7 @@ def test_a_captured_value_is_the_consumed_one(
 
 REFERENCE = """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from qwen_jax import runtime
 runtime.configure("cpu", reference=True)

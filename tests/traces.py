@@ -1,5 +1,6 @@
 """Traces in memory, and how far two of them are apart: what the differential tests share."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ from stages.table import computation_order
 Trace = dict[tuple[str, int | None], np.ndarray]  # (stage, layer) -> value without batch axis
 
 
-def collect(engine: Any, tokens: tuple[int, ...], logits: str = "all") -> Trace:
-    """Every stage of one run, in the order in which the engine emitted them."""
+def collect(
+    engine: Any,
+    tokens: tuple[int, ...],
+    logits: str = "all",
+    want: Callable[[str, int | None], bool] = lambda stage, layer: True,
+) -> Trace:
+    """The wanted stages of one run, in the order in which the engine emitted them."""
     values: Trace = {}
 
     def emit(stage: str, layer: int | None, value: np.ndarray) -> None:
         assert (stage, layer) not in values, f"{stage} of layer {layer} was emitted twice"
         values[stage, layer] = value
 
-    engine.run(tokens, logits, lambda stage, layer: True, emit)
+    engine.run(tokens, logits, want, emit)
     return values
 
 
