@@ -20,7 +20,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.qwen2 import modeling_qwen2
 
-from qwen_jax.checkpoint import Checkpoint, expected_shapes
+from qwen_jax.checkpoint import Checkpoint
+from qwen_jax.weights import expected_shapes
 from stages.errors import UserError
 from stages.table import computation_order
 

@@ -3,12 +3,12 @@
 import argparse
 
 from qwen_jax import command
-from qwen_jax.checkpoint import Checkpoint
+from qwen_jax.weights import Weights
 from stages import cli
 from stages.errors import UserError
 
 
-def make_engine(model: Checkpoint, args: argparse.Namespace) -> object:
+def make_engine(model: Weights, args: argparse.Namespace) -> object:
     try:
         from oracle import recorder
     except ImportError as error:

@@ -1,92 +1,34 @@
-"""Hugging Face Qwen2 checkpoints: which tensors there must be, and reading them one at a time.
+"""Hugging Face Qwen2 checkpoints: are all tensors there, in which shard, and reading them.
 
-Imports neither jax nor torch. Shards are opened lazily and nothing is kept after a read, so a
-checkpoint of any size needs the memory of the tensors asked for.
+Imports neither jax nor torch. Shards are opened lazily and nothing is kept open after a read: pages
+of a mapped file count as memory of the process for as long as it is mapped.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401 -- teaches NumPy, and so safetensors, the name "bfloat16"
 import numpy as np
 import safetensors
-import xxhash
 
-from qwen_jax.config import Config, from_hf, read_json
+from qwen_jax.config import from_hf, read_json
+from qwen_jax.weights import EMBEDDING, HEAD, Weights
 from stages.errors import UserError
+from stages.trace import numpy_dtype
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = ("F32", "BF16", "F16")
-
-# field of LayerParams -> the tensor's name below "model.layers.<n>."
-LAYER_TENSORS = {
-    "input_layernorm": "input_layernorm.weight",
-    "q_proj": "self_attn.q_proj.weight",
-    "k_proj": "self_attn.k_proj.weight",
-    "v_proj": "self_attn.v_proj.weight",
-    "q_bias": "self_attn.q_proj.bias",
-    "k_bias": "self_attn.k_proj.bias",
-    "v_bias": "self_attn.v_proj.bias",
-    "o_proj": "self_attn.o_proj.weight",
-    "post_attention_layernorm": "post_attention_layernorm.weight",
-    "gate_proj": "mlp.gate_proj.weight",
-    "up_proj": "mlp.up_proj.weight",
-    "down_proj": "mlp.down_proj.weight",
-}
-START_NAMES = {"embed_tokens": "model.embed_tokens.weight"}
-HEAD = "lm_head.weight"
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def layer_names(layer: int) -> dict[str, str]:
-    """Field of LayerParams -> full tensor name."""
-    return {field: f"model.layers.{layer}.{name}" for field, name in LAYER_TENSORS.items()}
-
-
-def end_names(config: Config) -> dict[str, str]:
-    """Field of EndParams -> full tensor name. A tied head is the embedding itself."""
-    head = START_NAMES["embed_tokens"] if config.tie_word_embeddings else HEAD
-    return {"norm": "model.norm.weight", "lm_head": head}
-
-
-def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of this architecture must hold, by name."""
-    dims = config.dims(1)
-    d, f, v = dims["D"], dims["F"], dims["V"]
-    q, kv = dims["N"] * dims["H"], dims["K"] * dims["H"]
-    layer = {
-        "input_layernorm": (d,),
-        "q_proj": (q, d),
-        "k_proj": (kv, d),
-        "v_proj": (kv, d),
-        "q_bias": (q,),
-        "k_bias": (kv,),
-        "v_bias": (kv,),
-        "o_proj": (d, q),
-        "post_attention_layernorm": (d,),
-        "gate_proj": (f, d),
-        "up_proj": (f, d),
-        "down_proj": (d, f),
-    }
-    shapes = {START_NAMES["embed_tokens"]: (v, d)}
-    for index in range(config.num_hidden_layers):
-        shapes |= {name: layer[field] for field, name in layer_names(index).items()}
-    return shapes | {name: (d,) if f == "norm" else (v, d) for f, name in end_names(config).items()}
-
-
-class Checkpoint:
+class Checkpoint(Weights):
     """One checkpoint directory, checked against its config when it is opened.
-
-    Attributes:
-        name: the directory's name; what files are named after.
-        config: the architecture.
-        hashes: tensor name -> {"dtype", "shape", "xxh3"} of every tensor read so far.
 
     Raises:
         UserError: nothing there, unreadable, or tensors that do not fit the config.
     """
 
     def __init__(self, directory: Path, name: str | None = None) -> None:
+        super().__init__()
         if not directory.is_dir():
             raise UserError(f"no such model directory: {directory}")
         self.directory = directory
@@ -95,8 +37,8 @@ class Checkpoint:
         if not config_path.exists():
             raise UserError(f"{directory} has no config.json; expected a Hugging Face model")
         self.config = from_hf(read_json(config_path), str(config_path))
-        self.hashes: dict[str, dict] = {}
         self._files = self._locate()
+        self._dtypes: dict[str, np.dtype] = {}
         self._check()
 
     def _locate(self) -> dict[str, Path]:
@@ -134,11 +76,10 @@ class Checkpoint:
         return {name: self.directory / s for s, names in found.items() for name in names}
 
     def _check(self) -> None:
-        expected = expected_shapes(self.config)
-        embedding = START_NAMES["embed_tokens"]
+        expected = self.shapes
         tied_head = self.config.tie_word_embeddings and HEAD in self._files
         if tied_head:  # needless, but some files have it
-            expected[HEAD] = expected[embedding]
+            expected[HEAD] = expected[EMBEDDING]
         found = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}
         problems = []
         if missing := [name for name in expected if name not in found]:
@@ -146,13 +87,12 @@ class Checkpoint:
         if unexpected := sorted(found - expected.keys()):
             problems.append(f"unexpected {_some(unexpected, 'tensor')}")
         wrong = []
-        for name in [name for name in expected if name in found]:
-            with _open(self._files[name]) as file:
-                view = file.get_slice(name)
-                shape, dtype = tuple(view.get_shape()), view.get_dtype()
+        for name, shape, dtype in self._headers([n for n in expected if n in found]):
             if shape != expected[name]:
                 wrong.append(f"{name} is {list(shape)}, not {list(expected[name])}")
-            if dtype not in FLOATS:
+            if dtype in FLOATS:
+                self._dtypes[name] = numpy_dtype(FLOATS[dtype])
+            else:
                 wrong.append(f"{name} is {dtype}, not one of {', '.join(FLOATS)}")
         if wrong:
             problems.append(_some(wrong, "mismatch", "mismatches"))
@@ -161,28 +101,30 @@ class Checkpoint:
                 f"{self.directory}: weights do not fit config.json: " + "; ".join(problems)
             )
         if tied_head:
-            # Equal hashes are equal bits; that holds for NaN too, and for one tensor at a time.
-            self.read(HEAD)
-            self.read(embedding)
-            if self.hashes.pop(HEAD) != self.hashes[embedding]:
+            # Equal hashes are equal bits; that holds for NaN too, and for a block at a time.
+            for name in (HEAD, EMBEDDING):
+                for _ in self.blocks(name):
+                    pass
+            if self.hashes.pop(HEAD) != self.hashes[EMBEDDING]:
                 raise UserError(
                     f"{self.directory}: config.json ties the head to the embedding, but {HEAD} "
                     "is there and differs from it"
                 )
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in its own dtype. Its content hash is kept in ``hashes``."""
-        with _open(self._files[name]) as file:
-            array = file.get_tensor(name)
-        if name not in self.hashes:
-            digest = xxhash.xxh3_64_hexdigest(array.reshape(-1).view(np.uint8))
-            dtype, shape = str(array.dtype), list(array.shape)
-            self.hashes[name] = {"dtype": dtype, "shape": shape, "xxh3": digest}
-        return array
+    def _headers(self, names: Collection[str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and dtype of tensors; every shard is opened once."""
+        for path in dict.fromkeys(self._files[name] for name in names):
+            with _open(path) as file:
+                for name in [name for name in names if self._files[name] == path]:
+                    view = file.get_slice(name)
+                    yield name, tuple(view.get_shape()), view.get_dtype()
 
-    def read_group(self, names: dict[str, str]) -> dict[str, np.ndarray]:
-        """``{field: tensor}`` for ``{field: tensor name}``."""
-        return {field: self.read(name) for field, name in names.items()}
+    def dtype(self, name: str) -> np.dtype:
+        return self._dtypes[name]
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        with _open(self._files[name]) as file:
+            return file.get_slice(name)[start:stop]
 
 
 def _open(path: Path) -> safetensors.safe_open:

@@ -20,7 +20,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from qwen_jax import source
-from qwen_jax.checkpoint import Checkpoint
+from qwen_jax.weights import Weights
 from stages import aprt, cli
 from stages.errors import UserError
 from stages.manifest import DTYPES, FORMATS, Manifest
@@ -46,7 +46,7 @@ class Plan:
         stored: (stage, layer) of every file, in computation order.
     """
 
-    model: Checkpoint
+    model: Weights
     tokens: tuple[int, ...]
     tokenizer: Tokenizer | None
     stages: tuple[str, ...]

@@ -4,8 +4,9 @@ The observer changes nothing: the compiled layer always returns all of its stage
 decides only which of them are fetched. So the logits are the same bytes whatever is captured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,8 @@ import jax
 import numpy as np
 
 from qwen_jax import params, runtime
-from qwen_jax.checkpoint import Checkpoint
-from qwen_jax.model import Env, make_env, run_stages
+from qwen_jax.model import Env, compute_dtype, make_env, run_stages
+from qwen_jax.weights import EMBEDDING, NORM, Weights, head_name
 from stages.table import (
     END_STAGES,
     LAYER_INPUT,
@@ -24,6 +25,8 @@ from stages.table import (
     Stage,
 )
 from stages.trace import numpy_dtype
+
+HEAD_BLOCK = 128 << 20  # bytes of the head, in the compute dtype, that are applied at once
 
 Want = Callable[[str, int | None], bool]  # is this stage of this layer to be fetched?
 Emit = Callable[[str, int | None, np.ndarray], None]  # stage, layer, value
@@ -40,7 +43,7 @@ class JaxEngine:
         device: of ``runtime.configure``.
     """
 
-    def __init__(self, model: Checkpoint, dtype: str, backend: str, device: Any) -> None:
+    def __init__(self, model: Weights, dtype: str, backend: str, device: Any) -> None:
         self.model = model
         self.dtype = numpy_dtype(dtype)
         self.backend = backend
@@ -80,26 +83,25 @@ class JaxEngine:
         tokens [B, T] int32; valid [B, T] bool is False at padding, which is on the left and may
         hold any token.
         """
-        model, put = self.model, partial(jax.device_put, device=self.device)
+        config, put = self.model.config, partial(jax.device_put, device=self.device)
         rows, index = np.unique(tokens, return_inverse=True)
         positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
         envs = {
-            sliding: put(make_env(model.config, positions, valid, sliding))
-            for sliding in set(model.config.sliding_layers) | {False}
+            sliding: put(make_env(config, positions, valid, sliding))
+            for sliding in set(config.sliding_layers) | {False}
         }
-        # The embedding is most of a small model: only the rows in use go to the device.
-        table = params.start_params(model)
-        table = put(table.replace(embed_tokens=table.embed_tokens[rows]))
+        # The embedding is most of a small model: only the rows in use are kept.
+        table = put(params.StartParams(embed_tokens=self.model.gather(EMBEDDING, rows)))
         given = put({TOKENS: index.reshape(tokens.shape).astype(np.int32)})
-        start = self._start(table, envs[False], given)
-        x, pending = start["embedding"], [("embedding", 0, start["embedding"])]
-        with ThreadPoolExecutor(1) as reader:
-            weights = reader.submit(params.layer_params, model, 0)
-            for layer, sliding in enumerate(model.config.sliding_layers):
-                loaded = put(weights.result())
-                if layer + 1 < model.config.num_hidden_layers:
-                    weights = reader.submit(params.layer_params, model, layer + 1)
-                values = self._layer(loaded, envs[sliding], {LAYER_INPUT: x})
+        x = self._start(table, envs[False], given)["embedding"]
+        pending = [("embedding", 0, x)]
+        layers = (params.layer_params(self.model, n) for n in range(config.num_hidden_layers))
+        with _ahead(layers) as weights:
+            for layer, (loaded, sliding) in enumerate(
+                zip(weights, config.sliding_layers, strict=True)
+            ):
+                values = self._layer(put(loaded), envs[sliding], {LAYER_INPUT: x})
+                del loaded
                 x = values["post_ffn_residual"]
                 # JAX dispatches asynchronously: fetch the last layer while this one computes.
                 _fetch(pending, want, emit)
@@ -108,19 +110,53 @@ class JaxEngine:
                     (s.name, layer, values[s.name]) for s in LAYER_STAGES if s.name in values
                 ]
                 del values
-            end = put(params.end_params(model))
+                # Not earlier: this layer's weights make room for those after the next.
+                jax.block_until_ready(x)
+        end = put(params.EndParams(norm=self.model.read(NORM), lm_head=None))
+        norm = self._norm(end, envs[False], {"post_ffn_residual": x})["final_norm"]
         _fetch(pending, want, emit)
-        _fetch(self._finish(end, envs[False], x, logits), want, emit)
-
-    def _finish(self, end: params.EndParams, env: Env, x: Any, logits: str) -> list:
-        norm = self._norm(end, env, {"post_ffn_residual": x})["final_norm"]
+        _fetch([("final_norm", None, norm)], want, emit)
         kept = norm[:, -1:] if logits == "last" else norm
-        head = self._head(end, env, {"final_norm": kept})["lm_head"]
-        head = head[:, 0] if logits == "last" else head
-        return [("final_norm", None, norm), ("lm_head", None, head)]
+        head = self._logits(envs[False], kept)
+        emit("lm_head", None, head[:, 0] if logits == "last" else head)
+
+    def _logits(self, env: Env, x: Any) -> np.ndarray:
+        """[B, T, D] -> [B, T, V], the head applied in blocks of the vocabulary."""
+        name, vocabulary = head_name(self.model.config), self.model.config.vocab_size
+        found = np.empty((*x.shape[:2], vocabulary), self.dtype)
+        row = x.shape[2] * compute_dtype(self.dtype).itemsize
+        blocks = self.model.blocks(name, _even_step(vocabulary, HEAD_BLOCK // row))
+        with _ahead(blocks) as heads:
+            for first, rows in heads:
+                end = jax.device_put(params.EndParams(norm=None, lm_head=rows), self.device)
+                part = self._head(end, env, {"final_norm": x})["lm_head"]
+                found[..., first : first + len(rows)] = np.asarray(part)
+        return found
+
+
+def _even_step(count: int, most: int) -> int:
+    """How many of ``count`` to take at a time, ``most`` at most; every time as many, where that
+    needs at most twice the steps: another length is another program."""
+    steps = -(-count // max(1, most))
+    return -(-count // next((n for n in range(steps, 2 * steps + 1) if count % n == 0), steps))
+
+
+@contextmanager
+def _ahead(items: Iterator) -> Iterator[Iterator]:
+    """The same items, each made while the one before it is in use."""
+    with ThreadPoolExecutor(1) as pool:
+
+        def each() -> Iterator:
+            following = pool.submit(next, items, None)
+            while (item := following.result()) is not None:
+                following = pool.submit(next, items, None)
+                yield item
+                del item
+
+        yield each()
 
 
 def _fetch(values: list, want: Want, emit: Emit) -> None:
     for stage, layer, value in values:
-        if stage == "lm_head" or want(stage, layer):
+        if want(stage, layer):
             emit(stage, layer, np.asarray(value))

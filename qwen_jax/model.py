@@ -14,13 +14,14 @@ G = N/K, H head size, D hidden, F intermediate, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array, lax
+from jax.tree_util import register_dataclass
 
 from qwen_jax import rope
 from qwen_jax.config import Config
@@ -29,7 +30,8 @@ from stages.mask import causal_mask
 from stages.table import END_STAGES, LAYER_INPUT, LAYER_STAGES, START_STAGES, TOKENS, Stage
 
 
-@struct.dataclass
+@register_dataclass
+@dataclass(frozen=True)
 class Env:
     """What every layer of one run shares.
 
@@ -287,7 +289,8 @@ def run_stages(
     return {stage.name: values[stage.name] for stage in rows}
 
 
-@struct.dataclass
+@register_dataclass
+@dataclass(frozen=True)
 class Stages:
     """Every named sub-stage of one forward pass. Values carry the batch axis in front.
 

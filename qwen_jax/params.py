@@ -3,18 +3,20 @@
 A linear weight is [out, in] as it lies in the checkpoint; nothing is transposed on the way in.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-from flax import struct
+from jax.tree_util import register_dataclass
 
-from qwen_jax import checkpoint
 from qwen_jax.config import Config
+from qwen_jax.weights import EMBEDDING, NORM, Weights, expected_shapes, head_name, layer_names
 
 Array = Any  # jax.Array, np.ndarray or jax.ShapeDtypeStruct
 
 
-@struct.dataclass
+@register_dataclass
+@dataclass(frozen=True)
 class LayerParams:
     """One decoder layer."""
 
@@ -32,38 +34,41 @@ class LayerParams:
     down_proj: Array  # [D, F]
 
 
-@struct.dataclass
+@register_dataclass
+@dataclass(frozen=True)
 class StartParams:
     embed_tokens: Array  # [V, D]
 
 
-@struct.dataclass
+@register_dataclass
+@dataclass(frozen=True)
 class EndParams:
     norm: Array  # [D]
     lm_head: Array  # [V, D]; the embedding where the head is tied
 
 
-@struct.dataclass
+@register_dataclass
+@dataclass(frozen=True)
 class Params:
     start: StartParams
     layers: tuple[LayerParams, ...]
     end: EndParams
 
 
-def layer_params(source: "checkpoint.Checkpoint", layer: int) -> LayerParams:
-    """One layer's weights, read from the checkpoint in its own dtype."""
-    return LayerParams(**source.read_group(checkpoint.layer_names(layer)))
+def layer_params(source: Weights, layer: int) -> LayerParams:
+    """One layer's weights, in the dtype in which they are stored."""
+    return LayerParams(**source.read_group(layer_names(layer)))
 
 
-def start_params(source: "checkpoint.Checkpoint") -> StartParams:
-    return StartParams(**source.read_group(checkpoint.START_NAMES))
+def start_params(source: Weights) -> StartParams:
+    return StartParams(embed_tokens=source.read(EMBEDDING))
 
 
-def end_params(source: "checkpoint.Checkpoint") -> EndParams:
-    return EndParams(**source.read_group(checkpoint.end_names(source.config)))
+def end_params(source: Weights) -> EndParams:
+    return EndParams(norm=source.read(NORM), lm_head=source.read(head_name(source.config)))
 
 
-def load(source: "checkpoint.Checkpoint") -> Params:
+def load(source: Weights) -> Params:
     """All weights at once, for ``forward`` on a model that fits into memory."""
     layers = range(source.config.num_hidden_layers)
     return Params(
@@ -75,13 +80,16 @@ def load(source: "checkpoint.Checkpoint") -> Params:
 
 def abstract(config: Config, dtype: Any) -> Params:
     """The same tree of ``jax.ShapeDtypeStruct``: shapes without weights."""
+    shapes = expected_shapes(config)
 
     class Shapes:
         def __init__(self) -> None:
             self.config = config
 
+        def read(self, name: str) -> Any:
+            return jax.ShapeDtypeStruct(shapes[name], dtype)
+
         def read_group(self, names: dict[str, str]) -> dict[str, Any]:
-            shapes = checkpoint.expected_shapes(config)
-            return {f: jax.ShapeDtypeStruct(shapes[name], dtype) for f, name in names.items()}
+            return {field: self.read(name) for field, name in names.items()}
 
     return load(Shapes())  # type: ignore[arg-type]

@@ -11,20 +11,20 @@ and CADNA. The sizes s are the first-order bounds of each operation's rounding e
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array
+from jax.tree_util import register_dataclass
 
 from qwen_jax import model, params, rope
-from qwen_jax.checkpoint import Checkpoint
 from qwen_jax.config import Config
 from qwen_jax.model import FUNCTIONS, Env
+from qwen_jax.weights import EMBEDDING, NORM, Weights, head_name
 from stages.table import END_STAGES, LAYER_INPUT, LAYER_STAGES, START_STAGES, TOKENS, Stage
 from stages.trace import Trace
 
@@ -81,7 +81,7 @@ def allowance(
     if stage.kind == "silu":
         return jnp.abs(value * inputs[0]) * u + tiny
     if stage.kind == "rotation":
-        quarter_turn = env.replace(cos=-env.sin, sin=env.cos)  # the derivative of a rotation
+        quarter_turn = replace(env, cos=-env.sin, sin=env.cos)  # the derivative of a rotation
         turned = FUNCTIONS[stage.name](config, None, quarter_turn, inputs[0])
         frequencies, _ = rope.inverse_frequencies(config)
         angle = np.arange(turned.shape[1])[:, None] * np.tile(frequencies.astype(np.float64), 2)
@@ -93,7 +93,8 @@ def _square(tree: Any) -> Any:
     return jax.tree.map(lambda x: x * x, tree)
 
 
-@struct.dataclass
+@register_dataclass
+@dataclass(frozen=True)
 class Sums:
     """What one stage of one layer leaves behind: squares added up over rows and over columns.
 
@@ -250,7 +251,7 @@ class Replay:
     """
 
     def __init__(
-        self, trace: Trace, source: Checkpoint, dtype: np.dtype, unoptimised: bool = False
+        self, trace: Trace, source: Weights, dtype: np.dtype, unoptimised: bool = False
     ) -> None:
         self.trace, self.source, self.dtype = trace, source, dtype
         self._compiled = partial(
@@ -277,7 +278,7 @@ class Replay:
     def start_params(self) -> tuple[params.StartParams, np.ndarray]:
         """The embedding rows in use, and the tokens renumbered to them."""
         rows, index = np.unique(np.array([self.trace.tokens], np.int32), return_inverse=True)
-        table = params.start_params(self.source).embed_tokens[rows]
+        table = self.source.gather(EMBEDDING, rows)
         return params.StartParams(embed_tokens=table), index.reshape(1, -1).astype(np.int32)
 
     def layer_dumps(self, layer: int) -> dict[str, np.ndarray]:
@@ -342,7 +343,7 @@ class Replay:
 
     def _finish(self) -> Iterator[Measured]:
         """final_norm, and lm_head in slices of the vocabulary."""
-        config, weights = self.source.config, params.end_params(self.source)
+        config, source = self.source.config, self.source
         before = "post_ffn_residual"
         dump = self.load(before, config.num_hidden_layers - 1)
         dumps = {} if dump is None else {before: dump}
@@ -352,6 +353,7 @@ class Replay:
         if not dumps and not given:
             return
         program = self._compiled(END_STAGES[:1])
+        weights = params.EndParams(norm=source.read(NORM), lm_head=None)
         yield from self._step(END_STAGES[:1], None, program, weights, dumps, given)
         if (head := self.load("lm_head", None)) is None:
             return
@@ -364,9 +366,9 @@ class Replay:
         head = head[:, None] if last_only else head
         program = self._compiled(END_STAGES[1:])
         parts = []
-        for first in range(0, config.vocab_size, VOCABULARY_SLICE):
-            cut = slice(first, first + VOCABULARY_SLICE)
-            some = weights.replace(lm_head=weights.lm_head[cut])
+        for first, rows in source.blocks(head_name(config), VOCABULARY_SLICE):
+            cut = slice(first, first + len(rows))
+            some = replace(weights, lm_head=rows)
             kept = dict(self._carried), dict(self._chain)
             parts += self._step(
                 END_STAGES[1:], None, program, some, dumps | {"lm_head": head[..., cut]}, given

@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from qwen_jax.checkpoint import INDEX, SINGLE, Checkpoint
+from qwen_jax.weights import Weights
 from stages import manifest
 from stages.errors import UserError
 from stages.trace import Layout, Trace, open_trace
@@ -30,7 +31,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--tokens", metavar="1,2,3", help="token ids instead of text")
 
 
-def open_model(spec: str | None) -> Checkpoint:
+def open_model(spec: str | None) -> Weights:
     """The checkpoint that ``--model`` names: None is the demo model.
 
     Raises:
@@ -56,7 +57,7 @@ def _download(hub_id: str) -> Path:
 
 
 @cache
-def load_tokenizer(model: Checkpoint) -> Tokenizer | None:
+def load_tokenizer(model: Weights) -> Tokenizer | None:
     """The model's tokenizer, or None if it has no ``tokenizer.json``. Read once a model.
 
     Raises:
@@ -71,7 +72,7 @@ def load_tokenizer(model: Checkpoint) -> Tokenizer | None:
         raise UserError(f"{path}: not a tokenizer: {error}") from None
 
 
-def read_tokens(args: argparse.Namespace, model: Checkpoint) -> tuple[int, ...]:
+def read_tokens(args: argparse.Namespace, model: Weights) -> tuple[int, ...]:
     """The token ids of --tokens, --prompt or --prompt-file; the embedded prompt without any.
 
     Raises:
@@ -104,21 +105,21 @@ def tokens_given(args: argparse.Namespace) -> bool:
     return any(x is not None for x in (args.tokens, args.prompt, args.prompt_file))
 
 
-def foreign_layout(args: argparse.Namespace, model: Checkpoint) -> Layout:
+def foreign_layout(args: argparse.Namespace, model: Weights) -> Layout:
     """What a trace without manifest does not say of itself, from the command line."""
     tokens = read_tokens(args, model)
     config = model.config
     return Layout(config=config.to_json(), dims=config.dims(len(tokens)), tokens=tokens)
 
 
-def open_given(args: argparse.Namespace, path: Path, model: Checkpoint | None) -> Trace:
+def open_given(args: argparse.Namespace, path: Path, model: Weights | None) -> Trace:
     """Open a trace. ``model`` and the tokens are needed, and used, where it has no manifest."""
     needed = tokens_given(args) or not (path / manifest.NAME).exists()
     layout = foreign_layout(args, model) if model is not None and needed else None
     return open_trace(path, layout)
 
 
-def check_tokens(args: argparse.Namespace, trace: Trace, model: Checkpoint) -> None:
+def check_tokens(args: argparse.Namespace, trace: Trace, model: Weights) -> None:
     """Tokens on the command line must not contradict a manifest.
 
     Raises:

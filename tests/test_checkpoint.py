@@ -15,8 +15,9 @@ import xxhash
 from safetensors.numpy import load_file, save_file
 
 from qwen_jax import source
-from qwen_jax.checkpoint import HEAD, INDEX, SINGLE, Checkpoint, expected_shapes
+from qwen_jax.checkpoint import INDEX, SINGLE, Checkpoint
 from qwen_jax.config import from_hf
+from qwen_jax.weights import HEAD, expected_shapes
 from stages.errors import UserError
 from tests.tiny import hf_config, random_tensors, write_checkpoint, write_json, write_tensors
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen_jax import source
-from qwen_jax.checkpoint import Checkpoint
+from qwen_jax.weights import Weights
 from stages import cli, verdict
 from stages.errors import NotComparable, UserError
 from stages.table import LAYER_STAGES, STAGE, computation_order
@@ -38,7 +38,7 @@ def trace_dtype(trace: Trace) -> str:
     return coarsest_dtype(np.concatenate(values)) if values else "float32"
 
 
-def localize(trace: Trace, model: Checkpoint, advance: Callable[[Item], None]) -> Report:
+def localize(trace: Trace, model: Weights, advance: Callable[[Item], None]) -> Report:
     """Measure, judge and explain one trace. ``advance`` is called after every stage.
 
     Raises:
@@ -66,7 +66,7 @@ def localize(trace: Trace, model: Checkpoint, advance: Callable[[Item], None]) -
     return Report(trace, model.name, dtype, items, findings, skipped, formats)
 
 
-def _skipped(trace: Trace, model: Checkpoint, items: list[Item]) -> list[dict[str, Any]]:
+def _skipped(trace: Trace, model: Weights, items: list[Item]) -> list[dict[str, Any]]:
     """What was not checked alone: stages that are not in the trace, by stage."""
     rows: dict[str, list[int | None]] = {}
     for stage, layer in computation_order(model.config.num_hidden_layers):
@@ -177,14 +177,14 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _open(args: argparse.Namespace, path: Path, model: Checkpoint) -> Trace:
+def _open(args: argparse.Namespace, path: Path, model: Weights) -> Trace:
     trace = source.open_given(args, path, model)
     source.check_tokens(args, trace, model)
     _check_model(trace, model)
     return trace
 
 
-def _check_model(trace: Trace, model: Checkpoint) -> None:
+def _check_model(trace: Trace, model: Weights) -> None:
     """The weights must be those that made the trace, or every number would be about the wrong
     model."""
     if trace.config != model.config.to_json():
@@ -194,7 +194,7 @@ def _check_model(trace: Trace, model: Checkpoint) -> None:
         )
 
 
-def _check_weights(trace: Trace, model: Checkpoint) -> None:
+def _check_weights(trace: Trace, model: Weights) -> None:
     """Called when the replay has read, and so hashed, every weight.
 
     Raises:
@@ -212,7 +212,7 @@ def _check_weights(trace: Trace, model: Checkpoint) -> None:
         )
 
 
-def run(path: Path, model: Checkpoint, args: argparse.Namespace) -> Report:
+def run(path: Path, model: Weights, args: argparse.Namespace) -> Report:
     """Localize one trace with a progress bar."""
     trace = _open(args, path, model)
     with cli.progress() as bar:

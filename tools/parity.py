@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qwen_jax import source
-from qwen_jax.checkpoint import Checkpoint
+from qwen_jax.weights import Weights
 from stages import cli
 from stages.errors import NotComparable, UserError
 from tools.sweep import grid, report
@@ -127,7 +127,7 @@ def _summary(
     show.print(Text.assemble((verdict, "bold"), f"; table in {out / TABLE}"))
 
 
-def read_tokens(args: argparse.Namespace, model: Checkpoint) -> tuple[int, ...]:
+def read_tokens(args: argparse.Namespace, model: Weights) -> tuple[int, ...]:
     """What the user gave; else the embedded prompt, or, for a model without a tokenizer, ids drawn
     once and for all."""
     given = args.tokens is not None or args.prompt is not None or args.prompt_file is not None
@@ -168,7 +168,7 @@ def finished(out: Path, stamp: Row, overwrite: bool) -> dict[str, Row]:
     return {}
 
 
-def _stamp(job: Row, model: Checkpoint, machine: Row) -> Row:
+def _stamp(job: Row, model: Weights, machine: Row) -> Row:
     """What finished points depend on. A change of any of it makes them another sweep's."""
     weights = sorted(model.directory.glob("*.safetensors"))
     code = hashlib.sha256()

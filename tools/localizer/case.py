@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax import params
-from qwen_jax.checkpoint import Checkpoint
 from qwen_jax.config import Config
 from qwen_jax.model import FUNCTIONS, Env
 from qwen_jax.replay import Replay, size_squared
+from qwen_jax.weights import Weights
 from stages import verdict
 from stages.slices import head_count
 from stages.table import END_STAGES, LAYER_INPUT, STAGE, TOKENS, Stage
@@ -50,7 +50,7 @@ class Case:
         return self.replay.source.config
 
     @property
-    def model(self) -> Checkpoint:
+    def model(self) -> Weights:
         return self.replay.source
 
     @property

@@ -134,7 +134,7 @@ def _norm_weight(case: Case) -> Array:
 
 
 def _with_norm(case: Case, weight: Array) -> Array:
-    return case.run(weights=case.weights.replace(**{NORM_WEIGHT[case.stage.name]: weight}))
+    return case.run(weights=replace(case.weights, **{NORM_WEIGHT[case.stage.name]: weight}))
 
 
 @mistake("norm_eps", "eps {} instead of the model's", NORMS, near=True)
@@ -232,7 +232,7 @@ def _other_layers(case: Case) -> list[int]:
 def _linear_with(case: Case, change: Callable[[Array], Array]) -> Array:
     fields = LINEAR_WEIGHTS[case.stage.name]
     return case.run(
-        weights=case.weights.replace(**{f: change(getattr(case.weights, f)) for f in fields})
+        weights=replace(case.weights, **{f: change(getattr(case.weights, f)) for f in fields})
     )
 
 
@@ -247,7 +247,7 @@ def _(case: Case) -> Candidates:
     yield "", _linear_with(case, _reread)
     fields = LINEAR_WEIGHTS[case.stage.name]
     for name in fields if len(fields) > 1 else ():
-        weights = case.weights.replace(**{name: _reread(getattr(case.weights, name))})
+        weights = replace(case.weights, **{name: _reread(getattr(case.weights, name))})
         yield f" ({name} alone)", case.run(weights=weights)
 
 
@@ -258,14 +258,14 @@ def _(case: Case) -> Candidates:
         yield str(layer), case.run(weights=others)
         fields = LINEAR_WEIGHTS[case.stage.name]
         for name in fields if len(fields) > 1 else ():
-            mixed = case.weights.replace(**{name: getattr(others, name)})
+            mixed = replace(case.weights, **{name: getattr(others, name)})
             yield f"{layer} ({name} alone)", case.run(weights=mixed)
 
 
 @mistake("kv_swapped", "k and v projections swapped", "qkv_matmul")
 def _(case: Case) -> Candidates:
     w = case.weights
-    yield "", case.run(weights=w.replace(k_proj=w.v_proj, v_proj=w.k_proj))
+    yield "", case.run(weights=replace(w, k_proj=w.v_proj, v_proj=w.k_proj))
 
 
 @mistake(
@@ -325,7 +325,7 @@ def _(case: Case) -> Candidates:
 def _(case: Case) -> Candidates:
     if not case.config.tie_word_embeddings:
         table = jnp.asarray(_embedding_table(case)).astype(jnp.float64)
-        yield "", case.run(weights=case.weights.replace(lm_head=table))
+        yield "", case.run(weights=replace(case.weights, lm_head=table))
 
 
 @mistake("logits_wrong_position", "logits of {}", "lm_head", None)
@@ -427,7 +427,7 @@ def _table(case: Case, positions: np.ndarray, **changes: Any) -> Env:
     """The environment with RoPE tables for other positions or another configuration."""
     config = replace(case.config, **changes)
     cos, sin = rope.cos_sin(config, positions)
-    return case.env.replace(cos=jnp.asarray(cos), sin=jnp.asarray(sin))
+    return replace(case.env, cos=jnp.asarray(cos), sin=jnp.asarray(sin))
 
 
 def _positions(case: Case) -> np.ndarray:
@@ -463,7 +463,7 @@ def _(case: Case) -> Candidates:
 
 @mistake("rope_sign", "RoPE turns the other way", ROPES)
 def _(case: Case) -> Candidates:
-    yield "", case.run(env=case.env.replace(sin=-case.env.sin))
+    yield "", case.run(env=replace(case.env, sin=-case.env.sin))
 
 
 @mistake("rope_missing", "not rotated", ROPES)
@@ -493,7 +493,7 @@ def _(case: Case) -> Candidates:
 
 @mistake("rope_cos_sin_swapped", "cos and sin swapped", ROPES)
 def _(case: Case) -> Candidates:
-    yield "", case.run(env=case.env.replace(cos=case.env.sin, sin=case.env.cos))
+    yield "", case.run(env=replace(case.env, cos=case.env.sin, sin=case.env.cos))
 
 
 @mistake("rope_frequency_step", "RoPE frequencies theta^(-{}) instead of theta^(-2i/H)", ROPES)
@@ -502,7 +502,7 @@ def _(case: Case) -> Candidates:
     for says, exponent in (("i/H", 1.0), ("4i/H", 4.0)):
         frequency = case.config.rope_theta ** (-exponent * index / case.config.head_dim)
         angle = _positions(case)[..., None] * frequency
-        yield says, case.run(env=case.env.replace(cos=jnp.cos(angle), sin=jnp.sin(angle)))
+        yield says, case.run(env=replace(case.env, cos=jnp.cos(angle), sin=jnp.sin(angle)))
 
 
 @mistake("rope_twice", "rotated twice", ROPES)
@@ -523,7 +523,7 @@ def _(case: Case) -> Candidates:
         cos, sin = rope.cos_sin(case.config, _positions(case) / factor)
         yield (
             str(factor),
-            case.run(env=case.env.replace(cos=jnp.asarray(cos), sin=jnp.asarray(sin))),
+            case.run(env=replace(case.env, cos=jnp.asarray(cos), sin=jnp.asarray(sin))),
         )
 
 
@@ -611,7 +611,7 @@ def _(case: Case) -> Candidates:
 
 
 def _masked_softmax(case: Case, allowed: np.ndarray) -> Array:
-    return case.run(env=case.env.replace(mask=jnp.asarray(allowed)[None]))
+    return case.run(env=replace(case.env, mask=jnp.asarray(allowed)[None]))
 
 
 def _distance(case: Case) -> np.ndarray:

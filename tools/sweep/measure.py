@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax.checkpoint import Checkpoint
 from qwen_jax.replay import Replay
+from qwen_jax.weights import Weights
 from stages import verdict
 from stages.compare import Difference, LogitsDifference
 from stages.table import STAGE, computation_order
@@ -143,7 +143,7 @@ def _coarseness(name: str) -> int:
     return FINEST_FIRST.index(name) if name in FINEST_FIRST else len(FINEST_FIRST)
 
 
-def local(traces: Iterable[MemoryTrace], model: Checkpoint, point: Point, device: str) -> Local:
+def local(traces: Iterable[MemoryTrace], model: Weights, point: Point, device: str) -> Local:
     """Replay every stage of every sequence, and name the faults."""
     result, dtype, config = Local(), point.dtype, model.config.to_json()
     worst: dict[tuple[str, int | None], dict[str, Any]] = {}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_jax.checkpoint import Checkpoint
+from qwen_jax.weights import Weights
 from stages.manifest import FileEntry
 from stages.mask import layer_mask
 from stages.table import STAGE
@@ -20,7 +20,7 @@ class MemoryTrace(Trace):
     """
 
     def __init__(
-        self, name: str, model: Checkpoint, tokens: tuple[int, ...], dtype: str, values: Values
+        self, name: str, model: Weights, tokens: tuple[int, ...], dtype: str, values: Values
     ) -> None:
         entries = {
             (stage, layer): FileEntry(
@@ -43,7 +43,7 @@ class MemoryTrace(Trace):
 
 
 def sequences(
-    values: Values, batch: Batch, model: Checkpoint, dtype: str, name: str = ""
+    values: Values, batch: Batch, model: Weights, dtype: str, name: str = ""
 ) -> list[MemoryTrace]:
     """One trace for each sequence of a batch, without what stands at its padding."""
     traces = []

@@ -3,7 +3,7 @@
 Each gives every stage with its batch axis: ``{(stage, layer): [B, ...]}``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy as np
 from jax import Array, lax
 
 from qwen_jax import params
-from qwen_jax.checkpoint import Checkpoint
 from qwen_jax.engine import JaxEngine, Want
 from qwen_jax.model import forward, make_env, run_stages
+from qwen_jax.weights import Weights
 from stages.table import END_STAGES, LAYER_INPUT, LAYER_STAGES, START_STAGES, TOKENS, Stage
 from stages.trace import numpy_dtype
 from tools.sweep.variants import Variant
@@ -56,7 +56,7 @@ class Layers(JaxEngine):
     """The engine that traces, with stages replaced as ``variant`` says."""
 
     def __init__(
-        self, model: Checkpoint, dtype: str, backend: str, device: Any, variant: Variant
+        self, model: Weights, dtype: str, backend: str, device: Any, variant: Variant
     ) -> None:
         self.variant = variant
         super().__init__(model, dtype, backend, device)
@@ -93,7 +93,7 @@ class Whole:
             "unobserved" (as "program", but only the logits come out, so XLA may fuse at will).
     """
 
-    def __init__(self, model: Checkpoint, dtype: str, device: Any, form: str) -> None:
+    def __init__(self, model: Weights, dtype: str, device: Any, form: str) -> None:
         self.model, self.device, self.form = model, device, form
         function = {"program": _unrolled, "scan": _scan, "unobserved": _logits}[form]
         self.program = jax.jit(partial(function, model.config, dtype=numpy_dtype(dtype)))
@@ -108,7 +108,7 @@ class Whole:
         weights = params.load(self.model)
         if self.form == "scan":
             stacked = jax.tree.map(lambda *layers: np.stack(layers), *weights.layers)
-            weights = weights.replace(layers=stacked)
+            weights = replace(weights, layers=stacked)
         found = jax.device_get(self.program(put(weights), put(batch.tokens), envs))
         if self.form == "unobserved":
             return {("lm_head", None): found}

@@ -38,13 +38,13 @@ def _bf16_stage(config: Config, p: LayerParams, env: Env, x: Array) -> Array:
 
 def _truncated_sum(config: Config, p: LayerParams, env: Env, x: Array) -> Array:
     kept = x.shape[-1] - max(1, x.shape[-1] // 64)
-    p = p.replace(down_proj=p.down_proj[:, :kept])
+    p = replace(p, down_proj=p.down_proj[:, :kept])
     return FUNCTIONS["ffn_out"](config, p, env, x[..., :kept])
 
 
 def _scaled_bias(config: Config, p: LayerParams, env: Env, qkv: Array) -> Array:
     alpha = config.head_dim**-0.5
-    p = p.replace(**{f"{n}_bias": getattr(p, f"{n}_bias") * alpha for n in "qkv"})
+    p = replace(p, **{f"{n}_bias": getattr(p, f"{n}_bias") * alpha for n in "qkv"})
     return FUNCTIONS["qkv_bias"](config, p, env, qkv)
 
 

@@ -1,0 +1,147 @@
+"""What every source of a model's weights has in common: reading them in bounded memory.
+
+A source is a Hugging Face directory (``checkpoint``), an orbax directory (``orbax``) or random
+numbers (``synthetic``). Each gives rows of a tensor; the rest is here. Imports neither jax nor
+torch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401 -- teaches NumPy, and so safetensors, the name "bfloat16"
+import numpy as np
+import xxhash
+
+from qwen_jax.config import Config
+
+BLOCK = 64 << 20  # bytes of one read
+ALIGNMENT = 64  # bytes: JAX takes a host array that is aligned so as it lies, without a copy
+
+# field of LayerParams -> the tensor's name below "model.layers.<n>."
+LAYER_TENSORS = {
+    "input_layernorm": "input_layernorm.weight",
+    "q_proj": "self_attn.q_proj.weight",
+    "k_proj": "self_attn.k_proj.weight",
+    "v_proj": "self_attn.v_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "o_proj": "self_attn.o_proj.weight",
+    "post_attention_layernorm": "post_attention_layernorm.weight",
+    "gate_proj": "mlp.gate_proj.weight",
+    "up_proj": "mlp.up_proj.weight",
+    "down_proj": "mlp.down_proj.weight",
+}
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+def layer_names(layer: int) -> dict[str, str]:
+    """Field of LayerParams -> full tensor name."""
+    return {field: f"model.layers.{layer}.{name}" for field, name in LAYER_TENSORS.items()}
+
+
+def head_name(config: Config) -> str:
+    """The tensor of the output projection. A tied head is the embedding itself."""
+    return EMBEDDING if config.tie_word_embeddings else HEAD
+
+
+def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a model of this architecture has, by its Hugging Face name."""
+    dims = config.dims(1)
+    d, f, v = dims["D"], dims["F"], dims["V"]
+    q, kv = dims["N"] * dims["H"], dims["K"] * dims["H"]
+    layer = {
+        "input_layernorm": (d,),
+        "q_proj": (q, d),
+        "k_proj": (kv, d),
+        "v_proj": (kv, d),
+        "q_bias": (q,),
+        "k_bias": (kv,),
+        "v_bias": (kv,),
+        "o_proj": (d, q),
+        "post_attention_layernorm": (d,),
+        "gate_proj": (f, d),
+        "up_proj": (f, d),
+        "down_proj": (d, f),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (v, d)}
+    for index in range(config.num_hidden_layers):
+        shapes |= {name: layer[field] for field, name in layer_names(index).items()}
+    return shapes | {NORM: (d,), head_name(config): (v, d)}
+
+
+class Weights(ABC):
+    """The weights of one model, read a tensor or some rows at a time.
+
+    Attributes:
+        name: what traces of the model are named after.
+        config: the architecture.
+        directory: where its tokenizer lies; None for a model that is not on disk.
+        hashes: tensor name -> {"dtype", "shape", "xxh3"} of every tensor read whole so far.
+    """
+
+    name: str
+    config: Config
+    directory: Path | None
+
+    def __init__(self) -> None:
+        self.hashes: dict[str, dict] = {}
+
+    @abstractmethod
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype in which a tensor is stored."""
+
+    @abstractmethod
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop`` (of the first axis) of one tensor, in its own dtype."""
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, by name."""
+        return expected_shapes(self.config)
+
+    def blocks(self, name: str, step: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """A whole tensor as (first row, rows): ``step`` rows, or about ``BLOCK`` bytes at a time.
+
+        When the last one has been taken the tensor's content hash is in ``hashes``.
+        """
+        shape, dtype = self.shapes[name], self.dtype(name)
+        step = step or max(1, BLOCK // (int(np.prod(shape[1:])) * dtype.itemsize))
+        digest = None if name in self.hashes else xxhash.xxh3_64()
+        for start in range(0, shape[0], step):
+            block = self.rows(name, start, min(start + step, shape[0]))
+            if digest:
+                digest.update(block.reshape(-1).view(np.uint8))
+            yield start, block
+        if digest:
+            told = {"dtype": str(dtype), "shape": list(shape), "xxh3": digest.hexdigest()}
+            self.hashes[name] = told
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in its own dtype, in memory that JAX need not copy."""
+        array = aligned_empty(self.shapes[name], self.dtype(name))
+        for start, block in self.blocks(name):
+            array[start : start + len(block)] = block
+        return array
+
+    def read_group(self, names: dict[str, str]) -> dict[str, np.ndarray]:
+        """``{field: tensor}`` for ``{field: tensor name}``."""
+        return {field: self.read(name) for field, name in names.items()}
+
+    def gather(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """The given rows (sorted, each once) of a tensor, in one pass over all of it."""
+        found = aligned_empty((len(rows), *self.shapes[name][1:]), self.dtype(name))
+        for start, block in self.blocks(name):
+            first, last = np.searchsorted(rows, (start, start + len(block)))
+            found[first:last] = block[rows[first:last] - start]
+        return found
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """``np.empty`` at an address that is a multiple of ``ALIGNMENT``."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    first = -raw.ctypes.data % ALIGNMENT
+    return raw[first : first + size].view(dtype).reshape(shape)
