@@ -30,6 +30,7 @@ HEAD_BLOCK = 128 << 20  # bytes of the head, in the compute dtype, that are appl
 
 Want = Callable[[str, int | None], bool]  # is this stage of this layer to be fetched?
 Emit = Callable[[str, int | None, np.ndarray], None]  # stage, layer, value
+Resume = tuple[int, np.ndarray] | None  # the first layer to compute, and its input
 
 
 class JaxEngine:
@@ -60,11 +61,19 @@ class JaxEngine:
     def describe(self) -> dict[str, Any]:
         return {"name": "qwen_jax", "backend": self.backend} | runtime.describe(self.device)
 
-    def run(self, tokens: tuple[int, ...], logits: str, want: Want, emit: Emit) -> None:
+    def run(
+        self,
+        tokens: tuple[int, ...],
+        logits: str,
+        want: Want,
+        emit: Emit,
+        resume: Resume = None,
+    ) -> None:
         """Compute one sequence and ``emit`` the wanted stages in computation order, without a
         batch axis.
 
-        ``lm_head`` is always emitted; ``logits`` is "last" ([V]) or "all" ([T, V]).
+        ``lm_head`` is always emitted; ``logits`` is "last" ([V]) or "all" ([T, V]). With
+        ``resume`` nothing before that layer is computed or emitted.
         """
         ids = np.array([tokens], np.int32)
         self.run_batch(
@@ -73,10 +82,17 @@ class JaxEngine:
             logits,
             want,
             lambda stage, layer, value: emit(stage, layer, value[0]),
+            resume and (resume[0], resume[1][None]),
         )
 
     def run_batch(
-        self, tokens: np.ndarray, valid: np.ndarray, logits: str, want: Want, emit: Emit
+        self,
+        tokens: np.ndarray,
+        valid: np.ndarray,
+        logits: str,
+        want: Want,
+        emit: Emit,
+        resume: Resume = None,
     ) -> None:
         """Compute sequences of one length: as ``run``, with the batch axis in every value.
 
@@ -84,22 +100,24 @@ class JaxEngine:
         hold any token.
         """
         config, put = self.model.config, partial(jax.device_put, device=self.device)
-        rows, index = np.unique(tokens, return_inverse=True)
         positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
         envs = {
             sliding: put(make_env(config, positions, valid, sliding))
             for sliding in set(config.sliding_layers) | {False}
         }
-        # The embedding is most of a small model: only the rows in use are kept.
-        table = put(params.StartParams(embed_tokens=self.model.gather(EMBEDDING, rows)))
-        given = put({TOKENS: index.reshape(tokens.shape).astype(np.int32)})
-        x = self._start(table, envs[False], given)["embedding"]
-        pending = [("embedding", 0, x)]
-        layers = (params.layer_params(self.model, n) for n in range(config.num_hidden_layers))
-        with _ahead(layers) as weights:
-            for layer, (loaded, sliding) in enumerate(
-                zip(weights, config.sliding_layers, strict=True)
-            ):
+        if resume:
+            first, x, pending = resume[0], put(resume[1]), []
+        else:
+            # The embedding is most of a small model: only the rows in use are kept.
+            rows, index = np.unique(tokens, return_inverse=True)
+            table = put(params.StartParams(embed_tokens=self.model.gather(EMBEDDING, rows)))
+            given = put({TOKENS: index.reshape(tokens.shape).astype(np.int32)})
+            first, x = 0, self._start(table, envs[False], given)["embedding"]
+            pending = [("embedding", 0, x)]
+        numbers = range(first, config.num_hidden_layers)
+        with _ahead(params.layer_params(self.model, layer) for layer in numbers) as weights:
+            for layer, loaded in zip(numbers, weights, strict=True):
+                sliding = config.sliding_layers[layer]
                 values = self._layer(put(loaded), envs[sliding], {LAYER_INPUT: x})
                 del loaded
                 x = values["post_ffn_residual"]

@@ -6,6 +6,8 @@ The flags are read once, when JAX starts its backend; they go into every manifes
 import importlib.metadata
 import os
 import platform
+import sys
+from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
@@ -19,10 +21,21 @@ FLAGS = {"xla_allow_excess_precision": "false"}
 REFERENCE_FLAGS = {"xla_cpu_max_isa": "AVX", "xla_cpu_experimental_ynn_fusion_type": ""}
 
 
-def configure(device: str | None = None, reference: bool = False) -> Any:
+CACHE_BYTES = 2 << 30  # of compiled programs on disk; the least recently used go first
+
+
+def cache_directory() -> Path:
+    """Where compiled programs are kept: below the user's cache directory."""
+    at_home = "Library/Caches" if sys.platform == "darwin" else ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / at_home
+    return Path(base) / "qwen-jax-stages" / "xla"
+
+
+def configure(device: str | None = None, reference: bool = False, cache: bool = True) -> Any:
     """Set the project's flags and return the JAX device to use: "cpu", "gpu" or the best (None).
 
-    A flag that is already in ``XLA_FLAGS`` stays as the user set it.
+    A flag that is already in ``XLA_FLAGS`` stays as the user set it, and so do JAX's own variables
+    for its persistent compilation cache. ``cache`` False compiles everything anew.
 
     Raises:
         UserError: the device is not there.
@@ -37,6 +50,12 @@ def configure(device: str | None = None, reference: bool = False) -> Any:
 
     import jax
 
+    if not cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory()))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_enable_x64", True)  # every dtype in this project is explicit
     jax.config.update("jax_default_matmul_precision", "highest")  # f32 means f32, also on a GPU
     try:
