@@ -3,12 +3,15 @@
 import argparse
 
 from qwen_jax import command
+from qwen_jax.checkpoint import Checkpoint
 from qwen_jax.weights import Weights
 from stages import cli
 from stages.errors import UserError
 
 
 def make_engine(model: Weights, args: argparse.Namespace) -> object:
+    if args.resume:
+        raise UserError("--resume: Hugging Face runs a model in one go; use --overwrite")
     try:
         from oracle import recorder
     except ImportError as error:

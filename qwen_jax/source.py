@@ -5,8 +5,10 @@ import re
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
+from qwen_jax import synthetic
 from qwen_jax.checkpoint import INDEX, SINGLE, Checkpoint
 from qwen_jax.weights import Weights
 from stages import manifest
@@ -22,23 +24,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model and the three ways to give tokens; the same in every command."""
     parser.add_argument(
         "--model",
-        metavar="DIR|HUB_ID",
-        help="a local Hugging Face directory or a hub id; default: the embedded demo model",
+        metavar="DIR|HUB_ID|synthetic:SIZE",
+        help="a local Hugging Face directory, a hub id, or random weights in the published size "
+        f"{', '.join(synthetic.SIZES)} (synthetic:7b:2 is its first 2 layers); default: the "
+        "embedded demo model",
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="default: the embedded prompt")
     prompt.add_argument("--prompt-file", metavar="FILE", type=Path, help="prompt text, UTF-8")
-    prompt.add_argument("--tokens", metavar="1,2,3", help="token ids instead of text")
+    prompt.add_argument("--tokens", metavar="1,2,3|random:N", help="token ids instead of text")
 
 
 def open_model(spec: str | None) -> Weights:
-    """The checkpoint that ``--model`` names: None is the demo model.
+    """The weights that ``--model`` names: None is the demo model.
 
     Raises:
         UserError: no such model, another architecture, or files that are damaged or missing.
     """
     if spec is None or spec == "demo":
         return Checkpoint(DEMO, "demo")
+    if spec.startswith(synthetic.PREFIX):
+        return synthetic.open_synthetic(spec)
     if not Path(spec).exists() and HUB_ID.fullmatch(spec):
         return Checkpoint(_download(spec), spec.rpartition("/")[2])
     return Checkpoint(Path(spec))
@@ -63,9 +69,9 @@ def load_tokenizer(model: Weights) -> Tokenizer | None:
     Raises:
         UserError: the file is damaged.
     """
-    path = model.directory / "tokenizer.json"
-    if not path.exists():
+    if model.directory is None or not (model.directory / "tokenizer.json").exists():
         return None
+    path = model.directory / "tokenizer.json"
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for a damaged file
@@ -80,14 +86,14 @@ def read_tokens(args: argparse.Namespace, model: Weights) -> tuple[int, ...]:
             tokenizer.
     """
     if args.tokens is not None:
-        try:
-            tokens = tuple(int(token) for token in args.tokens.split(","))
-        except ValueError:
-            raise UserError(f"--tokens {args.tokens!r}: expected ids such as 1,2,3") from None
+        tokens = _given_tokens(args.tokens, model)
     else:
         tokenizer = load_tokenizer(model)
         if tokenizer is None:
-            raise UserError(f"{model.directory} has no tokenizer.json; give ids with --tokens")
+            raise UserError(
+                f"{model.name} has no tokenizer.json; give ids with --tokens 1,2,3, or let some be "
+                "drawn with --tokens random:64"
+            )
         text = _prompt_text(args)
         tokens = tuple(tokenizer.encode(text).ids)
         if not tokens:
@@ -98,6 +104,23 @@ def read_tokens(args: argparse.Namespace, model: Weights) -> tuple[int, ...]:
             f"token id {outside[0]} is outside the vocabulary; ids go from 0 to {vocabulary - 1}"
         )
     return tokens
+
+
+def _given_tokens(text: str, model: Weights) -> tuple[int, ...]:
+    if drawn := re.fullmatch("random:([1-9][0-9]{0,6})", text):
+        return random_tokens(int(drawn[1]), model)
+    try:
+        return tuple(int(token) for token in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--tokens {text!r}: expected ids such as 1,2,3, or random:64 for 64 drawn ids"
+        ) from None
+
+
+def random_tokens(count: int, model: Weights) -> tuple[int, ...]:
+    """Ids drawn from the whole vocabulary, once and for all: the same in every run."""
+    drawn = np.random.default_rng(0).integers(model.config.vocab_size, size=count)
+    return tuple(drawn.tolist())
 
 
 def tokens_given(args: argparse.Namespace) -> bool:

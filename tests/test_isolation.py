@@ -25,7 +25,7 @@ FORBIDDEN = {
     "qwen_jax": {"torch", "transformers", "oracle", "tools"},
     "oracle": {"jax", "flax", "tools"},
 }
-WITHOUT_FRAMEWORK = ("config", "checkpoint", "source", "command")
+WITHOUT_FRAMEWORK = ("config", "checkpoint", "synthetic", "source", "command")
 
 
 def loaded(root: Path, *modules: str) -> set[str]:
