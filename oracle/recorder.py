@@ -156,8 +156,12 @@ class TorchEngine:
             | {"python": platform.python_version()},
         }
 
-    def run(self, tokens: tuple[int, ...], logits: str, want: Want, emit: Emit) -> None:
+    def run(
+        self, tokens: tuple[int, ...], logits: str, want: Want, emit: Emit, resume: None = None
+    ) -> None:
         """Compute one sequence and ``emit`` the wanted stages; ``lm_head`` always.
+
+        ``resume`` is there for the interface: Hugging Face runs a model from its start.
 
         Raises:
             UserError: a capture point did not fire, so this transformers works differently.
@@ -183,8 +187,7 @@ class TorchEngine:
             )
         record("lm_head", None, result.logits[0, -1] if logits == "last" else result.logits[0])
         for name in expected_shapes(self.model.config):
-            if name not in self.model.hashes:
-                self.model.read(name)  # for the hashes in the manifest
+            self.model.hash(name)  # for the manifest
 
 
 def load(model: Checkpoint, dtype: str, attention: str) -> modeling_qwen2.Qwen2ForCausalLM:

@@ -102,14 +102,12 @@ class Checkpoint(Weights):
             )
         if tied_head:
             # Equal hashes are equal bits; that holds for NaN too, and for a block at a time.
-            for name in (HEAD, EMBEDDING):
-                for _ in self.blocks(name):
-                    pass
-            if self.hashes.pop(HEAD) != self.hashes[EMBEDDING]:
+            if self.hash(HEAD) != self.hash(EMBEDDING):
                 raise UserError(
                     f"{self.directory}: config.json ties the head to the embedding, but {HEAD} "
                     "is there and differs from it"
                 )
+            del self.hashes[HEAD]
 
     def _headers(self, names: Collection[str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """Name, shape and dtype of tensors; every shard is opened once."""

@@ -7,6 +7,7 @@ Imports neither jax nor torch, so bad input is refused before either is loaded.
 import argparse
 import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -20,10 +21,11 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from qwen_jax import source
-from qwen_jax.weights import Weights
-from stages import aprt, cli
+from qwen_jax.estimate import peak_memory
+from qwen_jax.weights import EMBEDDING, Weights, layer_names
+from stages import aprt, cli, resume
 from stages.errors import UserError
-from stages.manifest import DTYPES, FORMATS, Manifest
+from stages.manifest import DTYPES, FORMATS, FileEntry, Manifest
 from stages.table import (
     NAMES,
     STAGE,
@@ -68,8 +70,19 @@ class Plan:
         item = 4 if self.format == "aprt" else numpy_dtype(self.dtype).itemsize
         return item * math.prod(self.shape(stage))
 
+    @property
+    def total(self) -> int:
+        """Tensor bytes of all files."""
+        return sum(self.bytes(stage) for stage, _ in self.stored)
+
+    @property
+    def memory(self) -> int:
+        """Peak memory of a run, estimated, bytes."""
+        return peak_memory(self.model, len(self.tokens), self.dtype, self.logits)
+
     def header(self, producer: dict[str, Any]) -> Manifest:
-        model = {"name": self.model.name, "config": self.model.config.to_json(), "weights": {}}
+        model = {"name": self.model.name, "config": self.model.config.to_json()}
+        model |= {"weights": self.model.hashes}  # grows with what is read
         return Manifest(
             format=self.format,
             dtype=self.dtype,
@@ -94,8 +107,10 @@ def parser(prog: str, description: str, backends: tuple[str, ...]) -> argparse.A
     add("--format", choices=tuple(FORMATS), help="default: aprt; safetensors for float64")
     add("--logits", default="last", choices=("last", "all"), help="positions kept in lm_head")
     add("--out", type=Path, metavar="DIR", help="where the trace goes")
-    add("--overwrite", action="store_true", help="replace the trace that is in --out")
-    add("--dry-run", action="store_true", help="print stages, shapes and bytes; run nothing")
+    old = result.add_mutually_exclusive_group()
+    old.add_argument("--overwrite", action="store_true", help="replace the trace that is in --out")
+    old.add_argument("--resume", action="store_true", help="go on with an interrupted trace")
+    add("--dry-run", action="store_true", help="print shapes, bytes and memory; run nothing")
     cli.add_json(result)
     return result
 
@@ -145,29 +160,39 @@ def main(args: argparse.Namespace, suffix: str, make_engine: Callable[..., Any])
     began = time.perf_counter()
     plan = make_plan(args, suffix)
     if args.dry_run:
-        show = cli.report(args.json, _summary(plan))
-        show.print(_table(plan))
-        out = str(plan.out)
-        show.print(f"dry run: nothing was computed or written; --out would be {out}/")
+        _dry_run(args, plan)
         return 0
-    replaceable(plan.out, args.overwrite)  # said now, not when a large model has been loaded
+    if not args.resume:
+        replaceable(plan.out, args.overwrite)  # said now, not when a large model has been loaded
     engine = make_engine(plan.model, args)
-    total = plan.model.config.num_hidden_layers
-    with TraceWriter(plan.out, plan.header(engine.describe()), args.overwrite) as writer:
-        with cli.progress() as bar:
-            task = bar.add_task("layers", total=total)
-            last: dict[str, np.ndarray] = {}
+    header = plan.header(engine.describe())
+    kept, start = _resumed(args, plan, header)
+    _check_space(plan, kept)
+    last: dict[str, np.ndarray] = {}
+    try:
+        with (
+            TraceWriter(plan.out, header, args.overwrite or args.resume, kept) as writer,
+            cli.progress("{task.fields[written]}") as bar,
+        ):
+            total = plan.model.config.num_hidden_layers
+            task = bar.add_task("layers", total=total, written="")
 
             def emit(stage: str, layer: int | None, value: np.ndarray) -> None:
                 if plan.want(stage, layer):
                     writer.add(stage, layer, value)
                 if stage == "lm_head":
                     last["logits"] = value if plan.logits == "last" else value[-1]
-                bar.update(task, completed=total if layer is None else layer)
+                writer.note()
+                written = f"{cli.size(writer.bytes)} of {cli.size(plan.total)}"
+                bar.update(task, completed=total if layer is None else layer, written=written)
 
-            engine.run(plan.tokens, plan.logits, plan.want, emit)
-        header = writer.header.model | {"weights": dict(sorted(plan.model.hashes.items()))}
-        writer.finish(header, plan.stored)
+            engine.run(plan.tokens, plan.logits, plan.want, emit, start)
+            weights = dict(sorted(plan.model.hashes.items()))
+            writer.finish(header.model | {"weights": weights}, plan.stored)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{plan.out}/ is marked as incomplete; the same command with --resume goes on"
+        ) from None
     seconds, peak = time.perf_counter() - began, _peak_memory()
     top = _top(plan.tokenizer, last["logits"])
     data = _summary(plan) | {
@@ -185,6 +210,62 @@ def main(args: argparse.Namespace, suffix: str, make_engine: Callable[..., Any])
         f"peak memory {cli.size(peak)}"
     )
     return 0
+
+
+def _resumed(
+    args: argparse.Namespace, plan: Plan, header: Manifest
+) -> tuple[list[FileEntry], tuple[int, np.ndarray] | None]:
+    """The files of an interrupted trace that stay, and the layer to go on from with its input."""
+    found = resume.open_interrupted(plan.out, header) if args.resume else None
+    if found is None:
+        return [], None
+    layer = resume.first_layer(found, plan.stored)
+    if layer == 0:
+        return [], None
+    stated = found.manifest.model["weights"]
+    names = [EMBEDDING, *(n for i in range(layer) for n in layer_names(i).values())]
+    with cli.progress() as bar:
+        for name in bar.track(names, description="checking weights of finished layers"):
+            if plan.model.hash(name) != stated.get(name):
+                raise UserError(
+                    f"--resume: {name} of {plan.model.name} is not what {plan.out} was begun "
+                    "with; use --overwrite to start anew"
+                )
+    before = found.read(resume.CARRIES, layer - 1).astype(numpy_dtype(plan.dtype))
+    kept = [found.entries[s, n] for s, n in plan.stored if n is not None and n < layer]
+    return kept, (layer, before)
+
+
+def _check_space(plan: Plan, kept: list[FileEntry]) -> None:
+    """Refuse a trace that the disk cannot hold, before anything is computed.
+
+    Raises:
+        UserError: too little space, counting what an overwritten trace frees.
+    """
+    there = plan.out
+    while not there.exists():
+        there = there.parent
+    names = {plan.out / entry.path for entry in kept}
+    freed = 0
+    if plan.out.is_dir():
+        freed = sum(f.stat().st_size for f in plan.out.rglob("*") if f.is_file() and f not in names)
+    layers = {(entry.stage, entry.layer) for entry in kept}
+    needed = sum(plan.bytes(stage) for stage, n in plan.stored if (stage, n) not in layers)
+    free = shutil.disk_usage(there).free
+    if needed > free + freed:
+        raise UserError(
+            f"--out {plan.out}: the trace needs {cli.size(needed)}, the disk has "
+            f"{cli.size(free + freed)} free; choose fewer --stages or --layers, or another disk"
+        )
+
+
+def _dry_run(args: argparse.Namespace, plan: Plan) -> None:
+    show = cli.report(args.json, _summary(plan))
+    show.print(_table(plan))
+    show.print(
+        f"dry run: nothing was computed or written; --out would be {plan.out!s}/, "
+        f"peak memory about {cli.size(plan.memory)}"
+    )
 
 
 def _peak_memory() -> int:
@@ -229,7 +310,7 @@ def _summary(plan: Plan) -> dict[str, Any]:
         "layers": list(plan.layers),
         "stages": rows,
         "files": len(plan.stored),
-        "bytes": sum(row["bytes"] for row in rows),
+        "bytes": plan.total,
     }
 
 
@@ -240,7 +321,7 @@ def _table(plan: Plan) -> Table:
     table.add_column("axes")
     table.add_column("shape")
     table.add_column("files", str(len(plan.stored)), justify="right")
-    table.add_column("bytes", cli.size(sum(row["bytes"] for row in rows)), justify="right")
+    table.add_column("bytes", cli.size(plan.total), justify="right")
     for row in rows:
         shape = " x ".join(map(str, row["shape"]))
         cells = (" ".join(row["axes"]), shape, str(row["files"]), cli.size(row["bytes"]))

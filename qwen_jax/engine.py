@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from qwen_jax import params, runtime
+from qwen_jax.estimate import HEAD_BLOCK
 from qwen_jax.model import Env, compute_dtype, make_env, run_stages
 from qwen_jax.weights import EMBEDDING, NORM, Weights, head_name
 from stages.table import (
@@ -25,8 +26,6 @@ from stages.table import (
     Stage,
 )
 from stages.trace import numpy_dtype
-
-HEAD_BLOCK = 128 << 20  # bytes of the head, in the compute dtype, that are applied at once
 
 Want = Callable[[str, int | None], bool]  # is this stage of this layer to be fetched?
 Emit = Callable[[str, int | None, np.ndarray], None]  # stage, layer, value

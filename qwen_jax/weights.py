@@ -119,6 +119,13 @@ class Weights(ABC):
             told = {"dtype": str(dtype), "shape": list(shape), "xxh3": digest.hexdigest()}
             self.hashes[name] = told
 
+    def hash(self, name: str) -> dict:
+        """The entry of one tensor in ``hashes``, computed if need be."""
+        if name not in self.hashes:
+            for _ in self.blocks(name):
+                pass
+        return self.hashes[name]
+
     def read(self, name: str) -> np.ndarray:
         """One tensor in its own dtype, in memory that JAX need not copy."""
         array = aligned_empty(self.shapes[name], self.dtype(name))

@@ -36,8 +36,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         line = " ".join(str(error).splitlines())  # a file's name may hold a line break
         print(f"error: {line}", file=sys.stderr)
         code = error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(": ".join(filter(None, ["interrupted", str(error)])), file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader of our output went away: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,12 +59,13 @@ def console(to_stderr: bool = False) -> Console:
     )
 
 
-def progress() -> Progress:
-    """A progress bar on stderr that a pipe or a log never sees."""
+def progress(more: str = "") -> Progress:
+    """A progress bar on stderr that a pipe or a log never sees; ``more`` is a column's format."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn(more),
         TimeRemainingColumn(),
         console=Console(file=sys.stderr),
         transient=True,

@@ -75,13 +75,17 @@ class Manifest:
         return (json.dumps(head | asdict(self), indent=1) + "\n").encode()
 
 
-def write(directory: Path, manifest: Manifest, name: str = NAME) -> None:
-    """Write atomically: a reader sees the old file, no file or the whole new one."""
+def write(directory: Path, manifest: Manifest, name: str = NAME, sync: bool = True) -> None:
+    """Write atomically: a reader sees the old file, no file or the whole new one.
+
+    Without ``sync`` that holds when the process dies, but not when the machine does.
+    """
     temporary = directory / (name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(manifest.to_bytes())
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     os.replace(temporary, directory / name)
 
 

@@ -116,7 +116,10 @@ def open_trace(path: Path, layout: Layout | None = None) -> Trace:
     if not path.is_dir():
         raise UserError(f"no such trace directory: {path}")
     if (path / manifest.PARTIAL).exists():
-        raise UserError(f"{path}: an interrupted trace ({manifest.PARTIAL} is there); trace again")
+        raise UserError(
+            f"{path}: an interrupted trace ({manifest.PARTIAL} is there); the command that began "
+            "it goes on with --resume"
+        )
     if (path / manifest.NAME).exists():
         found = manifest.read(path)
         entries = {(entry.stage, entry.layer): entry for entry in found.files}

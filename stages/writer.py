@@ -3,10 +3,10 @@
 import fcntl
 import os
 import queue
-import shutil
 import threading
-from collections.abc import Iterable
-from contextlib import ExitStack
+import time
+from collections.abc import Collection, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from stages.table import STAGE, stage_axes
 
 THREADS = 2
 WAITING = 8  # stages that may wait to be written before the computation has to wait
+NOTE_EVERY = 1.0  # seconds between two notes of what is finished, for a process that is killed
 
 
 def stage_path(stage: str, layer: int | None, format: str) -> str:
@@ -84,9 +85,14 @@ def _of_a_stage(path: Path) -> bool:
     return path.is_file() and path.stem in STAGE and path.suffix in FORMATS.values()
 
 
-def _remove(paths: Iterable[Path]) -> None:
+def _remove(paths: Iterable[Path], keep: Collection[Path]) -> None:
     for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_dir():
+            _remove(path.iterdir(), keep)
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path not in keep:
+            path.unlink(missing_ok=True)
 
 
 def _lock(directory: Path) -> int:
@@ -105,27 +111,39 @@ class TraceWriter:
 
     ``add`` may be called with stages in any order, and returns before they are on disk; at most
     ``WAITING`` wait at a time. ``finish`` writes the manifest. Without it, or after an error, the
-    directory stays marked as unfinished.
+    directory stays marked as unfinished; the mark lists the files that are whole.
+
+    Arguments:
+        overwrite: replace the trace that is there.
+        header: its weights may be a dictionary that still grows: the mark has what is in it then.
+        kept: files of an interrupted trace in the same directory that stay, and count as added.
 
     Raises:
         UserError: the directory cannot be used, or a write failed (a full disk).
     """
 
-    def __init__(self, directory: Path, header: Manifest, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        header: Manifest,
+        overwrite: bool = False,
+        kept: Collection[FileEntry] = (),
+    ) -> None:
         self.directory = directory
         self.header = header
-        self._sizes: dict[str, int] = {}
-        self._entries: dict[tuple[str, int | None], FileEntry] = {}
+        self._sizes = {entry.path: (directory / entry.path).stat().st_size for entry in kept}
+        self._entries = {(entry.stage, entry.layer): entry for entry in kept}
+        self._noted = time.monotonic()
         self._error: Exception | None = None
         self._queue: queue.Queue = queue.Queue(WAITING)
         with ExitStack() as undo:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
                 undo.callback(os.close, _lock(directory))
-                old = replaceable(directory, overwrite)
+                old = replaceable(directory, overwrite or bool(kept))
                 # The mark comes first: from here on nothing in the directory reads as whole.
-                manifest.write(directory, header, manifest.PARTIAL)
-                _remove(path for path in old if path.name != manifest.PARTIAL)
+                self._mark(sync=True)
+                _remove(old, {directory / name for name in (manifest.PARTIAL, *self._sizes)})
             except OSError as error:
                 raise UserError(f"--out {directory}: {error.strerror}") from None
             self._held = undo.pop_all()
@@ -145,13 +163,29 @@ class TraceWriter:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop()
-        self._held.close()
+        with self._held:
+            if (self.directory / manifest.PARTIAL).exists():
+                with suppress(OSError):  # a full disk: the mark is an older one
+                    self._mark()
 
     def add(self, stage: str, layer: int | None, array: np.ndarray) -> None:
         """Queue one stage of one sequence (no batch axis). ``array`` must not change any more."""
         if self._error:
             raise self._failure()
         self._queue.put((stage, layer, array))
+
+    def note(self) -> None:
+        """Have the mark say which files are whole by now, for a process that is killed."""
+        if time.monotonic() - self._noted >= NOTE_EVERY:
+            self._noted = time.monotonic()
+            with suppress(OSError):  # the writing of the stage itself will say so
+                self._mark()
+
+    def _mark(self, sync: bool = False) -> None:
+        files = tuple(self._entries.copy().values())  # other threads add to it
+        model = self.header.model | {"weights": self.header.model["weights"].copy()}
+        marked = replace(self.header, model=model, files=files)
+        manifest.write(self.directory, marked, manifest.PARTIAL, sync)
 
     def finish(self, model: dict, order: list[tuple[str, int | None]]) -> Manifest:
         """Wait for the files, then write the manifest that makes the directory a trace.

@@ -85,7 +85,7 @@ class FakeEngine:
     def describe(self):
         return {"name": "fake", "backend": self.args.backend}
 
-    def run(self, tokens, logits, want, emit):
+    def run(self, tokens, logits, want, emit, resume=None):
         config = self.model.config
         for stage, layer in computation_order(config.num_hidden_layers):
             if want(stage.name, layer) or stage.name == "lm_head":

@@ -1,0 +1,62 @@
+"""Going on with an interrupted trace: what of it is whole, and from which layer to compute."""
+
+from dataclasses import fields
+from pathlib import Path
+
+from stages import manifest
+from stages.errors import UserError
+from stages.manifest import Manifest
+from stages.trace import Trace
+
+Key = tuple[str, int | None]
+CARRIES = "post_ffn_residual"  # the stage from which the next layer can be computed
+
+
+def open_interrupted(directory: Path, header: Manifest) -> Trace | None:
+    """What an interrupted trace in ``directory`` has finished; None where nothing was begun.
+
+    Raises:
+        UserError: it is whole already, or was made in another way than ``header`` says, so that
+            the rest would not fit what is there.
+    """
+    if not (directory / manifest.PARTIAL).exists():
+        if (directory / manifest.NAME).exists():
+            raise UserError(
+                f"--resume: {directory} is a whole trace; add --overwrite instead to replace it"
+            )
+        return None
+    found = manifest.read(directory, manifest.PARTIAL)
+    differing = [
+        field.name
+        for field in fields(Manifest)
+        if field.name not in ("files", "model")
+        and getattr(found, field.name) != getattr(header, field.name)
+    ]
+    differing += [
+        f"model {part}" for part in ("name", "config") if found.model[part] != header.model[part]
+    ]
+    if differing:
+        raise UserError(
+            f"--resume: the trace in {directory} was begun with other {', '.join(differing)}; "
+            "use what it was begun with, or --overwrite to start anew"
+        )
+    entries = {(entry.stage, entry.layer): entry for entry in found.files}
+    return Trace(directory, found, entries, found.model["config"], found.tokens)
+
+
+def first_layer(trace: Trace, wanted: list[Key]) -> int:
+    """The layer to go on from: every wanted file of the layers before it is there and undamaged,
+    and so is its input. 0 is to start anew."""
+    whole: set[Key] = set()
+    for key, entry in trace.entries.items():
+        try:
+            trace.read(*key)
+        except UserError:  # cut off or changed after it was noted down
+            continue
+        whole.add((entry.stage, entry.layer))
+    layers = trace.config["num_hidden_layers"]
+    for layer in range(layers, 0, -1):
+        before = {key for key in wanted if key[1] is not None and key[1] < layer}
+        if before | {(CARRIES, layer - 1)} <= whole:
+            return layer
+    return 0
