@@ -10,6 +10,11 @@ from stages.errors import UserError
 
 
 def make_engine(model: Weights, args: argparse.Namespace) -> object:
+    if not isinstance(model, Checkpoint):
+        raise UserError(
+            f"--model {args.model}: transformers reads Hugging Face directories only; write one "
+            f"first: python -m tools.convert {args.model} DIR"
+        )
     if args.resume:
         raise UserError("--resume: Hugging Face runs a model in one go; use --overwrite")
     try:
