@@ -2,6 +2,9 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +14,7 @@ import pytest
 from qwen_jax import source
 from qwen_jax.checkpoint import Checkpoint
 from stages.errors import NotComparable, UserError
+from tests.conftest import user_environment
 from tests.tiny import write_checkpoint
 from tools import parity
 from tools.sweep import grid, measure, programs, report, variants
@@ -62,6 +66,8 @@ def test_a_block_stands_for_the_product_of_its_axes(tmp_path: Path) -> None:
         ("[[grid]]\nlength = true\n", "positive whole number"),
         ("[[grid]]\nexcess = 1\n", "true or false"),
         ("[[grid]]\nrequire = 'equal'\n", "number of bits"),
+        ("[[grid]]\nrequire = nan\n", "number of bits"),
+        ("[[grid]]\nrequire = 20\ntrial = 'rerun'\n", "no bits to require"),
         ("[[grid]]\nlength = []\n", "length is empty"),
         ("[[grid]]\nrequire = 20\n[[grid]]\nrequire = 'identical'\n", "two requirements"),
         ("grid = 3\n", "[[grid]]"),
@@ -138,6 +144,32 @@ def test_what_fails_a_sweep_and_what_does_not() -> None:
     assert report.failure(Point(), {"verdict": "not run", "why": "died", "failed": True}) == "died"
 
 
+def test_the_table_says_what_is_required_and_what_fails() -> None:
+    same = row(verdict="identical", identical=True, first_difference=None, stages_differing=0)
+    gone = {"verdict": "not run", "why": "needs --device gpu"}
+    pairs = [
+        (Point(device="gpu"), gone),
+        (Point(dtype="float16"), row()),
+        (Point(trial="rerun", require="identical"), same),
+        (Point(dtype="float64", require=22), row()),
+        (Point(length=3, require="identical"), row()),
+        (Point(require="identical"), same),
+    ]
+    found = list(report.sections(pairs))
+    assert [(s.title, len(s.rows)) for s in found] == [
+        ("compiled against un-jitted; required: every byte the same", 2),
+        ("compiled against un-jitted; required: 22 bits in every stage", 1),
+        ("compiled against un-jitted; required: no fault", 1),
+        ("compiled against compiled; required: every byte the same", 1),
+        ("not run: needs --device gpu", 1),
+    ]
+    last = [cells[-1] for section in found[:4] for cells, _ in section.rows]
+    assert last == ["precision: fails", "identical", "precision: fails", "precision", "identical"]
+    assert "second run" in found[3].names and "second run" not in found[0].names
+    assert found[4].names == ["dtype", "T", "B", "program", "flags"]
+    assert report.markdown(pairs).count("### ") == 5
+
+
 # --- the command
 
 
@@ -165,7 +197,7 @@ def test_identical_resumed_and_impossible(tiny: Path, tmp_path: Path, capsys) ->
     assert first["argmax_equal"] == first["positions"] == 5 and first["kl_max"] == 0
     assert first["local_bits"]["worst"] > 20 and first["classes"]["matmul"] == "f32"
     table = (out / parity.TABLE).read_text()
-    assert table.count("| not run: ") == 2 and table.count("| identical |") == 2
+    assert "### Not run: needs --device gpu" in table and table.count("| identical |") == 2
 
     rows = out / parity.ROWS
     lines = rows.read_text().splitlines(keepends=True)
@@ -177,20 +209,46 @@ def test_identical_resumed_and_impossible(tiny: Path, tmp_path: Path, capsys) ->
     assert len({json.loads(line)["key"] for line in rows.read_text().splitlines()}) == 2
 
     other = write_checkpoint(tmp_path / "other", seed=5)
-    with pytest.raises(UserError, match="points of another model"):
+    with pytest.raises(UserError, match="with another model;"):
         run(file, other, out)
 
 
-def test_planted_faults_are_reported_at_their_stage(tiny: Path, tmp_path: Path, capsys) -> None:
-    code, data = run("plants", tiny, tmp_path / "out")
-    assert (code, data["verdict"]) == (1, "fail")
+def test_planted_faults_are_reported_at_their_stage(tiny: Path, tmp_path: Path, run_cli) -> None:
+    given = f"--sweep plants --model {tiny} --tokens {','.join(map(str, TOKENS))} --json found.json"
+    done = run_cli("tools.parity", *given.split())
+    data = json.loads((tmp_path / "found.json").read_text())
+    assert (done.code, data["verdict"]) == (1, "fail")
     for entry in data["points"]:
         stage, _ = variants.PLANTS[entry["point"]["plant"]]
         assert entry["verdict"] == "fault"
         assert {fault["stage"] for fault in entry["faults"]} == {stage}
         assert entry["first_difference"] == {"stage": stage, "layer": 0}
-        assert stage in entry["failure"]
-    assert capsys.readouterr().out.count("fails float32") == 3
+        assert f"planted {entry['point']['plant']}: {stage} of layer 0,1: " in done.stdout
+    assert done.stdout.count("fails float32") == 3 and "\nfail; " in done.stdout
+    assert len(data["points"]) == 3 and done.stderr.count("\n") == 3  # a line a point
+
+
+def test_interrupted_it_says_how_to_go_on(tiny: Path, tmp_path: Path) -> None:
+    ids = ",".join(map(str, TOKENS))
+    sweep = sweep_file(tmp_path, "[[grid]]\ntrial = 'rerun'\nlength = [1, 2, 3, 4, 5, 6, 7, 8]\n")
+    given = f"--sweep {sweep} --model {tiny} --tokens {ids} --out {tmp_path / 'out'}"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tools.parity", *given.split()],
+        env=user_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        cwd=tmp_path,
+    )
+    first = child.stderr.readline()
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert first.startswith("[1/8] ") and child.returncode == 130 and out == ""
+    *_, says, last = err.splitlines()
+    assert says.endswith(f"are in {tmp_path / 'out'}; the same command goes on from there")
+    assert last == "interrupted" and "Traceback" not in err
+    rows = (tmp_path / "out" / parity.ROWS).read_text().count("\n")
+    assert says.startswith(f"{rows} finished points") and 1 <= rows < 8
 
 
 def test_a_process_that_dies_costs_one_point(

@@ -1,7 +1,7 @@
-"""``python -m tools.parity``: XLA-compiled against un-jitted, over a grid of ways to compile.
+"""XLA-compiled against un-jitted, over a grid of ways to compile.
 
 The reference is the un-jitted forward on the CPU, the candidate what XLA compiles for the device.
-Finished points are kept in ``--out``; the same command goes on where it was interrupted.
+Finished points are kept in --out; the same command goes on where it was interrupted.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -34,19 +35,36 @@ from tools.sweep.worker import environment, last_line
 
 SCHEMA = 1
 ROWS, STAMP, TABLE = "points.jsonl", "sweep.json", "table.md"
+WEIGHTS = (".safetensors", ".gguf")
 ROOT = Path(__file__).resolve().parent.parent
 
 Row = dict[str, Any]
 
 
 def parser() -> argparse.ArgumentParser:
-    result = cli.Parser(prog="python -m tools.parity", description=__doc__)
+    result = cli.Parser(
+        prog="python -m tools.parity",
+        description=__doc__,
+        epilog=report.LEGEND,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     source.add_model_arguments(result)
     add = result.add_argument
     shipped = ", ".join(grid.SHIPPED)
-    add("--sweep", default="quick", metavar="NAME|FILE.toml", help=f"{shipped}, or your own grid")
-    add("--device", default="cpu", choices=("cpu", "gpu"), help="of the candidate")
-    add("--out", type=Path, metavar="DIR", help="finished points and the table; go on from there")
+    add(
+        "--sweep",
+        default="quick",
+        metavar="NAME|FILE.toml",
+        help=f"{shipped}, or a grid of your own, written as tools/sweep/quick.toml is; "
+        "default: quick",
+    )
+    add("--device", default="cpu", choices=("cpu", "gpu"), help="of the candidate; default: cpu")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="finished points and the table; default: parity-MODEL-SWEEP-DEVICE",
+    )
     add("--overwrite", action="store_true", help="forget the finished points in --out")
     add("--jobs", type=_jobs, metavar="N", help="processes at once; default: cores, at most 4")
     cli.add_json(result)
@@ -54,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _jobs(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive whole number")
     return int(text)
 
 
@@ -77,7 +95,13 @@ def main(argv: list[str]) -> int:
         left = [point for point in points if point.key not in rows]
         kept = sum(row["verdict"] != "not run" for row in rows.values())
         jobs = args.jobs or (1 if args.device == "gpu" else min(4, os.cpu_count() or 1))
-        rows |= run(left, job, jobs, out / ROWS)
+        try:
+            rows |= run(left, job, jobs, out / ROWS)
+        except KeyboardInterrupt:
+            done = (out / ROWS).read_text(encoding="utf-8").count("\n")
+            print(f"{done} finished points are in {out}; the same command goes on from there",
+                  file=sys.stderr)  # fmt: skip
+            raise
         if left and stamp["model"] != _stamp(job, model, machine)["model"]:
             (out / STAMP).unlink()  # a point in between may be half of one model, half of another
             raise UserError("the model's files changed during the sweep; start it again")
@@ -96,15 +120,13 @@ def main(argv: list[str]) -> int:
         "points": [_entry(point, row) for point, row in pairs],
     }
     show = cli.report(args.json, data)
-    if not sys.stdout.isatty():
-        show.width = report.WIDTH
-    show.print(report.table(pairs))
-    _summary(show, pairs, failures, kept, out)
-    if failures:
-        return 1
-    if not ran:
+    report.show(show, pairs)
+    _summary(show, pairs, failures, kept)
+    if not ran and not failures:
         raise NotComparable(f"nothing compared: none of the {len(pairs)} points could be run")
-    return 0
+    verdict = ("fail", "bold red") if failures else ("pass", "bold green")
+    show.print(Text.assemble(verdict, f"; the table is in {out / TABLE}, what it means in --help"))
+    return 1 if failures else 0
 
 
 def _entry(point: Point, row: Row) -> Row:
@@ -114,17 +136,17 @@ def _entry(point: Point, row: Row) -> Row:
 
 
 def _summary(
-    show: Console, pairs: list[tuple[Point, Row]], failures: list, kept: int, out: Path
+    show: Console, pairs: list[tuple[Point, Row]], failures: list[tuple[Point, str]], kept: int
 ) -> None:
     counts = Counter(row["verdict"] for _, row in pairs)
     listed = ", ".join(f"{count} {name}" for name, count in counts.items())
-    show.print(f"\n{len(pairs)} points: {listed}" + (f"; {kept} from before" if kept else ""))
-    for why, count in Counter(row["why"] for _, row in pairs if "why" in row).items():
-        show.print(f"{count} not run: {why}")
+    show.print(f"{len(pairs)} points: {listed}" + (f"; {kept} from before" if kept else ""))
+    by_reason: dict[str, list[Point]] = {}
     for point, why in failures:
-        show.print(Text.assemble(("fails", "bold red"), f" {point.says}: {why}"))
-    verdict = "fail" if failures else "pass"
-    show.print(Text.assemble((verdict, "bold"), f"; table in {out / TABLE}"))
+        by_reason.setdefault(why, []).append(point)
+    for why, points in by_reason.items():
+        more = f" and {len(points) - 1} more" if len(points) > 1 else ""
+        show.print(Text.assemble(("fails", "bold red"), f" {points[0].says}{more}: {why}"))
 
 
 def read_tokens(args: argparse.Namespace, model: Weights) -> tuple[int, ...]:
@@ -151,17 +173,15 @@ def finished(out: Path, stamp: Row, overwrite: bool) -> dict[str, Row]:
             there = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             there = {}
-        if differing := sorted(
-            k for k in stamp.keys() | there.keys() if stamp.get(k) != there.get(k)
-        ):
+        if other := sorted(k for k in stamp.keys() | there.keys() if stamp.get(k) != there.get(k)):
+            with_other = f"with another {', '.join(other)}" if there else "nobody knows how"
             raise UserError(
-                f"--out {out}: holds points of another {', '.join(differing)}; add --overwrite to "
-                "forget them, or choose another directory"
+                f"--out {out}: its points were made {with_other}; choose another directory, or "
+                "forget them with --overwrite"
             )
+        # Without its end an interrupted line would spoil the next one.
         whole = [line for line in rows.read_text(encoding="utf-8").splitlines(True) if "\n" in line]
-        rows.write_text(
-            "".join(whole), encoding="utf-8"
-        )  # an interrupted line would spoil the next
+        rows.write_text("".join(whole), encoding="utf-8")
         return {row["key"]: row for row in map(json.loads, whole)}
     rows.write_text("", encoding="utf-8")
     path.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
@@ -170,18 +190,20 @@ def finished(out: Path, stamp: Row, overwrite: bool) -> dict[str, Row]:
 
 def _stamp(job: Row, model: Weights, machine: Row) -> Row:
     """What finished points depend on. A change of any of it makes them another sweep's."""
-    weights = sorted(model.directory.glob("*.safetensors"))
-    code = hashlib.sha256()
+    files = sorted(model.directory.iterdir()) if model.directory else []
+    weights = [path for path in files if path.suffix in WEIGHTS]
+    code = hashlib.sha256((ROOT / "tools" / "diff.py").read_bytes())
     for package in ("stages", "qwen_jax", "tools/sweep"):
         for path in sorted((ROOT / package).rglob("*.py")):
             code.update(path.read_bytes())
     tokens = hashlib.sha256(json.dumps(job["tokens"]).encode()).hexdigest()[:16]
     return {
         "schema": SCHEMA,
-        "model": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in weights},
+        "model": [model.name, {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in weights}],
         "config": model.config.to_json(),
         "tokens": tokens,
         "machine": machine,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "code": code.hexdigest()[:16],
     }
 
@@ -193,8 +215,13 @@ def _locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         strangers = [p.name for p in out.iterdir() if p.name not in (ROWS, STAMP, TABLE)]
         if strangers:
-            raise UserError(f"--out {out}: holds {strangers[0]!r}; choose an empty directory")
+            raise UserError(
+                f"--out {out}: holds {strangers[0]!r}, which no sweep wrote; choose an empty "
+                "directory"
+            )
         descriptor = os.open(out, os.O_RDONLY)
+    except FileExistsError:
+        raise UserError(f"--out {out}: is not a directory") from None
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
     try:
@@ -274,7 +301,7 @@ class Workers:
         """End all of them and start no more."""
         self.stopped = True
         for child in list(self._children):
-            child.kill()
+            _end(child)
 
     def drain(self, points: list[Point], done: Callable[[Row], None]) -> None:
         """Run points of one flag set; one that takes its process down does not end the rest."""
@@ -307,6 +334,7 @@ class Workers:
             stderr=subprocess.PIPE,
             encoding="utf-8",
             env=environment(flags, excess),
+            start_new_session=True,  # Ctrl-C is for this process; it ends the others
         )
         self._children.add(child)
         said: list[str] = []
@@ -326,11 +354,18 @@ class Workers:
             reader.join()
             yield {"ended": code, "last": last_line("".join(said))}
         finally:
-            child.kill()
+            _end(child)
             child.wait()
             reader.join()
             child.stdout.close()
             self._children.discard(child)
+
+
+def _end(child: subprocess.Popen) -> None:
+    """End a worker, and the process that it may have started for a trial."""
+    if child.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

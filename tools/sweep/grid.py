@@ -5,6 +5,7 @@ stands for their product; an axis that it leaves out has the default of ``Point`
 """
 
 import itertools
+import math
 import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -107,9 +108,11 @@ def load(spec: str) -> list[Point]:
     path = SHIPPED.get(spec, Path(spec))
     try:
         blocks = tomllib.loads(path.read_text(encoding="utf-8")).get("grid")
-    except OSError as error:
+    except FileNotFoundError:
         known = ", ".join(SHIPPED)
-        raise UserError(f"--sweep {spec}: {error.strerror}; shipped: {known}") from None
+        raise UserError(f"--sweep {spec}: no such file, and none of {known}") from None
+    except OSError as error:
+        raise UserError(f"--sweep {spec}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--sweep {path}: not TOML: {error}") from None
     if not isinstance(blocks, list) or not blocks:
@@ -135,7 +138,10 @@ def _product(block: dict[str, Any], path: Path) -> Iterator[Point]:
             _check(name, each, types[name], path)
         lists[name] = values
     for combination in itertools.product(*lists.values()):
-        yield Point(**dict(zip(lists, combination, strict=True)))
+        point = Point(**dict(zip(lists, combination, strict=True)))
+        if point.trial != "reference" and point.require not in (None, REQUIRE):
+            raise UserError(f"--sweep {path}: a trial has no bits to require: {point.says}")
+        yield point
 
 
 def _check(name: str, value: Any, kind: Any, path: Path) -> None:
@@ -147,7 +153,8 @@ def _check(name: str, value: Any, kind: Any, path: Path) -> None:
     elif kind is bool:
         ok, expected = isinstance(value, bool), "true or false"
     else:
-        ok, expected = value == REQUIRE or number, f"{REQUIRE!r} or a number of bits"
+        bits = number and math.isfinite(value)
+        ok, expected = value == REQUIRE or bits, f"{REQUIRE!r} or a number of bits"
     if not ok:
         raise UserError(f"--sweep {path}: {name} = {value!r}; expected {expected}")
 

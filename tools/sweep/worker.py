@@ -39,7 +39,6 @@ def environment(flags: str, excess: bool) -> dict[str, str]:
     changed = {
         "XLA_FLAGS": " ".join([*kept, *ours]),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # two processes share a GPU
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # compiled twice means twice
     }
     gone = ("JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION")
     return {k: v for k, v in os.environ.items() if k not in gone} | changed
@@ -56,7 +55,8 @@ class Worker:
         from qwen_jax import runtime
 
         self.job = job
-        self.device = runtime.configure(job["device"], reference=job["flags"] == "reference")
+        reference = job["flags"] == "reference"
+        self.device = runtime.configure(job["device"], reference, cache=False)
         if job["device"] == "cpu":
             self.cpu = self.device
         else:
@@ -256,7 +256,8 @@ def main() -> int:
         except UserError as error:
             row = {"verdict": "not run", "why": str(error), "failed": True}
         except Exception as error:  # one point that XLA refuses must not end the sweep
-            why = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            first, *_ = str(error).strip().splitlines() or ["it said nothing"]
+            why = f"{type(error).__name__}: {first}"
             row = {"verdict": "not run", "why": why[:300], "failed": True}
         row |= {"key": point.key, "seconds": round(time.perf_counter() - began, 2)}
         print(json.dumps(row), file=out, flush=True)
