@@ -4,6 +4,7 @@ Imports neither jax nor torch. Shards are opened lazily and nothing is kept open
 of a mapped file count as memory of the process for as long as it is mapped.
 """
 
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ class Checkpoint(Weights):
         self.config = from_hf(read_json(config_path), str(config_path))
         self._files = self._locate()
         self._dtypes: dict[str, np.dtype] = {}
+        self._places: dict[str, int] = {}  # where a tensor's bytes begin in its file
         self._check()
 
     def _locate(self) -> dict[str, Path]:
@@ -94,6 +96,8 @@ class Checkpoint(Weights):
                 self._dtypes[name] = numpy_dtype(FLOATS[dtype])
             else:
                 wrong.append(f"{name} is {dtype}, not one of {', '.join(FLOATS)}")
+        for path in set(self._files.values()):
+            self._places |= _places(path)
         if wrong:
             problems.append(_some(wrong, "mismatch", "mismatches"))
         if problems:
@@ -120,9 +124,21 @@ class Checkpoint(Weights):
     def dtype(self, name: str) -> np.dtype:
         return self._dtypes[name]
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        with _open(self._files[name]) as file:
-            return file.get_slice(name)[start:stop]
+    def fill(self, name: str, start: int, out: np.ndarray) -> None:
+        """Read straight into ``out``: a mapped file would be copied from, and count as memory."""
+        path = self._files[name]
+        at = self._places[name] + start * (out.nbytes // len(out))
+        left = memoryview(out.reshape(-1).view(np.uint8))
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(at)
+                while left:
+                    count = file.readinto(left)
+                    if not count:
+                        raise UserError(f"{path}: ends within {name}; it was cut short")
+                    left = left[count:]
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _open(path: Path) -> safetensors.safe_open:
@@ -130,6 +146,16 @@ def _open(path: Path) -> safetensors.safe_open:
         return safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _places(path: Path) -> dict[str, int]:
+    """Tensor name -> offset in a file that safetensors has opened, and so checked: 8 bytes of
+    length, a JSON header of that length, the tensors (huggingface/safetensors, README)."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
 
 def _keys(path: Path) -> list[str]:

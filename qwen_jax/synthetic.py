@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen_jax.config import from_hf
-from qwen_jax.weights import EMBEDDING, HEAD, NORM, Weights, aligned_empty
+from qwen_jax.weights import EMBEDDING, HEAD, NORM, Weights
 from stages.errors import UserError
 
 PREFIX = "synthetic:"
@@ -77,18 +77,15 @@ class Synthetic(Weights):
     def dtype(self, name: str) -> np.dtype:
         return DTYPE
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        shape = self.shapes[name]
-        columns = int(np.prod(shape[1:]))
-        made = aligned_empty((stop - start, *shape[1:]), DTYPE)
+    def fill(self, name: str, start: int, out: np.ndarray) -> None:
+        columns = int(np.prod(out.shape[1:]))
         stream = _seed(self.size, name)
-        _fill(made.reshape(-1), stream, int(start) * columns, _quantiles(*self._statistics(name)))
-        massive = self.massive[(start <= self.massive) & (self.massive < stop)] - start
+        _fill(out.reshape(-1), stream, int(start) * columns, _quantiles(*self._statistics(name)))
+        massive = self.massive[(start <= self.massive) & (self.massive < start + len(out))] - start
         if name.endswith("down_proj.weight"):
-            made[massive] *= DTYPE.type(MASSIVE_GAIN)
+            out[massive] *= DTYPE.type(MASSIVE_GAIN)
         elif name.endswith("norm.weight"):
-            made[massive] *= DTYPE.type(MASSIVE_DAMP)
-        return made
+            out[massive] *= DTYPE.type(MASSIVE_DAMP)
 
     def _statistics(self, name: str) -> tuple[float, float]:
         """Mean and standard deviation of a tensor."""

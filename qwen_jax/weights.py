@@ -94,16 +94,26 @@ class Weights(ABC):
         """The dtype in which a tensor is stored."""
 
     @abstractmethod
+    def fill(self, name: str, start: int, out: np.ndarray) -> None:
+        """Write rows ``start`` to ``start + len(out)`` of one tensor into ``out``, which is
+        C-contiguous and has the tensor's own dtype."""
+
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows ``start`` to ``stop`` (of the first axis) of one tensor, in its own dtype."""
+        out = aligned_empty((stop - start, *self.shapes[name][1:]), self.dtype(name))
+        self.fill(name, start, out)
+        return out
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape, by name."""
         return expected_shapes(self.config)
 
-    def blocks(self, name: str, step: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """A whole tensor as (first row, rows): ``step`` rows, or about ``BLOCK`` bytes at a time.
+    def blocks(
+        self, name: str, step: int | None = None, out: np.ndarray | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """A whole tensor as (first row, rows): ``step`` rows, or about ``BLOCK`` bytes at a time;
+        as parts of ``out``, where that is given.
 
         When the last one has been taken the tensor's content hash is in ``hashes``.
         """
@@ -111,7 +121,12 @@ class Weights(ABC):
         step = step or max(1, BLOCK // (int(np.prod(shape[1:])) * dtype.itemsize))
         digest = None if name in self.hashes else xxhash.xxh3_64()
         for start in range(0, shape[0], step):
-            block = self.rows(name, start, min(start + step, shape[0]))
+            stop = min(start + step, shape[0])
+            if out is None:
+                block = self.rows(name, start, stop)
+            else:
+                block = out[start:stop]
+                self.fill(name, start, block)
             if digest:
                 digest.update(block.reshape(-1).view(np.uint8))
             yield start, block
@@ -129,8 +144,8 @@ class Weights(ABC):
     def read(self, name: str) -> np.ndarray:
         """One tensor in its own dtype, in memory that JAX need not copy."""
         array = aligned_empty(self.shapes[name], self.dtype(name))
-        for start, block in self.blocks(name):
-            array[start : start + len(block)] = block
+        for _ in self.blocks(name, out=array):
+            pass
         return array
 
     def read_group(self, names: dict[str, str]) -> dict[str, np.ndarray]:

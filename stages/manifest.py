@@ -75,17 +75,14 @@ class Manifest:
         return (json.dumps(head | asdict(self), indent=1) + "\n").encode()
 
 
-def write(directory: Path, manifest: Manifest, name: str = NAME, sync: bool = True) -> None:
+def write(directory: Path, manifest: Manifest, name: str = NAME) -> None:
     """Write atomically: a reader sees the old file, no file or the whole new one.
 
-    Without ``sync`` that holds when the process dies, but not when the machine does.
+    Nothing waits for the disk (fsync): what a machine that dies leaves behind has the wrong hash.
     """
     temporary = directory / (name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(manifest.to_bytes())
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
     os.replace(temporary, directory / name)
 
 

@@ -142,7 +142,7 @@ class TraceWriter:
                 undo.callback(os.close, _lock(directory))
                 old = replaceable(directory, overwrite or bool(kept))
                 # The mark comes first: from here on nothing in the directory reads as whole.
-                self._mark(sync=True)
+                self._mark()
                 _remove(old, {directory / name for name in (manifest.PARTIAL, *self._sizes)})
             except OSError as error:
                 raise UserError(f"--out {directory}: {error.strerror}") from None
@@ -181,11 +181,11 @@ class TraceWriter:
             with suppress(OSError):  # the writing of the stage itself will say so
                 self._mark()
 
-    def _mark(self, sync: bool = False) -> None:
+    def _mark(self) -> None:
         files = tuple(self._entries.copy().values())  # other threads add to it
         model = self.header.model | {"weights": self.header.model["weights"].copy()}
         marked = replace(self.header, model=model, files=files)
-        manifest.write(self.directory, marked, manifest.PARTIAL, sync)
+        manifest.write(self.directory, marked, manifest.PARTIAL)
 
     def finish(self, model: dict, order: list[tuple[str, int | None]]) -> Manifest:
         """Wait for the files, then write the manifest that makes the directory a trace.
