@@ -13,6 +13,7 @@ import pytest
 
 from qwen_jax import source
 from qwen_jax.checkpoint import Checkpoint
+from stages import aprt
 from stages.errors import NotComparable, UserError
 from tests.conftest import user_environment
 from tests.tiny import write_checkpoint
@@ -344,10 +345,32 @@ def test_what_was_not_compared_does_not_agree(tiny: Path) -> None:
     for layer in (0, 1):
         del part.entries["ffn_up", layer]
     assert_traces_agree(part, whole)
-    with pytest.raises(AssertionError, match="not on both sides: ffn_up"):
+    with pytest.raises(AssertionError, match=r"not on both sides: ffn_up 0, ffn_up 1$"):
         assert_traces_agree(part, whole, stages="ffn_up,ffn_gate")
+    with pytest.raises(AssertionError, match=r"not on both sides: ffn_up 1$"):
+        assert_traces_agree(part, whole, stages="ffn_up,ffn_gate", layers="1")
+    part.entries = {key: entry for key, entry in part.entries.items() if key[1] != 1}
+    assert_traces_agree(part, whole, layers="0")
+    with pytest.raises(AssertionError, match=r"not on both sides: layer 1$"):
+        assert_traces_agree(part, whole, layers="0-1")
     with pytest.raises(AssertionError, match="tokens"):
         assert_traces_agree(trace_of(str(tiny), TOKENS[:-1]), whole)
+
+
+def test_a_dump_without_manifest_is_of_the_other_sides_model(
+    tiny: Path,
+    tmp_path: Path,
+    trace_model,  # noqa: F811
+) -> None:
+    reference = trace_model(tiny, TOKENS)
+    for (stage, layer), value in reference.values.items():
+        path = tmp_path / ("" if layer is None else f"layer-{layer}") / f"{stage}.bin"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"".join(aprt.encode(value, layer)))
+    assert_traces_agree(tmp_path, reference, bits=math.inf)
+    assert_traces_agree(reference, tmp_path, bits=math.inf)
+    with pytest.raises(UserError, match="no such trace directory"):
+        assert_traces_agree(tmp_path / "none", reference)
 
 
 def test_a_model_without_tokenizer_is_swept_with_drawn_ids(tmp_path: Path) -> None:
