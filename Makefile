@@ -10,7 +10,8 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check
 
 help:
 	@echo "make trace   trace the embedded demo model into demo-trace/"
-	@echo "make test    lint and run all tests (installs PyTorch)"
+	@echo "make test    lint and run all tests; among them, as a gate, the quick parity sweep"
+	@echo "             (installs PyTorch)"
 	@echo "make clean   remove everything that these two made"
 
 trace: $(VENV)/core.stamp
@@ -19,7 +20,7 @@ trace: $(VENV)/core.stamp
 test: $(VENV)/test.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest
+	$(PY) -m pytest # tests/test_gate.py: python -m tools.parity --sweep quick must exit with 0
 
 # A stamp is made only after success, so an interrupted installation is done again.
 $(VENV)/made.stamp:
@@ -36,5 +37,5 @@ $(VENV)/test.stamp: pyproject.toml $(VENV)/made.stamp
 	@touch $(VENV)/core.stamp $@
 
 clean:
-	rm -rf $(VENV) demo-trace build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-trace parity-*-cpu parity-*-gpu build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -167,7 +167,7 @@ def _found(point: Point, row: Row) -> list[str]:
         f"{row['stages_differing']}/{row['stages']}",
         _place(first) if first else "",
         "0" if row["identical"] else _number(row["relative_l2"]["worst"]),
-        f"{bits['worst']} {_place(bits)}" if bits else "",
+        f"{bits['worst']:.1f} {_place(bits)}" if bits else "",
         _classes(row.get("classes", {})),
         f"{row['argmax_equal']}/{row['positions']}",
         _number(row["kl_max"]),

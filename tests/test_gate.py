@@ -1,0 +1,25 @@
+"""The gate: the quick sweep of the demo model passes, and the README shows what it prints."""
+
+import re
+
+from stages.table import NAMES
+from tests.conftest import ROOT
+from tests.test_readme import blocks, commands, normal
+
+COMMAND = "python -m tools.parity --sweep quick"
+
+
+def masked(line: str) -> str:
+    """Without numbers and places: which stage is the least exact is a matter of the machine."""
+    return re.sub(rf"\b({'|'.join(NAMES)})\b", "STAGE", normal(line))
+
+
+def test_the_quick_sweep_passes_and_the_readme_shows_it(run_cli) -> None:
+    readme = blocks((ROOT / "README.md").read_text("utf-8"))
+    parts = [
+        part for block in readme if block.language == "console" for part in commands(block.code)
+    ]
+    (shown,) = [lines for command, lines in parts if command == COMMAND]
+    done = run_cli(*COMMAND.split()[2:])
+    assert done.code == 0, done.stdout + done.stderr
+    assert [masked(line) for line in done.stdout.splitlines()] == [masked(line) for line in shown]
