@@ -5,6 +5,7 @@ of a mapped file count as memory of the process for as long as it is mapped.
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ class Checkpoint(Weights):
         self._files = self._locate()
         self._dtypes: dict[str, np.dtype] = {}
         self._places: dict[str, int] = {}  # where a tensor's bytes begin in its file
+        self._states: dict[Path, tuple[int, int]] = {}
         self._check()
 
     def _locate(self) -> dict[str, Path]:
@@ -97,6 +99,7 @@ class Checkpoint(Weights):
             else:
                 wrong.append(f"{name} is {dtype}, not one of {', '.join(FLOATS)}")
         for path in set(self._files.values()):
+            self._states[path] = _state(path)
             self._places |= _places(path)
         if wrong:
             problems.append(_some(wrong, "mismatch", "mismatches"))
@@ -131,6 +134,8 @@ class Checkpoint(Weights):
         left = memoryview(out.reshape(-1).view(np.uint8))
         try:
             with open(path, "rb", buffering=0) as file:
+                if _state(file.fileno()) != self._states[path]:
+                    raise UserError(f"{path}: was changed while it was being read")
                 file.seek(at)
                 while left:
                     count = file.readinto(left)
@@ -146,6 +151,12 @@ def _open(path: Path) -> safetensors.safe_open:
         return safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _state(file: Path | int) -> tuple[int, int]:
+    """What tells that a file was changed."""
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns
 
 
 def _places(path: Path) -> dict[str, int]:

@@ -4,7 +4,7 @@ The observer changes nothing: the compiled layer always returns all of its stage
 decides only which of them are fetched. So the logits are the same bytes whatever is captured.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +16,7 @@ import numpy as np
 from qwen_jax import params, runtime
 from qwen_jax.estimate import HEAD_BLOCK
 from qwen_jax.model import Env, compute_dtype, make_env, run_stages
-from qwen_jax.weights import EMBEDDING, NORM, Weights, head_name
+from qwen_jax.weights import EMBEDDING, NORM, Weights, aligned_empty, head_name, layer_names
 from stages.table import (
     END_STAGES,
     LAYER_INPUT,
@@ -114,11 +114,10 @@ class JaxEngine:
             first, x = 0, self._start(table, envs[False], given)["embedding"]
             pending = [("embedding", 0, x)]
         numbers = range(first, config.num_hidden_layers)
-        with _ahead(params.layer_params(self.model, layer) for layer in numbers) as weights:
+        with _ahead(self._layers(numbers)) as weights:
             for layer, loaded in zip(numbers, weights, strict=True):
                 sliding = config.sliding_layers[layer]
                 values = self._layer(put(loaded), envs[sliding], {LAYER_INPUT: x})
-                del loaded
                 x = values["post_ffn_residual"]
                 # JAX dispatches asynchronously: fetch the last layer while this one computes.
                 _fetch(pending, want, emit)
@@ -127,7 +126,7 @@ class JaxEngine:
                     (s.name, layer, values[s.name]) for s in LAYER_STAGES if s.name in values
                 ]
                 del values
-                # Not earlier: this layer's weights make room for those after the next.
+                # Not earlier: this layer's weights make room for those after the next (_layers).
                 jax.block_until_ready(x)
         end = put(params.EndParams(norm=self.model.read(NORM), lm_head=None))
         norm = self._norm(end, envs[False], {"post_ffn_residual": x})["final_norm"]
@@ -137,18 +136,47 @@ class JaxEngine:
         head = self._logits(envs[False], kept)
         emit("lm_head", None, head[:, 0] if logits == "last" else head)
 
+    def _layers(self, numbers: Iterable[int]) -> Iterator[params.LayerParams]:
+        """Each layer's weights, in memory that those of the layer after the next will have."""
+        names, shapes = layer_names(0), self.model.shapes
+        memory = [
+            {f: aligned_empty(shapes[name], self._host_dtype(name)) for f, name in names.items()}
+            for _ in range(2)
+        ]
+        for layer in numbers:
+            arrays = memory[layer % 2]
+            for field, name in layer_names(layer).items():
+                self.model.load(name, 0, arrays[field])
+            yield params.LayerParams(**arrays)
+
+    def _host_dtype(self, name: str) -> np.dtype:
+        """What the device is given: on the CPU a weight that the program would widen comes wide,
+        for which reading leaves the time."""
+        stored = self.model.dtype(name)
+        widens = self.device.platform == "cpu" and stored.itemsize < self.dtype.itemsize
+        return self.dtype if widens else stored
+
     def _logits(self, env: Env, x: Any) -> np.ndarray:
         """[B, T, D] -> [B, T, V], the head applied in blocks of the vocabulary."""
-        name, vocabulary = head_name(self.model.config), self.model.config.vocab_size
+        vocabulary = self.model.config.vocab_size
         found = np.empty((*x.shape[:2], vocabulary), self.dtype)
-        row = x.shape[2] * compute_dtype(self.dtype).itemsize
-        blocks = self.model.blocks(name, _even_step(vocabulary, HEAD_BLOCK // row))
-        with _ahead(blocks) as heads:
+        with _ahead(self._heads()) as heads:
             for first, rows in heads:
                 end = jax.device_put(params.EndParams(norm=None, lm_head=rows), self.device)
                 part = self._head(end, env, {"final_norm": x})["lm_head"]
                 found[..., first : first + len(rows)] = np.asarray(part)
         return found
+
+    def _heads(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The head as (first row, rows), in memory that the block after the next will have."""
+        name = head_name(self.model.config)
+        count, width = self.model.shapes[name]
+        step = _even_step(count, HEAD_BLOCK // (width * compute_dtype(self.dtype).itemsize))
+        memory = [aligned_empty((step, width), self._host_dtype(name)) for _ in range(2)]
+        for number, first in enumerate(range(0, count, step)):
+            rows = memory[number % 2][: count - first]
+            self.model.load(name, first, rows)
+            yield first, rows
 
 
 def _even_step(count: int, most: int) -> int:
