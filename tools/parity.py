@@ -140,7 +140,8 @@ def _summary(
 ) -> None:
     counts = Counter(row["verdict"] for _, row in pairs)
     listed = ", ".join(f"{count} {name}" for name, count in counts.items())
-    show.print(f"{len(pairs)} points: {listed}" + (f"; {kept} from before" if kept else ""))
+    points = f"{len(pairs)} point{'s' * (len(pairs) > 1)}"
+    show.print(f"{points}: {listed}" + (f"; {kept} from before" if kept else ""))
     by_reason: dict[str, list[Point]] = {}
     for point, why in failures:
         by_reason.setdefault(why, []).append(point)

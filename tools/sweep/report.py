@@ -203,9 +203,8 @@ def _classes(found: dict[str, str]) -> str:
 
 
 def show(console: Console, pairs: list[Pair]) -> None:
-    """The sections, in a terminal. Not folded where no terminal sets the width."""
-    if not console.file.isatty():
-        console.width = 200
+    """The sections, in a terminal. One that is narrower wraps lines; rich would cut words."""
+    console.width = 200
     for section in sections(pairs):
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
         for name in section.names:
