@@ -260,7 +260,7 @@ def _check_space(plan: Plan, kept: list[FileEntry]) -> None:
 
 
 def _dry_run(args: argparse.Namespace, plan: Plan) -> None:
-    show = cli.report(args.json, _summary(plan))
+    show = cli.report(args.json, _summary(plan) | {"peak_memory_bytes": plan.memory})
     show.print(_table(plan))
     show.print(
         f"dry run: nothing was computed or written; --out would be {plan.out!s}/, "

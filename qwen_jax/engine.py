@@ -41,9 +41,14 @@ class JaxEngine:
         backend: "xla" compiles a layer once and runs it for every layer; "eager" runs the same
             functions un-jitted, one primitive at a time.
         device: of ``runtime.configure``.
+        keep: weights stay on the device for the next run; otherwise two layers' are there at a
+            time, and every run reads them all.
     """
 
-    def __init__(self, model: Weights, dtype: str, backend: str, device: Any) -> None:
+    def __init__(
+        self, model: Weights, dtype: str, backend: str, device: Any, keep: bool = False
+    ) -> None:
+        self._kept: dict[Any, Any] | None = {} if keep else None
         self.model = model
         self.dtype = numpy_dtype(dtype)
         self.backend = backend
@@ -138,16 +143,29 @@ class JaxEngine:
 
     def _layers(self, numbers: Iterable[int]) -> Iterator[params.LayerParams]:
         """Each layer's weights, in memory that those of the layer after the next will have."""
-        names, shapes = layer_names(0), self.model.shapes
-        memory = [
-            {f: aligned_empty(shapes[name], self._host_dtype(name)) for f, name in names.items()}
-            for _ in range(2)
-        ]
-        for layer in numbers:
+        memory: dict[int, dict[str, np.ndarray]] = {}
+
+        def load(layer: int) -> params.LayerParams:
+            if layer % 2 not in memory or self._kept is not None:
+                memory[layer % 2] = {
+                    field: aligned_empty(self.model.shapes[name], self._host_dtype(name))
+                    for field, name in layer_names(layer).items()
+                }
             arrays = memory[layer % 2]
             for field, name in layer_names(layer).items():
                 self.model.load(name, 0, arrays[field])
-            yield params.LayerParams(**arrays)
+            return params.LayerParams(**arrays)
+
+        for layer in numbers:
+            yield self._keep(layer, load)
+
+    def _keep(self, key: Any, load: Callable) -> Any:
+        """``load(key)``; from the second time on as it lies on the device, if weights are kept."""
+        if self._kept is None:
+            return load(key)
+        if key not in self._kept:
+            self._kept[key] = jax.device_put(load(key), self.device)
+        return self._kept[key]
 
     def _host_dtype(self, name: str) -> np.dtype:
         """What the device is given: on the CPU a weight that the program would widen comes wide,
@@ -172,11 +190,18 @@ class JaxEngine:
         name = head_name(self.model.config)
         count, width = self.model.shapes[name]
         step = _even_step(count, HEAD_BLOCK // (width * compute_dtype(self.dtype).itemsize))
-        memory = [aligned_empty((step, width), self._host_dtype(name)) for _ in range(2)]
-        for number, first in enumerate(range(0, count, step)):
-            rows = memory[number % 2][: count - first]
+        memory: dict[int, np.ndarray] = {}
+
+        def load(key: tuple[str, int]) -> np.ndarray:
+            first = key[1]
+            if (place := first // step % 2) not in memory or self._kept is not None:
+                memory[place] = aligned_empty((step, width), self._host_dtype(name))
+            rows = memory[place][: count - first]
             self.model.load(name, first, rows)
-            yield first, rows
+            return rows
+
+        for first in range(0, count, step):
+            yield first, self._keep((name, first), load)
 
 
 def _even_step(count: int, most: int) -> int:

@@ -17,11 +17,15 @@ def make_engine(model: Weights, args: argparse.Namespace) -> object:
 
     from qwen_jax import engine, runtime
 
-    return engine.JaxEngine(model, args.dtype, args.backend, runtime.configure(device))
+    chosen = runtime.configure(device, cache=not args.no_compile_cache)
+    return engine.JaxEngine(model, args.dtype, args.backend, chosen)
 
 
 def main(argv: list[str]) -> int:
     parser = command.parser("python -m qwen_jax.trace", __doc__ or "", ("xla", "eager"))
+    parser.add_argument(
+        "--no-compile-cache", action="store_true", help="compile anew; keep nothing of it on disk"
+    )
     return command.main(parser.parse_args(argv), "trace", make_engine)
 
 

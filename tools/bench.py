@@ -1,91 +1,78 @@
-"""``python -m tools.bench``: what our commands cost, side by side in one run.
+"""``python -m tools.bench``: what tracing costs, beside what one would do instead, in one run.
 
-Whole processes, start-up, load and compilation included, run in turn so that a busy machine hits
-all of them alike; medians, and ratios to the compiled float32 trace.
+Cold is a whole process: start-up, load, compilation (or compiled programs found on disk) and files.
+Warm is a second run in a process that has everything loaded. Contenders take turns; figures are
+medians. Memory is the high-water mark of a fresh process.
 """
 
 import argparse
-import importlib.util
-import statistics
-import subprocess
-import sys
+import shutil
 import tempfile
-import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from rich.table import Table
-
-from qwen_jax import source
 from stages import cli
 from stages.errors import UserError
+from tools.timing import measure, report
+from tools.timing.measure import Figure
+
+DEFAULT_MODELS = ("demo", "synthetic:0.5b")
+MEMORY = (("synthetic:7b", 64, 3 << 30), ("synthetic:72b:2", 8, 9 << 30))
+PARTS = ("speed", "tools", "memory")
 
 
 def parser() -> argparse.ArgumentParser:
     result = cli.Parser(prog="python -m tools.bench", description=__doc__)
-    source.add_model_arguments(result)
-    result.add_argument("--repeat", type=int, default=3, metavar="N", help="default: 3")
+    add = result.add_argument
+    models = " and ".join(DEFAULT_MODELS)
+    add("--model", action="append", metavar="M", help=f"may be repeated; default: {models}")
+    add("--lengths", default="64,512", metavar="64,512", help="prompt lengths in tokens")
+    add("--repeat", type=int, default=5, metavar="N", help="runs of each; default: 5")
+    add("--only", choices=PARTS, help="one part alone")
+    add("--scratch", type=Path, metavar="DIR", help="where models and traces go; default: TMPDIR")
+    add("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
     cli.add_json(result)
     return result
-
-
-def commands(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Name -> command line without the interpreter, in the order in which they must first run."""
-    given = []
-    for name in ("model", "prompt", "prompt_file", "tokens"):
-        if getattr(args, name) is not None:
-            given += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    found = {"trace": ["-m", "qwen_jax.trace", *given, "--out", "trace", "--overwrite"]}
-    if importlib.util.find_spec("torch"):
-        found["oracle"] = ["-m", "oracle.trace", *given, "--out", "oracle", "--overwrite"]
-        found["diff"] = ["-m", "tools.diff", "trace", "oracle"]
-    model = ["--model", args.model] if args.model else []
-    return found | {"localize": ["-m", "tools.localize", "trace", *model]}
-
-
-def measure(found: dict[str, list[str]], repeat: int) -> dict[str, list[float]]:
-    """Name -> seconds of each whole process.
-
-    Raises:
-        UserError: one of the commands failed.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in found}
-    with tempfile.TemporaryDirectory() as scratch, cli.progress() as bar:
-        task = bar.add_task("runs", total=repeat * len(found))
-        for _ in range(repeat):
-            for name, arguments in found.items():
-                began = time.perf_counter()
-                done = subprocess.run(
-                    [sys.executable, *arguments], cwd=scratch, capture_output=True, text=True
-                )
-                seconds[name].append(time.perf_counter() - began)
-                if done.returncode:
-                    raise UserError(f"{name} failed: {done.stderr.strip() or done.stdout[-200:]}")
-                bar.advance(task)
-    return seconds
 
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.repeat < 1:
         raise UserError(f"--repeat {args.repeat}: at least one run is needed")
-    for name in ("prompt_file", "model"):  # the runs happen in a scratch directory
-        value = getattr(args, name)
-        if value is not None and Path(value).exists():
-            setattr(args, name, str(Path(value).resolve()))
-    source.read_tokens(args, source.open_model(args.model))
-    seconds = measure(commands(args), args.repeat)
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
-    data: dict[str, Any] = {"schema": 1, "repeat": args.repeat, "cold": {}}
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("whole process", "median s", "range s", "x trace"):
-        table.add_column(name, justify="left" if name == "whole process" else "right")
-    for name, values in seconds.items():
-        ratio = middle[name] / middle["trace"]
-        data["cold"][name] = {"seconds": values, "median": middle[name], "ratio": ratio}
-        spread = f"{min(values):.1f} - {max(values):.1f}"
-        table.add_row(name, f"{middle[name]:.1f}", spread, f"{ratio:.1f}")
-    cli.report(args.json, data).print(table)
+    try:
+        lengths = [int(each) for each in args.lengths.split(",")]
+    except ValueError:
+        raise UserError(f"--lengths {args.lengths!r}: expected lengths such as 64,512") from None
+    measure.check_contenders()
+    figures: list[Figure] = []
+    before = measure.machine()
+    with tempfile.TemporaryDirectory(dir=args.scratch) as folder, cli.progress() as bar:
+        scratch = Path(folder)
+        task = bar.add_task("", total=None)
+
+        def doing(what: str) -> None:
+            bar.update(task, description=what)
+
+        for model in (args.model or DEFAULT_MODELS) if args.only != "memory" else ():
+            for length in lengths:
+                case = measure.make_case(model, length, scratch, doing)
+                if args.only != "tools":
+                    figures += measure.cold(case, args.repeat, doing)
+                    figures += measure.warm(case, args.repeat, doing)
+                if args.only != "speed":
+                    figures += measure.tools(case, args.repeat, doing)
+                shutil.rmtree(case.folder)
+        if args.only in (None, "memory"):
+            for model, length, most in MEMORY:
+                figures += measure.memory(model, length, most, scratch, doing)
+    told = [asdict(each) | {"reached": each.reached} for each in figures]
+    data = {"schema": 1, "machine": before, "repeat": args.repeat, "figures": told}
+    show = cli.report(args.json, data)
+    for part, table in report.tables(figures):
+        show.print(f"\n{report.TITLES[part]}")
+        show.print(table)
+    if args.markdown:
+        args.markdown.write_text(report.markdown(figures, before, args.repeat), encoding="utf-8")
     return 0
 
 

@@ -1,0 +1,334 @@
+"""The measurements of ``tools.bench``."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_jax import source
+from stages.errors import UserError
+from stages.trace import open_trace
+from tools.timing.worker import CONTENDERS
+
+Doing = Callable[[str], None]
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One line of a table.
+
+    Attributes:
+        part: "cold", "warm", "tools" or "memory".
+        of: model and prompt length.
+        what: what was measured.
+        value: the median; ``low`` and ``high`` are the extremes of the runs.
+        unit: "s", "x" (a ratio of medians), "GB/s" or "GiB".
+        bar: what the ratio or the memory should be: at least, or with ``most`` at most.
+    """
+
+    part: str
+    of: str
+    what: str
+    value: float
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    bar: float | None = None
+    most: bool = False
+
+    @property
+    def reached(self) -> bool | None:
+        if self.bar is None:
+            return None
+        return self.value <= self.bar if self.most else self.value >= self.bar
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on disk, one prompt, and a folder for what comes of it."""
+
+    model: str | None
+    name: str
+    length: int
+    folder: Path
+
+    @property
+    def of(self) -> str:
+        return f"{self.name}, {self.length} tokens"
+
+    @property
+    def arguments(self) -> list[str]:
+        model = ["--model", self.model] if self.model else []
+        return [*model, "--tokens", f"random:{self.length}"]
+
+
+def make_case(model: str, length: int, scratch: Path, doing: Doing) -> Case:
+    """The model as a Hugging Face directory (a synthetic one is written first), and tokens."""
+    given = None if model == "demo" else model
+    if model.startswith("synthetic:"):
+        given = str(on_disk(model, scratch, doing))
+    elif given and Path(given).exists():
+        given = str(Path(given).resolve())
+    opened = source.open_model(given)
+    if length > opened.config.max_position_embeddings:
+        raise UserError(f"--lengths {length}: {model} has fewer positions")
+    folder = scratch / f"{opened.name}-{length}"
+    folder.mkdir(exist_ok=True)
+    return Case(given, model, length, folder)
+
+
+def on_disk(model: str, scratch: Path, doing: Doing) -> Path:
+    """A synthetic model written as a Hugging Face directory, once."""
+    directory = scratch / model.replace(":", "-")
+    if not directory.exists():
+        doing(f"writing {model}")
+        _process(["tools.convert", model, str(directory), "--to", "hf"], scratch)
+    return directory
+
+
+def _process(arguments: list[str], folder: Path, **environment: str) -> float:
+    """Seconds of one whole process.
+
+    Raises:
+        UserError: it failed.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+    )
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise UserError(f"{' '.join(arguments)[:100]} failed: {done.stderr.strip()[-300:]}")
+    return seconds
+
+
+def _seconds(part: str, case: Case, taken: dict[str, list[float]]) -> list[Figure]:
+    return [
+        Figure(
+            part=part,
+            of=case.of,
+            what=what,
+            value=statistics.median(each),
+            unit="s",
+            low=min(each),
+            high=max(each),
+        )
+        for what, each in taken.items()
+    ]
+
+
+def _ratio(figures: list[Figure], above: str, below: str, bar: float, most: bool = False) -> Figure:
+    values = {each.what: each.value for each in figures}
+    first = figures[0]
+    return Figure(
+        part=first.part,
+        of=first.of,
+        what=f"{above} / {below}",
+        value=values[above] / values[below],
+        unit="x",
+        bar=bar,
+        most=most,
+    )
+
+
+def cold(case: Case, repeat: int, doing: Doing) -> list[Figure]:
+    """Whole processes: the trace with its compiled programs on disk and without, the oracle."""
+    commands = {
+        "trace": ["qwen_jax.trace", "--device", "cpu"],
+        "trace, compiling": ["qwen_jax.trace", "--device", "cpu", "--no-compile-cache"],
+        "oracle": ["oracle.trace", "--device", "cpu"],
+    }
+    taken: dict[str, list[float]] = {name: [] for name in commands}
+    for turn in range(repeat + 1):
+        for name, command in commands.items():
+            doing(f"{case.of}: {name}, cold, {turn} of {repeat}")
+            out = case.folder / name.replace(", ", "-")
+            shutil.rmtree(out, ignore_errors=True)
+            seconds = _process([*command, *case.arguments, "--out", str(out)], case.folder)
+            if turn:  # the first round fills the page cache and the compilation cache
+                taken[name].append(seconds)
+    found = _seconds("cold", case, taken)
+    return [
+        *found,
+        _ratio(found, "oracle", "trace", 4),
+        _ratio(found, "oracle", "trace, compiling", 4),
+    ]
+
+
+def warm(case: Case, repeat: int, doing: Doing) -> list[Figure]:
+    """Every contender in its own process, in turn; and the disk's own speed."""
+    workers = {}
+    taken: dict[str, list[float]] = {}
+    try:
+        for name in CONTENDERS:
+            doing(f"{case.of}: loading {name}")
+            workers[name], taken[name] = _start(name, case), []
+        out = case.folder / "warm-trace"
+        for turn in range(repeat):
+            for name, worker in workers.items():
+                doing(f"{case.of}: {name}, warm, {turn} of {repeat}")
+                print("run", file=worker.stdin, flush=True)
+                taken[name].append(float(_reply(name, worker)))
+            taken.setdefault("plain write", []).append(_plain_write(out, case.folder))
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.communicate()
+    bytes_ = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    found = _seconds("warm", case, taken)
+    ceiling = Figure(
+        part="warm",
+        of=case.of,
+        what=f"plain write of the same {bytes_ / 1e9:.2f} GB",
+        value=bytes_ / 1e9 / statistics.median(taken["plain write"]),
+        unit="GB/s",
+    )
+    return [
+        *found,
+        ceiling,
+        _ratio(found, "oracle", "trace", 2.5),
+        _ratio(found, "nnsight", "trace", 1),
+        _ratio(found, "trace", "bare", 1.4, most=True),
+    ]
+
+
+def _start(name: str, case: Case) -> subprocess.Popen:
+    out = str(case.folder / f"warm-{name}")
+    job = {"contender": name, "arguments": case.arguments, "out": out}
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "tools.timing.worker"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    print(json.dumps(job), file=worker.stdin, flush=True)
+    _reply(name, worker)
+    return worker
+
+
+def _reply(name: str, worker: subprocess.Popen) -> str:
+    line = worker.stdout.readline()
+    if not line:
+        raise UserError(f"{name} failed: {worker.communicate()[1].strip()[-300:]}")
+    return line
+
+
+def _plain_write(like: Path, folder: Path) -> float:
+    """Seconds to write files of the same sizes, from memory, without a thought."""
+    sizes = [path.stat().st_size for path in like.rglob("*") if path.is_file()]
+    content, target = memoryview(bytes(max(sizes))), folder / "plain"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    began = time.perf_counter()
+    for number, size in enumerate(sizes):
+        with open(target / str(number), "wb", buffering=0) as file:
+            left = content[:size]
+            while left:
+                left = left[file.write(left) :]
+    return time.perf_counter() - began
+
+
+def tools(case: Case, repeat: int, doing: Doing) -> list[Figure]:
+    """diff of the trace with the oracle's, and localize of the trace."""
+    first, second = case.folder / "trace", case.folder / "oracle"
+    for module, out in (("qwen_jax.trace", first), ("oracle.trace", second)):
+        if not out.exists():
+            doing(f"{case.of}: {module}")
+            _process([module, "--device", "cpu", *case.arguments, "--out", str(out)], case.folder)
+    model = ["--model", case.model] if case.model else []
+    taken: dict[str, list[float]] = {}
+    for turn in range(repeat):
+        doing(f"{case.of}: diff, {turn} of {repeat}")
+        seconds = _process(["tools.diff", str(first), str(second)], case.folder)
+        taken.setdefault("diff", []).append(seconds)
+        taken.setdefault("diff without start-up", []).append(_compare(first, second))
+    taken["localize"] = [_process(["tools.localize", str(first), *model], case.folder)]
+    found = _seconds("tools", case, taken)
+    bytes_ = sum(entry.stat().st_size for entry in first.rglob("*.bin"))
+    seconds = statistics.median(taken["diff without start-up"])
+    speed = Figure(
+        part="tools",
+        of=case.of,
+        what=f"diff of {bytes_ / 1e9:.2f} GB a side",
+        value=bytes_ / 1e9 / seconds,
+        unit="GB/s",
+        bar=1.5,
+    )
+    return [*found, speed]
+
+
+def _compare(first: Path, second: Path) -> float:
+    from tools.diff import compare_traces
+
+    a, b = open_trace(first), open_trace(second)
+    began = time.perf_counter()
+    compare_traces(a, b, list(a.entries))
+    return time.perf_counter() - began
+
+
+def memory(model: str, length: int, bar: int, scratch: Path, doing: Doing) -> list[Figure]:
+    """Peak memory of a trace of all stages, in float32, and what --dry-run had said of it."""
+    directory = on_disk(model, scratch, doing)
+    doing(f"{model}, {length} tokens: memory")
+    out, told = scratch / "memory-trace", scratch / "memory.json"
+    arguments = ["qwen_jax.trace", "--device", "cpu", "--model", str(directory)]
+    arguments += ["--tokens", f"random:{length}", "--out", str(out), "--json", str(told)]
+    _process([*arguments, "--dry-run"], scratch)
+    expected = json.loads(told.read_text())["peak_memory_bytes"]
+    seconds = _process(arguments, scratch)
+    found = json.loads(told.read_text())
+    shutil.rmtree(out)
+    shutil.rmtree(directory)
+
+    def figure(what: str, value: float, unit: str, bar: float | None = None) -> Figure:
+        of = f"{model}, {length} tokens"
+        return Figure(part="memory", of=of, what=what, value=value, unit=unit, bar=bar, most=True)
+
+    return [
+        figure("peak resident memory", found["peak_memory_bytes"] / 2**30, "GiB", bar / 2**30),
+        figure("as --dry-run had said", expected / 2**30, "GiB"),
+        figure("whole process", seconds, "s"),
+        figure("trace", found["file_bytes"] / 2**30, "GiB"),
+    ]
+
+
+def check_contenders() -> None:
+    """Raises UserError where one of them is not installed."""
+    needed = ("torch", "transformers", "nnsight")
+    if absent := [name for name in needed if not importlib.util.find_spec(name)]:
+        raise UserError(f"{', '.join(absent)}: not installed; pip install '.[oracle,bench]'")
+
+
+def machine() -> dict[str, Any]:
+    """What a table says about where it was made."""
+    info, model = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    if info.exists():
+        lines = info.read_text().splitlines()
+        model = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), model)
+    packages = ("jax", "jaxlib", "numpy", "torch", "transformers", "nnsight")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": model,
+        "cores": cores,
+        "load": round(os.getloadavg()[0], 1),
+        "versions": {name: importlib.metadata.version(name) for name in packages}
+        | {"python": platform.python_version()},
+    }
