@@ -7,14 +7,14 @@ of a mapped file count as memory of the process for as long as it is mapped.
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 import safetensors
 
 from qwen_jax.config import from_hf, read_json
-from qwen_jax.weights import EMBEDDING, HEAD, Weights
+from qwen_jax.weights import EMBEDDING, HEAD, Weights, misfits, some
 from stages.errors import UserError
 from stages.trace import numpy_dtype
 
@@ -68,15 +68,15 @@ class Checkpoint(Weights):
             raise UserError(f"{index} names a file outside its directory: {outside[0]!r}")
         absent = [s for s in shards if not (self.directory / s).exists()]
         if absent:
-            raise UserError(f"{self.directory}: missing {_some(absent, 'shard')} of {INDEX}")
+            raise UserError(f"{self.directory}: missing {some(absent, 'shard')} of {INDEX}")
         found = {shard: set(_keys(self.directory / shard)) for shard in shards}
         lost = sorted(name for name, shard in told.items() if name not in found[shard])
         if lost:
-            raise UserError(f"{index} lists {_some(lost, 'tensor')} that its shard lacks")
+            raise UserError(f"{index} lists {some(lost, 'tensor')} that its shard lacks")
         counted = Counter(name for names in found.values() for name in names)
         twice = sorted(name for name, count in counted.items() if count > 1)
         if twice:
-            raise UserError(f"{self.directory}: {_some(twice, 'tensor')} in two shards")
+            raise UserError(f"{self.directory}: {some(twice, 'tensor')} in two shards")
         return {name: self.directory / s for s, names in found.items() for name in names}
 
     def _check(self) -> None:
@@ -84,29 +84,14 @@ class Checkpoint(Weights):
         tied_head = self.config.tie_word_embeddings and HEAD in self._files
         if tied_head:  # needless, but some files have it
             expected[HEAD] = expected[EMBEDDING]
-        found = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}
-        problems = []
-        if missing := [name for name in expected if name not in found]:
-            problems.append(f"missing {_some(missing, 'tensor')}")
-        if unexpected := sorted(found - expected.keys()):
-            problems.append(f"unexpected {_some(unexpected, 'tensor')}")
-        wrong = []
-        for name, shape, dtype in self._headers([n for n in expected if n in found]):
-            if shape != expected[name]:
-                wrong.append(f"{name} is {list(shape)}, not {list(expected[name])}")
-            if dtype in FLOATS:
-                self._dtypes[name] = numpy_dtype(FLOATS[dtype])
-            else:
-                wrong.append(f"{name} is {dtype}, not one of {', '.join(FLOATS)}")
+        found = [name for name in self._files if not name.endswith("rotary_emb.inv_freq")]
+        headers = {name: (shape, dtype) for name, shape, dtype in self._headers(found)}
+        if problems := misfits(expected, headers, FLOATS):
+            raise UserError(f"{self.directory}: weights do not fit config.json: {problems}")
+        self._dtypes = {name: numpy_dtype(FLOATS[dtype]) for name, (_, dtype) in headers.items()}
         for path in set(self._files.values()):
             self._states[path] = _state(path)
             self._places |= _places(path)
-        if wrong:
-            problems.append(_some(wrong, "mismatch", "mismatches"))
-        if problems:
-            raise UserError(
-                f"{self.directory}: weights do not fit config.json: " + "; ".join(problems)
-            )
         if tied_head:
             # Equal hashes are equal bits; that holds for NaN too, and for a block at a time.
             if self.hash(HEAD) != self.hash(EMBEDDING):
@@ -114,7 +99,7 @@ class Checkpoint(Weights):
                     f"{self.directory}: config.json ties the head to the embedding, but {HEAD} "
                     "is there and differs from it"
                 )
-            del self.hashes[HEAD]
+            del self.hashes[HEAD], expected[HEAD]
 
     def _headers(self, names: Collection[str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
         """Name, shape and dtype of tensors; every shard is opened once."""
@@ -172,10 +157,3 @@ def _places(path: Path) -> dict[str, int]:
 def _keys(path: Path) -> list[str]:
     with _open(path) as file:
         return list(file.keys())
-
-
-def _some(items: Iterable[str], one: str, many: str | None = None) -> str:
-    """'1 tensor (a)' or '7 tensors (a, b, c, ...)'."""
-    items = list(items)
-    noun = one if len(items) == 1 else many or one + "s"
-    return f"{len(items)} {noun} ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})"

@@ -5,6 +5,7 @@ Imports neither jax nor torch: the oracle and the tools read configurations too.
 
 import json
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -258,10 +259,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: no such file, or not a JSON object.
+        UserError: no such file, not a JSON object, or a name that is there twice: the last of
+            the two would count, without a word.
     """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counted = Counter(name for name, _ in pairs)
+        if twice := [name for name, count in counted.items() if count > 1]:
+            raise UserError(f"{path} has {twice[0]!r} twice; keep the one that is meant")
+        return dict(pairs)
+
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ torch.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -71,6 +71,37 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     for index in range(config.num_hidden_layers):
         shapes |= {name: layer[field] for field, name in layer_names(index).items()}
     return shapes | {NORM: (d,), head_name(config): (v, d)}
+
+
+def misfits(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[tuple[int, ...], str]],
+    dtypes: Collection[str],
+) -> str:
+    """What of the tensors found (name -> shape and dtype) is missing, unexpected, of another shape
+    or of none of the ``dtypes``; empty if they fit."""
+    problems = []
+    if missing := [name for name in expected if name not in found]:
+        problems.append(f"missing {some(missing, 'tensor')}")
+    if unexpected := sorted(found.keys() - expected.keys()):
+        problems.append(f"unexpected {some(unexpected, 'tensor')}")
+    wrong = []
+    for name in (name for name in expected if name in found):
+        shape, dtype = found[name]
+        if shape != expected[name]:
+            wrong.append(f"{name} is {list(shape)}, not {list(expected[name])}")
+        if dtype not in dtypes:
+            wrong.append(f"{name} is {dtype}, not one of {', '.join(dtypes)}")
+    if wrong:
+        problems.append(some(wrong, "mismatch", "mismatches"))
+    return "; ".join(problems)
+
+
+def some(items: Iterable[str], one: str, many: str | None = None) -> str:
+    """'1 tensor (a)' or '7 tensors (a, b, c, ...)'."""
+    items = list(items)
+    noun = one if len(items) == 1 else many or one + "s"
+    return f"{len(items)} {noun} ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})"
 
 
 class Weights(ABC):

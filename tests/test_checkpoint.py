@@ -144,6 +144,7 @@ def test_a_tied_head_that_is_there_is_the_embedding(tmp_path):
     model = Checkpoint(tmp_path)
     model.read(EMBED)
     assert model.hashes == plain.hashes and HEAD not in model.hashes
+    assert model.shapes == plain.shapes
 
 
 def test_a_tied_head_may_hold_nan(tmp_path):
@@ -311,6 +312,18 @@ def test_an_index_that_disagrees_about_where_a_tensor_lies(tmp_path):
 
     reindexed(tmp_path, change)
     assert f"lists 1 tensor ({NORM}) that its shard lacks" in refusal(tmp_path)
+
+
+def test_an_index_that_lists_a_tensor_twice(tmp_path):
+    """JSON readers keep the last of two, silently: here the one that is true."""
+    write_checkpoint(tmp_path, shards=2)
+    text = (tmp_path / INDEX).read_text()
+    line = next(line for line in text.splitlines() if NORM in line).rstrip(",")
+    other = line.replace("00001-of", "0000X-of").replace("00002-of", "00001-of")
+    other = other.replace("0000X-of", "00002-of")
+    (tmp_path / INDEX).write_text(text.replace(line, f"{other},\n{line}"))
+    assert json.loads((tmp_path / INDEX).read_text()) == json.loads(text)
+    assert f"{INDEX} has '{NORM}' twice" in refusal(tmp_path)
 
 
 def test_an_index_that_does_not_list_all(tmp_path):
