@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from qwen_jax import params, runtime
-from qwen_jax.estimate import HEAD_BLOCK
+from qwen_jax.estimate import HEAD_BLOCK, host_dtype
 from qwen_jax.model import Env, compute_dtype, make_env, run_stages
 from qwen_jax.weights import EMBEDDING, NORM, Weights, aligned_empty, head_name, layer_names
 from stages.table import (
@@ -35,6 +35,9 @@ Resume = tuple[int, np.ndarray] | None  # the first layer to compute, and its in
 class JaxEngine:
     """The JAX forward over a checkpoint.
 
+    Attributes:
+        parts: over how many devices the head is split; one but for ``qwen_jax.mesh``.
+
     Arguments:
         model: weights are read from it one layer at a time.
         dtype: float32, bfloat16, float16 or float64.
@@ -44,6 +47,8 @@ class JaxEngine:
         keep: weights stay on the device for the next run; otherwise two layers' are there at a
             time, and every run reads them all.
     """
+
+    parts = 1
 
     def __init__(
         self, model: Weights, dtype: str, backend: str, device: Any, keep: bool = False
@@ -103,7 +108,7 @@ class JaxEngine:
         tokens [B, T] int32; valid [B, T] bool is False at padding, which is on the left and may
         hold any token.
         """
-        config, put = self.model.config, partial(jax.device_put, device=self.device)
+        config, put = self.model.config, self._put
         positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
         envs = {
             sliding: put(make_env(config, positions, valid, sliding))
@@ -114,7 +119,8 @@ class JaxEngine:
         else:
             # The embedding is most of a small model: only the rows in use are kept.
             rows, index = np.unique(tokens, return_inverse=True)
-            table = put(params.StartParams(embed_tokens=self.model.gather(EMBEDDING, rows)))
+            table = self.model.gather(EMBEDDING, rows)
+            table = self._place(params.StartParams(embed_tokens=table))
             given = put({TOKENS: index.reshape(tokens.shape).astype(np.int32)})
             first, x = 0, self._start(table, envs[False], given)["embedding"]
             pending = [("embedding", 0, x)]
@@ -122,10 +128,10 @@ class JaxEngine:
         with _ahead(self._layers(numbers)) as weights:
             for layer, loaded in zip(numbers, weights, strict=True):
                 sliding = config.sliding_layers[layer]
-                values = self._layer(put(loaded), envs[sliding], {LAYER_INPUT: x})
+                values = self._layer(self._place(loaded), envs[sliding], {LAYER_INPUT: x})
                 x = values["post_ffn_residual"]
                 # JAX dispatches asynchronously: fetch the last layer while this one computes.
-                _fetch(pending, want, emit)
+                self._fetch(pending, want, emit)
                 # A jitted function returns a dictionary in another order.
                 pending = [
                     (s.name, layer, values[s.name]) for s in LAYER_STAGES if s.name in values
@@ -133,13 +139,30 @@ class JaxEngine:
                 del values
                 # Not earlier: this layer's weights make room for those after the next (_layers).
                 jax.block_until_ready(x)
-        end = put(params.EndParams(norm=self.model.read(NORM), lm_head=None))
+        end = self._place(params.EndParams(norm=self.model.read(NORM), lm_head=None))
         norm = self._norm(end, envs[False], {"post_ffn_residual": x})["final_norm"]
-        _fetch(pending, want, emit)
-        _fetch([("final_norm", None, norm)], want, emit)
+        self._fetch(pending, want, emit)
+        self._fetch([("final_norm", None, norm)], want, emit)
         kept = norm[:, -1:] if logits == "last" else norm
         head = self._logits(envs[False], kept)
         emit("lm_head", None, head[:, 0] if logits == "last" else head)
+
+    def _put(self, values: Any) -> Any:
+        """A pytree of host values on the device."""
+        return jax.device_put(values, self.device)
+
+    def _place(self, weights: Any) -> Any:
+        """A parameter class of host arrays on the device."""
+        return jax.device_put(weights, self.device)
+
+    def _host(self, stage: str, value: Any) -> np.ndarray:
+        """A stage's value in host memory."""
+        return np.asarray(value)
+
+    def _fetch(self, values: list, want: Want, emit: Emit) -> None:
+        for stage, layer, value in values:
+            if want(stage, layer):
+                emit(stage, layer, self._host(stage, value))
 
     def _layers(self, numbers: Iterable[int]) -> Iterator[params.LayerParams]:
         """Each layer's weights, in memory that those of the layer after the next will have."""
@@ -168,11 +191,9 @@ class JaxEngine:
         return self._kept[key]
 
     def _host_dtype(self, name: str) -> np.dtype:
-        """What the device is given: on the CPU a weight that the program would widen comes wide,
-        for which reading leaves the time."""
+        """What the device is given: on a GPU the narrower, which is sooner there."""
         stored = self.model.dtype(name)
-        widens = self.device.platform == "cpu" and stored.itemsize < self.dtype.itemsize
-        return self.dtype if widens else stored
+        return host_dtype(stored, self.dtype) if self.device.platform == "cpu" else stored
 
     def _logits(self, env: Env, x: Any) -> np.ndarray:
         """[B, T, D] -> [B, T, V], the head applied in blocks of the vocabulary."""
@@ -180,16 +201,17 @@ class JaxEngine:
         found = np.empty((*x.shape[:2], vocabulary), self.dtype)
         with _ahead(self._heads()) as heads:
             for first, rows in heads:
-                end = jax.device_put(params.EndParams(norm=None, lm_head=rows), self.device)
+                end = self._place(params.EndParams(norm=None, lm_head=rows))
                 part = self._head(end, env, {"final_norm": x})["lm_head"]
-                found[..., first : first + len(rows)] = np.asarray(part)
+                found[..., first : first + len(rows)] = self._host("lm_head", part)
         return found
 
     def _heads(self) -> Iterator[tuple[int, np.ndarray]]:
         """The head as (first row, rows), in memory that the block after the next will have."""
         name = head_name(self.model.config)
         count, width = self.model.shapes[name]
-        step = _even_step(count, HEAD_BLOCK // (width * compute_dtype(self.dtype).itemsize))
+        most = HEAD_BLOCK // (width * compute_dtype(self.dtype).itemsize)
+        step = self.parts * _even_step(count // self.parts, most // self.parts)
         memory: dict[int, np.ndarray] = {}
 
         def load(key: tuple[str, int]) -> np.ndarray:
@@ -224,9 +246,3 @@ def _ahead(items: Iterator) -> Iterator[Iterator]:
                 del item
 
         yield each()
-
-
-def _fetch(values: list, want: Want, emit: Emit) -> None:
-    for stage, layer, value in values:
-        if want(stage, layer):
-            emit(stage, layer, np.asarray(value))
