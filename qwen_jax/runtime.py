@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,26 @@ def cache_directory() -> Path:
 
 
 def configure(device: str | None = None, reference: bool = False, cache: bool = True) -> Any:
-    """Set the project's flags and return the JAX device to use: "cpu", "gpu" or the best (None).
-
-    A flag that is already in ``XLA_FLAGS`` stays as the user set it, and so do JAX's own variables
-    for its persistent compilation cache. ``cache`` False compiles everything anew.
+    """``prepare``, and return the JAX device to use: "cpu", "gpu" or the best (None).
 
     Raises:
         UserError: the device is not there.
+    """
+    prepare(device, reference, cache)
+    return devices(device)[0]
+
+
+def prepare(
+    device: str | None = None,
+    reference: bool = False,
+    cache: bool = True,
+    cpu_devices: int | None = None,
+) -> None:
+    """Set the project's flags, without starting JAX's backend.
+
+    A flag that is already in ``XLA_FLAGS`` stays as the user set it, and so do JAX's own variables
+    for its persistent compilation cache. ``cache`` False compiles everything anew. The CPU is made
+    to look like ``cpu_devices`` devices, unless the user has said how many.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     for name, value in (FLAGS | (REFERENCE_FLAGS if reference else {})).items():
@@ -58,8 +72,22 @@ def configure(device: str | None = None, reference: bool = False, cache: bool = 
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_enable_x64", True)  # every dtype in this project is explicit
     jax.config.update("jax_default_matmul_precision", "highest")  # f32 means f32, also on a GPU
+    counted = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in flags
+    if cpu_devices and not counted:
+        with suppress(RuntimeError):  # JAX has started already, with the devices that it has
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
+def devices(device: str | None) -> list[Any]:
+    """The JAX devices of one kind, those of all processes.
+
+    Raises:
+        UserError: there are none.
+    """
+    import jax
+
     try:
-        return jax.devices(device)[0]
+        return jax.devices(device)
     except RuntimeError as error:
         found = ", ".join(sorted({d.platform for d in jax.devices()}))
         why = str(error).splitlines()[0]

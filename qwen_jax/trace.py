@@ -1,24 +1,97 @@
 """``python -m qwen_jax.trace``: dump every sub-stage of the JAX forward pass."""
 
 import argparse
+import re
+from dataclasses import asdict
+from functools import partial
 
-from qwen_jax import command
+from qwen_jax import command, source
+from qwen_jax.processes import Group
 from qwen_jax.weights import Weights
 from stages import cli
 from stages.errors import UserError
 
 
-def make_engine(model: Weights, args: argparse.Namespace) -> object:
+def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
+    """--mesh, and what several processes need to find each other."""
+    add = parser.add_argument
+    add("--mesh", type=_mesh, metavar="tp=N", help="split the model over N devices")
+    add("--coordinator", type=_address, metavar="HOST:PORT", help="where process 0 is met")
+    add("--process-id", type=int, metavar="I", help="which process of the mesh this is, from 0")
+    add("--num-processes", type=int, metavar="N", help="how many processes share the mesh")
+    help = "how long to wait for the other processes; default: 60"
+    add("--join-timeout", type=float, default=60.0, metavar="SECONDS", help=help)
+
+
+def _mesh(text: str) -> int:
+    if not re.fullmatch("tp=[1-9][0-9]{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no mesh; write tp=N for N devices: tp=8")
+    return int(text.removeprefix("tp="))
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address; expected HOST:PORT")
+    return host, int(port)
+
+
+def make_group(args: argparse.Namespace) -> Group | None:
+    """The group that this process is part of; None where it is alone.
+
+    Raises:
+        UserError: arguments that do not go together.
+    """
+    if args.mesh and args.backend == "eager":
+        raise UserError("--backend eager runs un-jitted on one device; drop --mesh")
+    given = (args.coordinator, args.process_id, args.num_processes)
+    if given == (None, None, None):
+        return None
+    if None in given:
+        raise UserError(
+            "--coordinator, --process-id and --num-processes go together: give all three to each "
+            "process, or none"
+        )
+    if not args.mesh:
+        raise UserError(f"--num-processes {args.num_processes} share a mesh: add --mesh tp=N")
+    if not 0 <= args.process_id < args.num_processes:
+        raise UserError(
+            f"--process-id {args.process_id}: of --num-processes {args.num_processes} they go "
+            f"from 0 to {args.num_processes - 1}"
+        )
+    if args.join_timeout <= 0:
+        raise UserError(f"--join-timeout {args.join_timeout:g}: expected seconds, more than 0")
+    return Group(args.coordinator, args.process_id, args.num_processes, args.join_timeout)
+
+
+def make_engine(model: Weights, args: argparse.Namespace, group: Group | None) -> object:
     device = args.device
     if args.backend == "eager":
         if device == "gpu":
             raise UserError("--backend eager runs un-jitted on the CPU; drop --device gpu")
         device = "cpu"
 
-    from qwen_jax import engine, runtime
+    from qwen_jax import engine, mesh, runtime
 
-    chosen = runtime.configure(device, cache=not args.no_compile_cache)
-    return engine.JaxEngine(model, args.dtype, args.backend, chosen)
+    if not args.mesh:
+        chosen = runtime.configure(device, cache=not args.no_compile_cache)
+        return engine.JaxEngine(model, args.dtype, args.backend, chosen)
+    names = ("mesh", "device", "dtype", "logits", "stages", "layers", "resume")
+    same = {f"--{name}": getattr(args, name) for name in names}
+    same |= {"config.json": asdict(model.config), "tokens": source.read_tokens(args, model)}
+    cache = not args.no_compile_cache
+    devices = mesh.open_devices(model.config, args.mesh, device, cache, group, same)
+    return mesh.MeshEngine(model, args.dtype, devices, group)
+
+
+def follow(args: argparse.Namespace, group: Group) -> int:
+    """What a process other than 0 does: compute. Process 0 alone writes and reports."""
+    plan = command.make_plan(args, "trace")
+    if not args.dry_run:
+        engine = make_engine(plan.model, args, group)
+        engine.run(plan.tokens, plan.logits, plan.want, lambda stage, layer, value: None)
+    return 0
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +99,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--no-compile-cache", action="store_true", help="compile anew; keep nothing of it on disk"
     )
-    return command.main(parser.parse_args(argv), "trace", make_engine)
+    add_mesh_arguments(parser)
+    args = parser.parse_args(argv)
+    group = make_group(args)
+    run = partial(command.main, args, "trace", partial(make_engine, group=group))
+    if group is None:
+        return run()
+    with group:
+        return follow(args, group) if group.process else run()
 
 
 if __name__ == "__main__":

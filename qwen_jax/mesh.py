@@ -1,0 +1,299 @@
+"""One model over several devices: tensor parallelism after transformers' plan for Qwen2.
+
+The projections into heads and into the intermediate size are split by output (q, k, v, gate, up:
+"colwise"), those back to the hidden size by input (o, down: "rowwise"), the head by vocabulary; all
+else is on every device. Each device runs the stage functions of ``model`` on a model of its own
+size, ``local``. The split products are added up in the compute dtype and rounded once, after that.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from functools import partial, reduce
+from math import gcd
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax import runtime
+from qwen_jax.config import Config
+from qwen_jax.engine import Emit, JaxEngine, Resume, Want
+from qwen_jax.model import FUNCTIONS, StageFunction, run_stages
+from qwen_jax.processes import Group
+from qwen_jax.weights import Weights, expected_shapes, head_name, layer_names
+from stages.errors import UserError
+from stages.table import QKV, STAGE, Stage
+
+AXIS = "tp"
+SPLIT = {"N", "K", "N*H", "K*H", QKV, "F", "V"}  # the axes that are split over the devices
+
+# The fields of the parameter classes. The rows of the embedding are those in use, not all of V.
+PARAMETER_AXES: dict[str, tuple[str, ...]] = {
+    "embed_tokens": ("rows", "D"),
+    "input_layernorm": ("D",),
+    "q_proj": ("N*H", "D"),
+    "k_proj": ("K*H", "D"),
+    "v_proj": ("K*H", "D"),
+    "q_bias": ("N*H",),
+    "k_bias": ("K*H",),
+    "v_bias": ("K*H",),
+    "o_proj": ("D", "N*H"),
+    "post_attention_layernorm": ("D",),
+    "gate_proj": ("F", "D"),
+    "up_proj": ("F", "D"),
+    "down_proj": ("D", "F"),
+    "norm": ("D",),
+    "lm_head": ("V", "D"),
+}
+
+
+def spec(axes: tuple[str, ...]) -> P:
+    """How a value with these axes lies on the devices."""
+    return P(*(AXIS if axis in SPLIT else None for axis in axes))
+
+
+def stage_spec(stage: Stage) -> P:
+    """How a stage, with a batch axis in front, lies on the devices."""
+    return spec(("B", *stage.axes))
+
+
+def tensor_specs(config: Config) -> dict[str, P]:
+    """Hugging Face tensor name -> how it lies on the devices, for all tensors of a model.
+
+    A tied head is the embedding itself, which is then split by vocabulary: the lookup needs no
+    more than the rows in use.
+    """
+    names = {f"model.{field}.weight": field for field in ("embed_tokens", "norm")}
+    for layer in range(config.num_hidden_layers):
+        names |= {name: field for field, name in layer_names(layer).items()}
+    names[head_name(config)] = "lm_head"
+    return {name: spec(PARAMETER_AXES[names[name]]) for name in expected_shapes(config)}
+
+
+def sizes(config: Config, processes: int = 1) -> list[int]:
+    """The mesh sizes that divide a model, ascending; a multiple of the number of processes."""
+    common = gcd(config.num_key_value_heads, config.intermediate_size, config.vocab_size)
+    return [n for n in range(1, common + 1) if common % n == 0 and n % processes == 0]
+
+
+def check(config: Config, size: int, processes: int = 1) -> None:
+    """Refuse a mesh that cannot divide the model evenly.
+
+    Raises:
+        UserError: with the sizes that can.
+    """
+    possible = sizes(config, processes)
+    if size in possible:
+        return
+    counted = {
+        "query heads": config.num_attention_heads,
+        "key/value heads": config.num_key_value_heads,
+        "intermediate channels": config.intermediate_size,
+        "vocabulary entries": config.vocab_size,
+    }
+    odd = [f"{count} {name}" for name, count in counted.items() if count % size]
+    if odd:
+        raise UserError(f"--mesh tp={size} does not divide {', '.join(odd)}; {_use(possible)}")
+    raise UserError(f"--mesh tp={size}: {processes} processes have no equal part; {_use(possible)}")
+
+
+def _use(possible: list[int]) -> str:
+    if not possible:
+        return "use fewer processes"
+    *most, last = map(str, possible)
+    return f"use tp={', '.join(most)} or {last}" if most else f"use tp={last}"
+
+
+def local(config: Config, size: int) -> Config:
+    """The part of the model that one of ``size`` devices computes."""
+    return replace(
+        config,
+        num_attention_heads=config.num_attention_heads // size,
+        num_key_value_heads=config.num_key_value_heads // size,
+        intermediate_size=config.intermediate_size // size,
+        vocab_size=config.vocab_size // size,
+    )
+
+
+def _summed(function: StageFunction, size: int) -> StageFunction:
+    """The sum of what the devices have, still unrounded, in the order of the devices.
+
+    Not ``psum``: in which order that adds depends on which devices share a process (and on a GPU
+    on how they are linked), and with the order the last bits.
+    """
+
+    def total(*args: Any) -> jax.Array:
+        parts = lax.all_gather(function(*args), AXIS, to="invarying")
+        return reduce(lax.add, (parts[i] for i in range(size)))
+
+    return total
+
+
+def _functions(size: int) -> dict[str, StageFunction]:
+    """The stage functions, with a sum where a product is over an axis that is split."""
+
+    def contracts(stage: Stage) -> bool:
+        split = [AXIS in spec(STAGE[name].axes) for name in stage.inputs if name in STAGE]
+        return stage.kind == "matmul" and any(split) and AXIS not in spec(stage.axes)
+
+    summed = {name for name, stage in STAGE.items() if contracts(stage)}
+    return {n: _summed(f, size) if n in summed else f for n, f in FUNCTIONS.items()}
+
+
+def program(
+    mesh: Mesh | AbstractMesh, rows: tuple[Stage, ...], config: Config, dtype: Any
+) -> Callable:
+    """``run_stages`` over a mesh: called as ``(params, env, given)``, all of them global arrays."""
+    size = mesh.size
+    own = partial(run_stages, rows, local(config, size), dtype=dtype, functions=_functions(size))
+
+    def run(params: Any, env: Any, given: Mapping[str, Any]) -> dict[str, jax.Array]:
+        return jax.shard_map(
+            own,
+            mesh=mesh,
+            in_specs=(parameter_specs(params), P(), P()),
+            out_specs={stage.name: stage_spec(stage) for stage in rows},
+        )(params, env, given)
+
+    return run
+
+
+def parameter_specs(params: Any) -> Any:
+    """The specs of a parameter class's fields, in the same class; None where it has none."""
+    values = {f.name: getattr(params, f.name) for f in fields(params)}
+    return type(params)(
+        **{n: None if v is None else spec(PARAMETER_AXES[n]) for n, v in values.items()}
+    )
+
+
+class MeshEngine(JaxEngine):
+    """As ``JaxEngine``, over the devices of a mesh.
+
+    Memory on the host is that of ``JaxEngine`` in every process: each reads the tensors whole and
+    gives its devices their parts.
+
+    Arguments:
+        devices: of ``open_devices``.
+        group: the processes that compute together; None where this is the only one.
+    """
+
+    def __init__(
+        self, model: Weights, dtype: str, devices: list[Any], group: Group | None = None
+    ) -> None:
+        self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Explicit,))
+        self.group = group
+        self.parts = len(devices)
+        super().__init__(model, dtype, "xla", devices[0])
+
+    def _program(self, rows: tuple[Stage, ...]) -> Callable:
+        return program(self.mesh, rows, self.model.config, self.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        processes = len({device.process_index for device in self.mesh.devices.flat})
+        mesh = {AXIS: self.mesh.size, "devices": self.mesh.size, "processes": processes}
+        return super().describe() | {"mesh": mesh}
+
+    def run_batch(
+        self,
+        tokens: np.ndarray,
+        valid: np.ndarray,
+        logits: str,
+        want: Want,
+        emit: Emit,
+        resume: Resume = None,
+    ) -> None:
+        if self.group is None:
+            return super().run_batch(tokens, valid, logits, want, emit, resume)
+        try:
+            resume = self._same_start(resume, (*tokens.shape, self.model.config.hidden_size))
+            super().run_batch(tokens, valid, logits, want, emit, resume)
+        except UserError:
+            raise
+        except Exception as error:  # a collective that failed is of several kinds
+            raise self.group.explained(error) from None
+        # What a resumed run has read before is the business of process 0 alone.
+        numbers = range(resume[0] if resume else 0, self.model.config.num_hidden_layers)
+        names = [name for layer in numbers for name in layer_names(layer).values()]
+        hashes = {name: self.model.hash(name) for name in [*names, head_name(self.model.config)]}
+        self.group.compare("weights", hashes)
+
+    def _same_start(self, resume: Resume, shape: tuple[int, ...]) -> Resume:
+        """Where process 0 goes on, in every process."""
+        from jax.experimental.multihost_utils import process_allgather
+
+        first = int(process_allgather(np.array(resume[0] if resume else 0))[0])
+        if first == 0:
+            return None
+        given = resume[1] if resume else np.zeros(shape, self.dtype)
+        return first, process_allgather(given)[0]
+
+    def _put(self, values: Any) -> Any:
+        return jax.tree.map(partial(self._split, where=P()), values)
+
+    def _place(self, params: Any) -> Any:
+        return jax.tree.map(self._split, params, parameter_specs(params))
+
+    def _split(self, value: np.ndarray, where: P) -> jax.Array:
+        return jax.make_array_from_callback(
+            value.shape, NamedSharding(self.mesh, where), lambda index: value[index]
+        )
+
+    def _host(self, stage: str, value: jax.Array) -> np.ndarray:
+        """The whole value, in the order of the stage table; a collective over the processes."""
+        if not value.is_fully_addressable:
+            value = jax.reshard(value, NamedSharding(self.mesh, P())).addressable_data(0)
+        whole = np.asarray(value)
+        if QKV not in STAGE[stage].axes:
+            return whole
+        # Each device has its own q, k and v side by side.
+        part = local(self.model.config, self.mesh.size)
+        n, k = (
+            part.head_dim * heads for heads in (part.num_attention_heads, part.num_key_value_heads)
+        )
+        split = whole.reshape(*whole.shape[:-1], self.mesh.size, n + 2 * k)
+        parts = np.split(split, (n, n + k), axis=-1)
+        return np.concatenate([x.reshape(*whole.shape[:-1], -1) for x in parts], axis=-1)
+
+
+def open_devices(
+    config: Config,
+    size: int,
+    device: str | None,
+    cache: bool,
+    group: Group | None,
+    arguments: dict[str, Any],
+) -> list[Any]:
+    """The devices of a mesh, as many of each process; where they are CPUs they are made.
+
+    ``device`` and ``cache`` are those of ``runtime.configure``; ``arguments`` those in which all
+    processes of a group must agree.
+
+    Raises:
+        UserError: the mesh cannot divide the model, or there are too few devices.
+    """
+    processes = group.count if group else 1
+    check(config, size, processes)
+    runtime.prepare(device, cache=cache, cpu_devices=size // processes)
+    if group:
+        group.join(arguments)
+    found: dict[int, list[Any]] = {}
+    for each in runtime.devices(device):
+        found.setdefault(each.process_index, []).append(each)
+    least = min(map(len, found.values()))
+    if least < size // processes:
+        kind = found[0][0].platform
+        here = f"{least} {kind} device{'s' if least > 1 else ''}"
+        more = (
+            "JAX_NUM_CPU_DEVICES and XLA_FLAGS hold it to that"
+            if kind == "cpu"
+            else "--device cpu makes as many as are asked for"
+        )
+        possible = [n for n in sizes(config, processes) if n <= least * processes]
+        raise UserError(
+            f"--mesh tp={size}: JAX finds {here} {'in each process' if group else 'here'}; "
+            f"{_use(possible)}, or {more}"
+        )
+    return [each for process in sorted(found) for each in found[process][: size // processes]]
