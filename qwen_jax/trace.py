@@ -65,7 +65,7 @@ def make_group(args: argparse.Namespace) -> Group | None:
     return Group(args.coordinator, args.process_id, args.num_processes, args.join_timeout)
 
 
-def make_engine(model: Weights, args: argparse.Namespace, group: Group | None) -> object:
+def make_engine(model: Weights, args: argparse.Namespace) -> object:
     device = args.device
     if args.backend == "eager":
         if device == "gpu":
@@ -81,15 +81,15 @@ def make_engine(model: Weights, args: argparse.Namespace, group: Group | None) -
     same = {f"--{name}": getattr(args, name) for name in names}
     same |= {"config.json": asdict(model.config), "tokens": source.read_tokens(args, model)}
     cache = not args.no_compile_cache
-    devices = mesh.open_devices(model.config, args.mesh, device, cache, group, same)
-    return mesh.MeshEngine(model, args.dtype, devices, group)
+    devices = mesh.open_devices(model.config, args.mesh, device, cache, args.group, same)
+    return mesh.MeshEngine(model, args.dtype, devices, args.group)
 
 
-def follow(args: argparse.Namespace, group: Group) -> int:
+def follow(args: argparse.Namespace) -> int:
     """What a process other than 0 does: compute. Process 0 alone writes and reports."""
     plan = command.make_plan(args, "trace")
     if not args.dry_run:
-        engine = make_engine(plan.model, args, group)
+        engine = make_engine(plan.model, args)
         engine.run(plan.tokens, plan.logits, plan.want, lambda stage, layer, value: None)
     return 0
 
@@ -101,12 +101,12 @@ def main(argv: list[str]) -> int:
     )
     add_mesh_arguments(parser)
     args = parser.parse_args(argv)
-    group = make_group(args)
-    run = partial(command.main, args, "trace", partial(make_engine, group=group))
-    if group is None:
+    args.group = make_group(args)
+    run = partial(command.main, args, "trace", make_engine)
+    if args.group is None:
         return run()
-    with group:
-        return follow(args, group) if group.process else run()
+    with args.group:
+        return follow(args) if args.group.process else run()
 
 
 if __name__ == "__main__":
