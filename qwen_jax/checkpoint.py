@@ -1,10 +1,11 @@
-"""Hugging Face Qwen2 checkpoints: are all tensors there, in which shard, and reading them.
+"""Hugging Face Qwen2 checkpoints: are all tensors there, in which shard, reading and writing them.
 
 Imports neither jax nor torch. Shards are opened lazily and nothing is kept open after a read: pages
 of a mapped file count as memory of the process for as long as it is mapped.
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -19,6 +20,9 @@ from stages.errors import UserError
 from stages.trace import numpy_dtype
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What belongs to a model besides its weights.
+COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+SHARD = 5 * 10**9  # most bytes of one file, as transformers 4 writes them
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -157,3 +161,54 @@ def _places(path: Path) -> dict[str, int]:
 def _keys(path: Path) -> list[str]:
     with _open(path) as file:
         return list(file.keys())
+
+
+def write(directory: Path, model: Weights, shard: int = SHARD) -> Iterator[int]:
+    """Write a model's weights as Hugging Face lays them out, in bounded memory: one file, or files
+    of ``shard`` bytes at most and their index. Yields the bytes written, block by block.
+
+    Raises:
+        OSError: writing failed; what is there is no checkpoint.
+    """
+    sizes = {name: math.prod(s) * model.dtype(name).itemsize for name, s in model.shapes.items()}
+    files: list[list[str]] = [[]]
+    room = shard
+    for name, size in sizes.items():
+        if size > room and files[-1]:
+            files.append([])
+            room = shard
+        files[-1].append(name)
+        room -= size
+    count = len(files)
+    paths = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    if count == 1:
+        paths = [SINGLE]
+    for path, names in zip(paths, files, strict=True):
+        yield from _write_file(directory / path, model, names)
+    if count > 1:
+        places = {name: path for path, names in zip(paths, files, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_file(path: Path, model: Weights, names: Collection[str]) -> Iterator[int]:
+    """The header first, then the tensors as they are read: safetensors' own writer would need all
+    of them in memory."""
+    names = sorted(names, key=lambda name: -model.dtype(name).itemsize)  # so that all are aligned
+    stored = {dtype: name for name, dtype in FLOATS.items()}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name in names:
+        shape, dtype = model.shapes[name], model.dtype(name)
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": stored[dtype.name], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            for _, rows in model.blocks(name):
+                file.write(rows.reshape(-1).view(np.uint8))
+                yield rows.nbytes
+        file.flush()
+        os.fsync(file.fileno())

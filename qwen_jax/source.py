@@ -9,7 +9,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from qwen_jax import synthetic
-from qwen_jax.checkpoint import INDEX, SINGLE, Checkpoint
+from qwen_jax.checkpoint import COMPANIONS, INDEX, SINGLE, Checkpoint
+from qwen_jax.orbax_weights import OrbaxWeights, is_orbax
 from qwen_jax.weights import Weights
 from stages import manifest
 from stages.errors import UserError
@@ -17,7 +18,7 @@ from stages.trace import Layout, Trace, open_trace
 
 DEMO = Path(__file__).parent / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["config.json", "tokenizer.json", SINGLE, INDEX, "model-*.safetensors"]
+HUB_FILES = [*COMPANIONS, SINGLE, INDEX, "model-*.safetensors"]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +26,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR|HUB_ID|synthetic:SIZE",
-        help="a local Hugging Face directory, a hub id, or random weights in the published size "
-        f"{', '.join(synthetic.SIZES)} (synthetic:7b:2 is its first 2 layers); default: the "
-        "embedded demo model",
+        help="a local Hugging Face directory, one that tools.convert has made, a hub id, or random "
+        f"weights in the published size {', '.join(synthetic.SIZES)} (synthetic:7b:2 is its first "
+        "2 layers); default: the embedded demo model",
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="default: the embedded prompt")
@@ -47,7 +48,7 @@ def open_model(spec: str | None) -> Weights:
         return synthetic.open_synthetic(spec)
     if not Path(spec).exists() and HUB_ID.fullmatch(spec):
         return Checkpoint(_download(spec), spec.rpartition("/")[2])
-    return Checkpoint(Path(spec))
+    return OrbaxWeights(Path(spec)) if is_orbax(Path(spec)) else Checkpoint(Path(spec))
 
 
 def _download(hub_id: str) -> Path:

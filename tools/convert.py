@@ -1,0 +1,166 @@
+"""``python -m tools.convert SOURCE DESTINATION``: a model between Hugging Face and orbax files.
+
+SOURCE is whatever ``--model`` takes: a Hugging Face directory or hub id, an orbax directory made by
+this command, or synthetic:SIZE. Weights go over bit for bit, some rows at a time, and are read back
+and compared before DESTINATION gets its name; config.json and the tokenizer go along as they are.
+"""
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from qwen_jax import checkpoint, orbax_weights, source
+from qwen_jax.checkpoint import COMPANIONS, Checkpoint
+from qwen_jax.orbax_weights import OrbaxWeights
+from qwen_jax.synthetic import Synthetic
+from qwen_jax.weights import Weights
+from stages import cli
+from stages.errors import UserError
+
+FORMATS = {"hf": "Hugging Face safetensors", "orbax": "orbax"}
+NOTE = "CONVERTING"  # the file that says whose a directory is, and that it is unfinished
+
+
+def parser() -> argparse.ArgumentParser:
+    result = cli.Parser(prog="python -m tools.convert", description=__doc__)
+    add = result.add_argument
+    add("source", metavar="SOURCE", help="as --model of the other commands")
+    add("destination", metavar="DESTINATION", type=Path, help="a directory that does not exist yet")
+    add("--to", choices=tuple(FORMATS), help="default: orbax for a Hugging Face source, else hf")
+    cli.add_json(result)
+    return result
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    began = time.perf_counter()
+    refuse_existing(args.destination)
+    model = source.open_model(args.source)
+    to = args.to or ("orbax" if isinstance(model, Checkpoint) else "hf")
+    size = sum(math.prod(s) * model.dtype(name).itemsize for name, s in model.shapes.items())
+    check_space(args.destination, size)
+    with unfinished(args.destination) as directory, cli.progress("MB") as bar:
+        task = bar.add_task("writing", total=round(2 * size / 1e6))
+        convert(model, to, directory, lambda count: bar.advance(task, count / 1e6))
+        bar.update(task, description="reading back")
+        read_back(model, to, directory, lambda count: bar.advance(task, count / 1e6))
+    seconds = time.perf_counter() - began
+    data = {
+        "schema": 1,
+        "source": args.source,
+        "destination": str(args.destination),
+        "format": to,
+        "tensors": len(model.shapes),
+        "bytes": size,
+        "seconds": round(seconds, 3),
+    }
+    cli.report(args.json, data).print(
+        f"{args.destination}/: {FORMATS[to]}, {len(model.shapes)} tensors, {cli.size(size)}, "
+        f"read back and compared, in {seconds:.1f} s"
+    )
+    return 0
+
+
+def refuse_existing(destination: Path) -> None:
+    if destination.exists() or destination.is_symlink():
+        raise UserError(f"{destination} already exists; choose a new directory")
+    if not destination.absolute().parent.is_dir():
+        raise UserError(f"no such directory: {destination.absolute().parent}")
+
+
+def check_space(destination: Path, size: int) -> None:
+    """Refuse what the disk cannot hold before anything is written."""
+    free = shutil.disk_usage(destination.absolute().parent).free
+    if size > free:
+        raise UserError(
+            f"{destination}: the model needs {cli.size(size)}, the disk has {cli.size(free)} free; "
+            "choose another disk"
+        )
+
+
+@contextmanager
+def unfinished(destination: Path) -> Iterator[Path]:
+    """A directory beside ``destination`` that becomes it if all goes well, and goes if not.
+
+    Raises:
+        UserError: writing failed, or another process is at it.
+    """
+    directory = destination.with_name(destination.name + ".partial")
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        if not (directory / NOTE).exists():
+            raise UserError(f"{directory} is in the way; remove it") from None
+    except OSError as error:
+        raise UserError(f"{directory}: {error.strerror}") from None
+    (directory / NOTE).touch()
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{directory}: another process is converting there") from None
+    try:
+        _clear(directory)  # of a process that was killed
+        yield directory
+        (directory / NOTE).unlink()
+        directory.rename(destination)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UserError(f"{destination}: writing stopped: {why}; nothing was kept") from None
+    finally:
+        os.close(descriptor)
+        if directory.exists():
+            with suppress(OSError):
+                _clear(directory)
+                (directory / NOTE).unlink()
+                directory.rmdir()
+
+
+def _clear(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != NOTE:
+            path.unlink()
+
+
+def convert(model: Weights, to: str, directory: Path, wrote: Callable[[int], None]) -> None:
+    """Write weights and companions; config.json last, for without it nothing is a model."""
+    write = orbax_weights.write if to == "orbax" else checkpoint.write
+    for count in write(directory, model):
+        wrote(count)
+    for name, content in reversed(companions(model).items()):
+        (directory / name).write_bytes(content)
+
+
+def companions(model: Weights) -> dict[str, bytes]:
+    """The files that go with the weights, config.json first."""
+    if isinstance(model, Synthetic):
+        return {"config.json": (json.dumps(model.hf_config, indent=2) + "\n").encode()}
+    paths = [model.directory / name for name in COMPANIONS]
+    return {path.name: path.read_bytes() for path in paths if path.exists()}
+
+
+def read_back(model: Weights, to: str, directory: Path, read: Callable[[int], None]) -> None:
+    """Open what was written as any command does, and compare the hash of every tensor.
+
+    Raises:
+        UserError: it is not what was read from the source.
+    """
+    written: Weights = OrbaxWeights(directory) if to == "orbax" else Checkpoint(directory)
+    for name in model.shapes:
+        if written.hash(name) != model.hash(name):
+            raise UserError(f"{directory}: {name} reads back otherwise than it was written")
+        read(math.prod(model.shapes[name]) * model.dtype(name).itemsize)
+
+
+if __name__ == "__main__":
+    cli.run(main)
