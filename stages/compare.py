@@ -4,6 +4,7 @@ Every array is seen as a matrix whose rows are positions (or head x position) an
 are channels (or heads x channels), and is read in blocks that fit into a core's cache.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,7 @@ from stages.errors import UserError
 from stages.slices import fold
 from stages.trace import numpy_dtype
 
-BLOCK = 1 << 16  # elements
+BLOCK = 1 << 17  # elements: smaller ones leave two threads waiting for each other
 SMALLEST = 1e-20  # a block whose squares sum to less is summed in float64: float32 would underflow
 COARSEST_FIRST = ("bfloat16", "float16", "float32", "float64")
 
@@ -90,9 +91,22 @@ def compare(
     step = max(1, BLOCK // width)
     for start in range(0, len(rows_a), step):
         stop = min(start + step, len(rows_a))
-        keep = None if mask is None else mask[np.arange(start, stop) % len(mask)]
-        total.add(start, rows_a[start:stop], rows_b[start:stop], keep, dtype)
+        some_a, some_b = rows_a[start:stop], rows_b[start:stop]
+        left_out = 0
+        if mask is not None:
+            keep = mask[np.arange(start, stop) % len(mask)]
+            used = int(keep.any(0).nonzero()[0][-1]) + 1  # a position always sees itself
+            keep = keep[:, :used]
+            left_out = keep.size - int(np.count_nonzero(keep))
+            some_a, some_b = _kept(some_a[:, :used], keep), _kept(some_b[:, :used], keep)
+        total.add(start, some_a, some_b, left_out, dtype)
     return total.result(a.shape, axes, heads)
+
+
+def _kept(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """A copy with zeros where ``keep`` is False, whatever stands there, NaN too."""
+    bits = np.dtype(f"i{values.itemsize}")
+    return (values.view(bits) * keep).view(values.dtype)
 
 
 class _Sums:
@@ -105,38 +119,71 @@ class _Sums:
         self.at = (0, 0)
         self.count = self.ulp_max = self.ulp_0 = self.ulp_1 = 0
         self.nonfinite_a = self.nonfinite_b = self.unmatched = 0
+        self._room: dict[tuple[str, np.dtype], np.ndarray] = {}
 
-    def add(
-        self, start: int, a: np.ndarray, b: np.ndarray, keep: np.ndarray | None, dtype: str
-    ) -> None:
-        if keep is not None:
-            a, b = np.where(keep, a, a.dtype.type(0)), np.where(keep, b, b.dtype.type(0))
-            left_out = keep.size - int(keep.sum())
-        else:
-            left_out = 0
+    def _scratch(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Memory that every block uses again: fresh memory costs more than the arithmetic."""
+        count = math.prod(shape)
+        if self._room.get((name, dtype), np.empty(0)).size < count:
+            self._room[name, dtype] = np.empty(count, dtype)
+        return self._room[name, dtype][:count].reshape(shape)
+
+    def add(self, start: int, a: np.ndarray, b: np.ndarray, left_out: int, dtype: str) -> None:
+        """Add a block of rows; ``left_out`` elements of it are zero on both sides and no part of
+        the comparison."""
         self.count += a.size - left_out
-        distance = _ulps(a, b, dtype)
-        self.ulp_0 += int((distance == 0).sum()) - left_out
-        self.ulp_1 += int((distance <= 1).sum()) - left_out
+        distance = self._ulps(a, b, dtype)
+        self.ulp_0 += distance.size - int(np.count_nonzero(distance)) - left_out
+        self.ulp_1 += int(np.count_nonzero(distance <= 1)) - left_out
         self.ulp_max = max(self.ulp_max, int(distance.max()))
         work = np.float64 if a.dtype.itemsize > 4 or b.dtype.itemsize > 4 else np.float32
         a, b = a.astype(work, copy=False), b.astype(work, copy=False)
-        error, row_error, row_size, a_size = _squares(a, b)
+        error, row_error, row_size, a_size = self._squares(a, b)
         safe = SMALLEST < a_size < np.inf and np.isfinite(row_error + row_size).all()
         if not safe:
             a, b = self._set_nonfinite_aside(a, b)
-            error, row_error, row_size, a_size = _squares(a, b)
+            error, row_error, row_size, a_size = self._squares(a, b)
         rows = slice(start, start + len(a))
         self.row_error[rows], self.row_size[rows] = row_error, row_size
-        self.column_error += np.einsum("ij,ij->j", error, error)
-        self.column_size += np.einsum("ij,ij->j", b, b)
+        columns = slice(a.shape[1])  # the last ones may be masked
+        self.column_error[columns] += np.einsum("ij,ij->j", error, error)
+        self.column_size[columns] += np.einsum("ij,ij->j", b, b)
         self.a_size += a_size
-        magnitude = np.abs(error)
-        flat = int(magnitude.argmax())
-        if float(magnitude.flat[flat]) > self.max_abs:
+        magnitude = np.abs(error, out=error)
+        if float(magnitude.max()) > self.max_abs:
+            flat = int(magnitude.argmax())
             self.max_abs = float(magnitude.flat[flat])
             row, column = divmod(flat, a.shape[1])
             self.at = (start + row, column)
+
+    def _squares(
+        self, a: np.ndarray, b: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """a - b, its squares and b's summed by row, and a's summed."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = np.subtract(a, b, out=self._scratch("error", a.shape, a.dtype))
+            row_error, row_size = np.vecdot(error, error), np.vecdot(b, b)
+            return error, row_error, row_size, float(np.vecdot(a, a).sum(dtype=np.float64))
+
+    def _ulps(self, a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
+        """Distance in units in the last place of ``dtype``, as unsigned integers; -0 equals 0.
+
+        The bits of floats of one sign count representable values in order, so there the distance
+        is that of the bits; across zero it is the sum of the distances to zero.
+        """
+        kind = numpy_dtype(dtype)
+        signed, unsigned = np.dtype(f"i{kind.itemsize}"), np.dtype(f"u{kind.itemsize}")
+        x, y = (np.asarray(array, dtype=kind, order="C").view(signed) for array in (a, b))
+        distance = np.subtract(x, y, out=self._scratch("distance", x.shape, signed))
+        np.abs(distance, out=distance)
+        distance = distance.view(unsigned)
+        across = np.bitwise_xor(x, y, out=self._scratch("across", x.shape, signed))
+        if across.min() < 0:
+            where = np.flatnonzero(across < 0)
+            most = unsigned.type(np.iinfo(signed).max)
+            to_zero = ((bits.reshape(-1)[where].view(unsigned) & most) for bits in (x, y))
+            distance.reshape(-1)[where] = sum(to_zero, unsigned.type(0))
+        return distance
 
     def _set_nonfinite_aside(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Count NaN and infinity, put zeros in their places, and go on in float64."""
@@ -186,35 +233,11 @@ class _Sums:
         return worst
 
 
-def _squares(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """a - b, its squares and b's summed by row, and a's summed."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        error = a - b
-        row_error = np.einsum("ij,ij->i", error, error)
-        row_size = np.einsum("ij,ij->i", b, b)
-        return error, row_error, row_size, float(np.einsum("ij,ij->", a, a))
-
-
 def _ratio(error: np.ndarray | float, size: np.ndarray | float) -> np.ndarray:
     """sqrt(error / size); 0 where there is no error, inf where there is error and no size."""
     error, size = np.asarray(error), np.asarray(size)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(error == 0, 0.0, np.sqrt(error / size))
-
-
-def _ulps(a: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
-    """Distance in units in the last place of ``dtype``, as unsigned integers."""
-    x, y = (_ordered(array, dtype) for array in (a, b))
-    return np.maximum(x, y) - np.minimum(x, y)
-
-
-def _ordered(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Map floats to unsigned integers that count representable values in order; -0 equals 0."""
-    kind = numpy_dtype(dtype)
-    unsigned = np.dtype(f"u{kind.itemsize}")
-    bits = np.ascontiguousarray(array, dtype=kind).view(unsigned)
-    sign = unsigned.type(1 << (8 * kind.itemsize - 1))
-    return np.where(bits & sign, sign - (bits & ~sign), sign + bits)
 
 
 @dataclass(frozen=True, kw_only=True)
