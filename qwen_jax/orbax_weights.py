@@ -11,12 +11,14 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen_jax.checkpoint import FLOATS, INDEX, SINGLE
 from qwen_jax.config import from_hf, read_json
 from qwen_jax.weights import Weights, misfits, some
 from stages.errors import UserError
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
 PARAMS, MARK = "params", "orbax.json"
 SCHEMA, KIND = 1, "qwen2-orbax-model"
-FLOATS = ("float32", "bfloat16", "float16")
 HEADER = "/zarr.json"  # of an array, in Zarr 3
 CHUNK = 4 << 20  # bytes: what TensorStore reads at least, some whole rows of a tensor
 WRITE = 64 << 20  # bytes that are handed to TensorStore at once
@@ -36,7 +37,9 @@ ORBAX_FILES = ("_METADATA", "_CHECKPOINT_METADATA", "orbax.checkpoint")
 
 
 def is_orbax(directory: Path) -> bool:
-    """Whether this is an orbax checkpoint, of ours or any other."""
+    """Whether this is an orbax checkpoint, of ours or any other, and none of Hugging Face."""
+    if (directory / SINGLE).exists() or (directory / INDEX).exists():
+        return False
     places = [directory, *(path for path in directory.glob("*") if path.is_dir())]
     return (directory / MARK).exists() or any(
         (place / name).exists() for place in places for name in ORBAX_FILES
@@ -63,7 +66,7 @@ class OrbaxWeights(Weights):
                 store = self._open(key.removesuffix(HEADER))
                 dtype = store.dtype.numpy_dtype.name
                 found[key.removesuffix(HEADER)] = (tuple(store.shape), dtype)
-        if problems := misfits(self.shapes, found, FLOATS):
+        if problems := misfits(self.shapes, found, FLOATS.values()):
             raise UserError(f"{directory}: weights do not fit config.json: {problems}")
 
     @cached_property
@@ -193,7 +196,8 @@ def write(directory: Path, model: Weights) -> Iterator[int]:
 
     params = (directory / PARAMS).resolve()
     try:
-        _save_empty(params, model)
+        with ThreadPoolExecutor(1) as pool:  # an interrupt waits for it; orbax's threads go on
+            pool.submit(_save_empty, params, model).result()
         for name in model.shapes:
             spec = _array(params, name)
             store = tensorstore.open(spec, write=True).result()
