@@ -11,6 +11,7 @@ import pytest
 
 from qwen_jax import runtime, source
 from qwen_jax.checkpoint import Checkpoint
+from stages import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 USER_ENVIRONMENT = dict(os.environ)  # a command that a user starts knows nothing of our flags
@@ -31,6 +32,12 @@ def user_environment() -> dict[str, str]:
     scripts = str(Path(sys.executable).parent)
     path = os.pathsep.join([scripts, USER_ENVIRONMENT.get("PATH", os.defpath)])
     return USER_ENVIRONMENT | {"PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(autouse=True)
+def stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that ends in the tests' own process must not end that."""
+    monkeypatch.setattr(cli, "leave", sys.exit)
 
 
 @pytest.fixture

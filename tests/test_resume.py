@@ -1,5 +1,6 @@
 """An interrupted trace goes on, and is then byte for byte what it would have been."""
 
+import json
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -170,6 +171,10 @@ def test_the_mark_says_what_is_whole(run, tmp_path):
     assert "model.layers.1.mlp.up_proj.weight" in marked.model["weights"]
 
 
-def test_peak_memory_is_told_beforehand(run):
-    result, _ = run("--dry-run")
-    assert "peak memory about" in result.stdout and result.code == 0
+@pytest.mark.parametrize(
+    "asked", [["--tokens=random:700"], ["--model=synthetic:3b:2", "--tokens=random:8"]]
+)
+def test_peak_memory_is_told_beforehand(run_cli, asked):
+    told = json.loads(run_cli("qwen_jax.trace", *asked, "--dry-run", "--json=-").stdout)
+    done = json.loads(run_cli("qwen_jax.trace", *asked, "--json=-").stdout)
+    assert 0.75 < told["peak_memory_bytes"] / done["peak_memory_bytes"] < 1.33

@@ -222,6 +222,7 @@ def test_bad_input_costs_no_import_of_jax(world):
         "import sys\n"
         "from qwen_jax import trace\n"
         "from stages import cli\n"
+        "cli.leave = sys.exit\n"
         "try:\n"
         "    cli.run(trace.main)\n"
         "finally:\n"
@@ -257,6 +258,7 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_writes(world, run, asked):
     real = run(*MODEL, *ASKED[asked], "--out", "out", "--json", "-")
     assert real.code == 0
     plan, done = strict_json(dry.stdout), strict_json(real.stdout)
+    assert plan.pop("peak_memory_bytes") and done["peak_memory_bytes"]
     assert {name: done[name] for name in plan} == plan
 
     opened = open_trace(world / "out")
