@@ -20,7 +20,8 @@ def host_dtype(stored: np.dtype, dtype: np.dtype) -> np.dtype:
 
 def peak_memory(model: Weights, length: int, dtype: str, logits: str) -> int:
     """Bytes of resident memory of the JAX engine on the CPU, about: the weights of two layers, one
-    of them cast where the program has to, and the stages of two."""
+    of them cast where the program has to, and stages: of the layer that computes, of the one before,
+    some that wait for the disk, and what lies between them."""
     computes = numpy_dtype(dtype)
     wide = max(4, computes.itemsize)
     layer = 0
@@ -31,4 +32,4 @@ def peak_memory(model: Weights, length: int, dtype: str, logits: str) -> int:
     stages = sum(math.prod(stage_shape(s, dims, logits)) for s in LAYER_STAGES) * wide
     head = math.prod(stage_shape(END_STAGES[-1], dims, logits)) * wide
     block = min(HEAD_BLOCK, math.prod(model.shapes[head_name(model.config)]) * wide)
-    return PROCESS + max(layer + 5 * stages // 2, 3 * block + 2 * head)
+    return PROCESS + max(layer + 7 * stages // 2, 3 * block + 2 * head)
