@@ -65,7 +65,8 @@ class Group:
         self.peers: dict[int, Peer] = {}
         self._lost: str | None = None  # what made another process fail
         self._news = threading.Event()
-        self._leaving = False  # this process is on its way out
+        self._leaving = threading.Event()  # this process is on its way out
+        self._listeners: list[threading.Thread] = []
         self._joined = False
 
     def join(self, arguments: dict[str, Any]) -> None:
@@ -83,7 +84,9 @@ class Group:
             more = "" if self.process else "; it must be a free port of the machine of process 0"
             raise UserError(f"--coordinator {self._where}: {why}{more}") from None
         for process, peer in self.peers.items():
-            threading.Thread(target=self._listen, args=(process, peer), daemon=True).start()
+            thread = threading.Thread(target=self._listen, args=(process, peer), daemon=True)
+            self._listeners.append(thread)
+            thread.start()
         self.compare("arguments", arguments)
         self._free_stdout()
         self._joined = True
@@ -195,13 +198,15 @@ class Group:
                 return peer.inbox.get(timeout=RETRY)
             except queue.Empty:
                 if self._lost:
-                    self._leaving = True
+                    self._leaving.set()
                     raise UserError(self._lost) from None
 
     def explained(self, error: Exception) -> Exception:
         """The reason for an error of JAX, where that is another process's failure."""
-        self._leaving = self._news.wait(NEWS)
-        return UserError(self._lost) if self._lost else error
+        if not self._news.wait(NEWS):
+            return error
+        self._leaving.set()
+        return UserError(self._lost)
 
     def _listen(self, process: int, peer: Peer) -> None:
         """A thread: take down what a process says until it ends."""
@@ -217,10 +222,11 @@ class Group:
         self._news.set()
         # This process may be waiting for the other one in a way that nothing interrupts. Process 0
         # has files to leave in order, if it can.
-        time.sleep(GRACE if self.process == 0 else 0)
-        if not self._leaving:
+        if not self._leaving.wait(GRACE if self.process == 0 else 0):
             print(f"error: {self._lost}", file=sys.stderr, flush=True)
             os._exit(UserError.exit_code)
+        while peer.receive():
+            pass
 
     def __enter__(self) -> "Group":
         signal.signal(signal.SIGTERM, _terminate)
@@ -232,22 +238,24 @@ class Group:
         if error is None and self._joined:
             self._part()
         elif error is not None:
-            self._leaving = True
+            self._leaving.set()
             for peer in self.peers.values():
                 peer.send({"failed": _reason(error)})
             if self._joined:
+                if self.process == 0:  # JAX's service goes with it, which aborts who is still there
+                    for thread in self._listeners:
+                        thread.join(NEWS)
                 atexit.register(_leave, _code(error))
 
     def _part(self) -> None:
         """All is computed and written: no process goes before that is so."""
-        self._leaving = True
         import jax
 
-        if self.process == 0:
-            for peer in self.peers.values():
-                peer.send({"done": True})
-        else:
+        if self.process:
             self._next(self.peers[0])
+        self._leaving.set()
+        for peer in self.peers.values():
+            peer.send({"done": True})
         jax.distributed.shutdown()
 
 

@@ -1,0 +1,465 @@
+"""One model over several devices, and over several processes: where every value lies, that nothing
+is created by the splitting that float32 rounding would not create, and the same bytes at one mesh
+size however its devices are spread over processes."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from qwen_jax import mesh, params, source, trace
+from qwen_jax.checkpoint import Checkpoint
+from qwen_jax.config import from_hf
+from qwen_jax.model import make_env
+from qwen_jax.replay import Replay
+from qwen_jax.weights import expected_shapes
+from stages import verdict
+from stages.errors import UserError
+from stages.table import (
+    END_STAGES,
+    LAYER_INPUT,
+    LAYER_STAGES,
+    QKV,
+    STAGE,
+    STAGES,
+    START_STAGES,
+    TOKENS,
+    axis_size,
+    stage_shape,
+)
+from stages.trace import numpy_dtype, open_trace
+from tests.conftest import user_environment
+from tests.test_config import PUBLISHED
+from tests.tiny import hf_config, write_checkpoint
+from tests.traces import check_stages
+
+# Eight key/value heads, four layers, one kind of attention each way; sizes that are all different.
+HEADS = {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 4,
+    "use_sliding_window": True,
+    "sliding_window": 5,
+    "max_window_layers": 2,
+}
+IDS = ",".join(map(str, np.random.default_rng(0).integers(0, 48, 19)))
+DTYPES = ("float32", "bfloat16")
+MESHES = [("heads", "float32", size) for size in (1, 2, 4, 8)]  # model, dtype, devices
+MESHES += [("heads", "bfloat16", 8), *(("demo", dtype, 2) for dtype in DTYPES)]
+
+# Which axis of each stage, the batch in front, is split over the devices; None where all is
+# everywhere.
+SPLIT = {
+    "embedding": None,
+    "attn_norm": None,
+    "qkv_matmul": 2,
+    "qkv_bias": 2,
+    "q_post_rope": 2,
+    "k_post_rope": 2,
+    "attn_scores": 1,
+    "attn_softmax": 1,
+    "attention": 2,
+    "attn_out": None,
+    "post_attn_residual": None,
+    "ffn_norm": None,
+    "ffn_gate": 2,
+    "ffn_up": 2,
+    "ffn_silu": 2,
+    "ffn_swigl": 2,
+    "ffn_out": None,
+    "post_ffn_residual": None,
+    "final_norm": None,
+    "lm_head": 2,
+}
+
+
+def placed(stage: str) -> tuple[str | None, ...]:
+    """How a stage lies on the devices, by the list above."""
+    rank = 1 + len(STAGE[stage].axes)
+    return tuple("tp" if axis == SPLIT[stage] else None for axis in range(rank))
+
+
+# --- one process, many devices
+
+# Traces as the command does, each a command line, and notes where the computed arrays lie and how
+# many layers' weights are on the devices whenever more are read.
+WORKER = """
+import json, sys
+import jax
+from qwen_jax import mesh, trace, weights
+host, load, lies, alive = mesh.MeshEngine._host, weights.Weights.load, {}, []
+def noting_host(self, stage, value):
+    lies[stage] = list(value.sharding.spec)
+    return host(self, stage, value)
+def noting_load(self, name, start, out):
+    shape = self.shapes["model.layers.0.self_attn.q_proj.weight"]
+    alive.append(sum(array.shape == shape for array in jax.live_arrays()))
+    load(self, name, start, out)
+mesh.MeshEngine._host, weights.Weights.load = noting_host, noting_load
+said, sys.stdout = sys.stdout, sys.stderr
+notes = {}
+for out, line in json.load(sys.stdin).items():
+    lies.clear(), alive.clear()
+    assert trace.main([*line, "--out", out]) == 0
+    notes[out] = {"lies": dict(lies), "alive": max(alive)}
+json.dump(notes, said)
+"""
+
+
+@dataclass(frozen=True)
+class World:
+    """Traces that one process with eight devices made.
+
+    Attributes:
+        folder: of the traces and of the model ``heads``.
+        notes: the name of a trace -> what ``WORKER`` noted of it.
+    """
+
+    folder: Path
+    notes: dict[str, dict]
+
+    def model(self, name: str) -> Checkpoint:
+        return source.open_model("demo") if name == "demo" else Checkpoint(self.folder / name)
+
+
+def arguments(model: str, dtype: str, size: int | None, *more: str) -> list[str]:
+    """A command line of the trace command, without --out; the demo's prompt is the embedded one."""
+    chosen = [] if model == "demo" else ["--model", model, "--tokens", IDS]
+    split = ["--mesh", f"tp={size}"] if size else []
+    return [*chosen, "--dtype", dtype, *split, *more]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("mesh")
+    write_checkpoint(folder / "heads", **HEADS)
+    alone = [(model, dtype, None) for model in ("heads", "demo") for dtype in DTYPES]
+    lines = {"-".join(map(str, made)): arguments(*made) for made in (*MESHES, *alone)}
+    few = ["--stages", "attn_scores,lm_head", "--layers", "1"]
+    lines["few"] = arguments("heads", "bfloat16", 8, *few)
+    lines["none"] = arguments("heads", "bfloat16", 8, "--stages", "lm_head")
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER],
+        input=json.dumps(lines),
+        cwd=folder,
+        env=user_environment() | {"JAX_NUM_CPU_DEVICES": "8"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    return World(folder, json.loads(done.stdout))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*.bin")}
+
+
+@pytest.mark.parametrize(("model", "dtype", "size"), MESHES)
+def test_every_stage_lies_where_it_should(world: World, model: str, dtype: str, size: int) -> None:
+    lies = world.notes[f"{model}-{dtype}-{size}"]["lies"]
+    assert {stage: tuple(axes) for stage, axes in lies.items()} == {s: placed(s) for s in STAGE}
+
+
+@pytest.mark.parametrize(("model", "dtype", "size"), MESHES)
+def test_splitting_creates_no_error(world: World, model: str, dtype: str, size: int) -> None:
+    """Each stage, replayed alone, has the bits of its precision, 20 at least in float32. A product
+    that is rounded before its parts are added up has fewer than bfloat16's."""
+    checkpoint = world.model(model)
+    opened = open_trace(world.folder / f"{model}-{dtype}-{size}")
+    config = checkpoint.config.to_json()
+    measured = 0
+    for m in Replay(opened, checkpoint, numpy_dtype(dtype), unoptimised=True):
+        item = verdict.judge(m.stage, m.layer, m.sums, m.segment, config, dtype)
+        least = 20 if dtype == "float32" else 8.4
+        assert item.bits >= least, f"{m.stage}, layer {m.layer}: {item.bits:.1f} bits"
+        measured += 1
+    assert measured == 17 * checkpoint.config.num_hidden_layers + 3
+
+
+@pytest.mark.parametrize(("model", "dtype", "size"), MESHES)
+def test_a_mesh_agrees_with_one_device(world: World, model: str, dtype: str, size: int) -> None:
+    """float32: sums in another order, carried through all layers. bfloat16: the next number, here
+    and there."""
+    traces = [open_trace(world.folder / f"{model}-{dtype}-{n}") for n in (size, None)]
+    split, alone = ({key: trace.read(*key) for key in trace.entries} for trace in traces)
+    bound = {"float32": 1e-5, "bfloat16": 0.05}[dtype]
+    check_stages(world.model(model).config, split, alone, bound)
+
+
+def test_what_is_captured_changes_no_byte(world: World) -> None:
+    everything = content(world.folder / "heads-bfloat16-8")
+    for name, count in {"few": 2, "none": 1}.items():
+        captured = content(world.folder / name)
+        assert len(captured) == count and "lm_head.bin" in captured
+        assert captured.items() <= everything.items()
+
+
+def test_two_layers_of_weights_at_a_time(world: World) -> None:
+    for name, noted in world.notes.items():
+        assert noted["alive"] <= 2, name
+
+
+def test_the_manifest_says_which_mesh(world: World) -> None:
+    made = open_trace(world.folder / "heads-float32-8").manifest
+    assert made.producer["mesh"] == {"tp": 8, "devices": 8, "processes": 1}
+    alone = open_trace(world.folder / "heads-float32-None").manifest
+    assert "mesh" not in alone.producer
+    assert made.model == alone.model
+
+
+# --- several processes
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+# Process 1 with a fault: it is gone when it is to gather the third value.
+DYING = """
+import os, sys
+from qwen_jax import mesh, trace
+from stages import cli
+seen = []
+def host(self, stage, value):
+    seen.append(stage)
+    if len(seen) == 3: os._exit(7)
+    return MeshEngine_host(self, stage, value)
+MeshEngine_host, mesh.MeshEngine._host = mesh.MeshEngine._host, host
+cli.run(trace.main)
+"""
+# Process 0 with a fault: its disk is full in layer 2.
+FULL = """
+from qwen_jax import trace
+from stages import cli, writer
+from stages.errors import UserError
+write = writer.TraceWriter._write
+def full(self, stage, layer, array):
+    if layer == 2: raise OSError(28, "No space left on device")
+    write(self, stage, layer, array)
+writer.TraceWriter._write = full
+cli.run(trace.main)
+"""
+COMMAND = "from stages import cli; from qwen_jax import trace; cli.run(trace.main)"
+
+
+def together(
+    cwd: Path, port: int, *lines: list[str], programs: dict[int, str] | None = None
+) -> Iterator[tuple[int, str, str]]:
+    """Start a process for each command line; yield exit code, stdout and stderr of each."""
+    where = f"--coordinator 127.0.0.1:{port} --num-processes {len(lines)}"
+    shared = [f"{where} --process-id {number}".split() for number in range(len(lines))]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", (programs or {}).get(number, COMMAND), *line, *shared[number]],
+            cwd=cwd,
+            env=user_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        for number, line in enumerate(lines)
+    ]
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=120)
+            yield process.returncode, out, err
+    finally:
+        for process in started:
+            process.kill()
+
+
+def test_two_processes_write_what_one_writes(world: World, port: int) -> None:
+    line = [*arguments("heads", "float32", 8), "--json", "-", "--out", "two"]
+    first, second = together(world.folder, port, line, line)
+    assert (first[0], second) == (0, (0, "", ""))
+    assert json.loads(first[1])["files"] == 17 * 4 + 3, "and nothing else on stdout"
+    assert content(world.folder / "two") == content(world.folder / "heads-float32-8")
+    made = open_trace(world.folder / "two").manifest
+    assert made.producer["mesh"] == {"tp": 8, "devices": 8, "processes": 2}
+
+
+def test_a_disk_that_is_full_ends_both_and_resume_goes_on(world: World, port: int) -> None:
+    line = [*arguments("heads", "float32", 8), "--out", "full"]
+    first, second = together(world.folder, port, line, line, programs={0: FULL})
+    assert first[0] == second[0] == 2
+    assert "No space left" in first[2] and first[2].count("\n") == 1
+    assert second[2].startswith("error: process 0 failed: full: writing stopped")
+    assert second[2].count("\n") == 1
+    again = [*line, "--resume"]
+    first, second = together(world.folder, port, again, again)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert content(world.folder / "full") == content(world.folder / "heads-float32-8")
+
+
+def test_a_process_that_dies_ends_the_other(world: World, port: int) -> None:
+    line = [*arguments("heads", "float32", 8), "--out", "dead"]
+    first, second = together(world.folder, port, line, line, programs={1: DYING})
+    assert second[0] == 7
+    assert (first[0], first[2]) == (2, "error: process 1 ended before the trace was whole\n")
+    assert not (world.folder / "dead" / "manifest.json").exists()
+
+
+def test_processes_with_other_weights_are_told(world: World, port: int) -> None:
+    write_checkpoint(world.folder / "heads2", seed=1, **HEADS)
+    lines = [arguments(model, "float32", 8, "--stages", "lm_head") for model in ("heads", "heads2")]
+    lines = [[*line, "--out", "other"] for line in lines]
+    first, second = together(world.folder, port, *lines)
+    assert first[0] == second[0] == 2
+    assert "process 1 has other weights than process 0: model.layers.0." in first[2]
+    assert "process 1 has other weights" in second[2]
+    assert not (world.folder / "other" / "manifest.json").exists()
+
+
+def test_processes_with_other_arguments_are_told(world: World, port: int) -> None:
+    lines = [arguments("heads", dtype, 8, "--join-timeout", "20") for dtype in DTYPES]
+    first, second = together(world.folder, port, *lines)
+    line = "process 1 has other arguments than process 0: --dtype\n"
+    assert first == (2, "", f"error: {line}")
+    assert second == (2, "", f"error: process 0 failed: {line}")
+
+
+def test_a_process_that_never_comes(world: World, port: int) -> None:
+    """One line and exit code 2 on either side, where JAX itself would abort with a stack dump."""
+    line = arguments("heads", "float32", 8, "--join-timeout", "1", "--num-processes", "2")
+    where = ["--coordinator", f"127.0.0.1:{port}"]
+    said = {
+        0: f"error: process 1 did not come to --coordinator 127.0.0.1:{port} within 1 s; start "
+        "every --process-id from 0 to 1\n",
+        1: f"error: process 0 was not to be found at --coordinator 127.0.0.1:{port} within 1 s; "
+        "is it running there, without an error?\n",
+    }
+    for number, expected in said.items():
+        done = subprocess.run(
+            [sys.executable, "-c", COMMAND, *line, *where, "--process-id", str(number)],
+            cwd=world.folder,
+            env=user_environment(),
+            capture_output=True,
+            encoding="utf-8",
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+# --- wrong use
+
+GROUP = ["--coordinator", "127.0.0.1:9", "--process-id", "0", "--num-processes", "2"]
+REFUSED = {
+    "--mesh 8": "'8' is no mesh; write tp=N for N devices: tp=8",
+    "--mesh tp=0": "'tp=0' is no mesh",
+    "--mesh dp=2": "'dp=2' is no mesh",
+    "--mesh tp=2,dp=2": "'tp=2,dp=2' is no mesh",
+    "--mesh tp=2 --backend eager": "--backend eager runs un-jitted on one device; drop --mesh",
+    "--mesh tp=4": "tp=4 does not divide 14 query heads, 2 key/value heads; use tp=1 or 2",
+    "--mesh tp=7": "608 intermediate channels, 2048 vocabulary entries; use tp=1 or 2",
+    "--mesh tp=2": "JAX finds 1 cpu device here; use tp=1, or JAX_NUM_CPU_DEVICES and XLA_FLAGS",
+    "--coordinator here:1": "--coordinator, --process-id and --num-processes go together",
+    "--mesh tp=2 --process-id 0 --num-processes 2": "go together: give all three",
+    "--coordinator 7 --mesh tp=2": "'7' is no address; expected HOST:PORT",
+    "--coordinator h:99999 --mesh tp=2": "'h:99999' is no address",
+    " ".join(GROUP): "--num-processes 2 share a mesh: add --mesh tp=N",
+    " ".join([*GROUP[:2], "--process-id 2 --num-processes 2 --mesh tp=2"]): "they go from 0 to 1",
+    " ".join([*GROUP, "--mesh tp=2 --join-timeout 0"]): "--join-timeout 0: expected seconds",
+    " ".join([*GROUP, "--mesh tp=1"]): "--mesh tp=1: 2 processes have no equal part; use tp=2",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_refused_in_one_line(line: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        trace.main([*line.split(), "--out", str(tmp_path / "out")])
+    assert REFUSED[line] in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+# --- without devices
+
+
+def plan_of_transformers(config: dict) -> dict[str, P]:
+    """Tensor name -> how transformers splits it: colwise the outputs, bias included; rowwise the
+    inputs."""
+    plan = {f"model.{name}": style for name, style in Qwen2Config.base_model_tp_plan.items()}
+    plan |= Qwen2ForCausalLM._tp_plan
+    found = {}
+    for name, shape in expected_shapes(from_hf(config)).items():
+        module, kind = name.rsplit(".", 1)
+        if config["tie_word_embeddings"] and module == "model.embed_tokens":
+            module = "lm_head"  # one tensor, used as both
+        style = plan.get(".".join("*" if part.isdecimal() else part for part in module.split(".")))
+        split = {None: None, "colwise": 0, "colwise_gather_output": 0, "rowwise": 1}[style]
+        assert kind == "weight" or style == "colwise"
+        found[name] = P(*("tp" if axis == split else None for axis in range(len(shape))))
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_plan_is_that_of_transformers(tied: bool) -> None:
+    config = hf_config(**HEADS, tie_word_embeddings=tied)
+    assert mesh.tensor_specs(from_hf(config)) == plan_of_transformers(config)
+
+
+def test_axes_of_parameters_are_their_shapes() -> None:
+    config = from_hf(hf_config(**HEADS))
+    dims = config.dims(1) | {"K*H": config.num_key_value_heads * config.head_dim, "rows": 48}
+    weights = params.abstract(config, "float32")
+    for part in (weights.start, weights.layers[0], weights.end):
+        for field, value in vars(part).items():
+            axes = mesh.PARAMETER_AXES[field]
+            assert tuple(axis_size(axis, dims) for axis in axes) == value.shape, field
+
+
+def test_72b_over_eight_devices() -> None:
+    """Types alone: what every stage of the largest model is on each of eight devices."""
+    config, length, size = from_hf(PUBLISHED["Qwen2.5-72B"]), 5, 8
+    devices = AbstractMesh((size,), ("tp",), axis_types=(AxisType.Explicit,))
+    weights = params.abstract(config, "bfloat16")
+
+    def on(value: object, spec: P) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(devices, spec)
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+
+    env = make_env(config, np.arange(length)[None], np.ones((1, length), bool), False)
+    env = jax.tree.map(lambda value: on(value, P()), env)
+    hidden = on(jax.ShapeDtypeStruct((1, length, config.hidden_size), "bfloat16"), P())
+    tokens = on(jax.ShapeDtypeStruct((1, length), "int32"), P())
+    found = {}
+    for rows, part, given in (
+        (START_STAGES, weights.start, {TOKENS: tokens}),
+        (LAYER_STAGES, weights.layers[79], {LAYER_INPUT: hidden}),
+        (END_STAGES, weights.end, {"post_ffn_residual": hidden}),
+    ):
+        part = jax.tree.map(on, part, mesh.parameter_specs(part))
+        run = mesh.program(devices, rows, config, numpy_dtype("bfloat16"))
+        found |= jax.eval_shape(run, part, env, given)
+    assert set(found) == set(STAGE)
+    own = mesh.local(config, size).dims(length)
+    assert (own["N"], own["K"], own["F"], own["V"]) == (8, 1, 3696, 19008)
+    for stage in STAGES:
+        value = found[stage.name]
+        assert value.shape == (1, *stage_shape(stage, config.dims(length)))
+        assert tuple(value.sharding.spec) == placed(stage.name)
+        assert value.sharding.shard_shape(value.shape) == (1, *stage_shape(stage, own))
+        assert QKV not in stage.axes or value.sharding.shard_shape(value.shape)[2] == 10 * 128
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_of_published_models(name: str) -> None:
+    """Key/value heads are what limits every one of them."""
+    config = from_hf(PUBLISHED[name])
+    heads = config.num_key_value_heads
+    assert mesh.sizes(config) == [n for n in (1, 2, 4, 8, 16, 32) if heads % n == 0]
+    mesh.check(config, heads)
+    with pytest.raises(UserError, match=f"does not divide .*{heads} key/value heads"):
+        mesh.check(config, 2 * heads)
