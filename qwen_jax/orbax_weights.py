@@ -103,8 +103,7 @@ class OrbaxWeights(Weights):
         return self._stores[name]
 
     def _unreadable(self, error: Exception) -> UserError:
-        why = str(error).partition(" [")[0]  # its own call stack follows
-        return UserError(f"{self.directory / PARAMS}: cannot be read: {why}")
+        return UserError(f"{self.directory / PARAMS}: cannot be read: {_plain(error)}")
 
     def dtype(self, name: str) -> np.dtype:
         return self._open(name).dtype.numpy_dtype
@@ -141,6 +140,11 @@ class OrbaxWeights(Weights):
             except Exception as error:
                 raise self._unreadable(error) from None
         return flatten_dict(restored, sep=".")
+
+
+def _plain(error: Exception) -> str:
+    """A TensorStore error without the places in its source that follow."""
+    return re.sub(r" \[[\w ]+='.*", "", " ".join(str(error).split()))
 
 
 def _kvstore(params: Path) -> dict[str, Any]:
@@ -212,7 +216,7 @@ def write(directory: Path, model: Weights) -> Iterator[int]:
                 yield rows.nbytes
     except (ValueError, RuntimeError) as error:  # TensorStore's, an error of the system among them
         code = re.search(r"os_error_code='(\d+)'", str(error))
-        why = os.strerror(int(code[1])) if code else str(error).partition(" [")[0]
+        why = os.strerror(int(code[1])) if code else _plain(error)
         raise OSError(why) from None
     told = {"schema": SCHEMA, "kind": KIND, "files": _sizes(params)}
     (directory / MARK).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
