@@ -137,7 +137,7 @@ def test_shards_of_any_size(data, tmp_path_factory):
     """Files below the limit unless one tensor alone is above it, all read by safetensors itself."""
     heads = data.draw(st.integers(1, 3))
     raw = hf_config(
-        hidden_size=data.draw(st.integers(1, 5)) * 2,
+        hidden_size=data.draw(st.integers(1, 9)),
         intermediate_size=data.draw(st.integers(1, 9)),
         num_hidden_layers=data.draw(st.integers(1, 3)),
         num_attention_heads=2 * heads,
