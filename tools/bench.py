@@ -6,6 +6,7 @@ medians. Memory is the high-water mark of a fresh process.
 """
 
 import argparse
+import re
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -39,10 +40,13 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.repeat < 1:
         raise UserError(f"--repeat {args.repeat}: at least one run is needed")
-    try:
-        lengths = [int(each) for each in args.lengths.split(",")]
-    except ValueError:
-        raise UserError(f"--lengths {args.lengths!r}: expected lengths such as 64,512") from None
+    if not re.fullmatch("[1-9][0-9]{0,6}(,[1-9][0-9]{0,6})*", args.lengths):
+        raise UserError(f"--lengths {args.lengths!r}: expected lengths such as 64,512")
+    lengths = [int(each) for each in args.lengths.split(",")]
+    if args.scratch and not args.scratch.is_dir():
+        raise UserError(f"--scratch: no such directory: {args.scratch}")
+    if args.markdown and not args.markdown.parent.is_dir():
+        raise UserError(f"--markdown: no such directory: {args.markdown.parent}")
     measure.check_contenders()
     figures: list[Figure] = []
     before = measure.machine()

@@ -114,8 +114,14 @@ def _process(arguments: list[str], folder: Path, **environment: str) -> float:
     )
     seconds = time.perf_counter() - began
     if done.returncode:
-        raise UserError(f"{' '.join(arguments)[:100]} failed: {done.stderr.strip()[-300:]}")
+        raise UserError(f"{' '.join(arguments)[:100]} failed: {_last_line(done.stderr)}")
     return seconds
+
+
+def _last_line(text: str) -> str:
+    """What a process said before it ended."""
+    lines = text.strip().splitlines()
+    return lines[-1][:300] if lines else "it said nothing"
 
 
 def _seconds(part: str, case: Case, taken: dict[str, list[float]]) -> list[Figure]:
@@ -227,7 +233,7 @@ def _start(name: str, case: Case) -> subprocess.Popen:
 def _reply(name: str, worker: subprocess.Popen) -> str:
     line = worker.stdout.readline()
     if not line:
-        raise UserError(f"{name} failed: {worker.communicate()[1].strip()[-300:]}")
+        raise UserError(f"{name} failed: {_last_line(worker.communicate()[1])}")
     return line
 
 
