@@ -20,8 +20,8 @@ def host_dtype(stored: np.dtype, dtype: np.dtype) -> np.dtype:
 
 def peak_memory(model: Weights, length: int, dtype: str, logits: str) -> int:
     """Bytes of resident memory of the JAX engine on the CPU, about: the weights of two layers, one
-    of them cast where the program has to, and stages: of the layer that computes, of the one before,
-    some that wait for the disk, and what lies between them."""
+    of them cast where the program has to, and stages: of the layer that computes and of the one
+    before, some that wait for the disk, and what lies between them."""
     computes = numpy_dtype(dtype)
     wide = max(4, computes.itemsize)
     layer = 0
