@@ -59,7 +59,7 @@ def _download(hub_id: str) -> Path:
     except Exception as error:  # its own kinds, its HTTP library's and the file system's
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--model {hub_id}: neither a directory here nor to be had from the hub ({why})"
+            f"{hub_id}: neither a directory here nor to be had from the hub ({why})"
         ) from None
 
 

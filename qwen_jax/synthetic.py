@@ -113,13 +113,13 @@ def open_synthetic(spec: str) -> Synthetic:
     """
     size, _, layers = spec.removeprefix(PREFIX).partition(":")
     if size.lower() not in SIZES:
-        raise UserError(f"--model {spec}: no size {size!r}; choose one of {', '.join(SIZES)}")
+        raise UserError(f"{spec}: no size {size!r}; choose one of {', '.join(SIZES)}")
     size = size.lower()
     most = SIZES[size][1]
     if ":" not in spec.removeprefix(PREFIX):
         return Synthetic(size)
     if not re.fullmatch("[0-9]{1,3}", layers) or not 1 <= int(layers) <= most:
-        raise UserError(f"--model {spec}: {layers!r} layers; {size} can be cut to 1 up to {most}")
+        raise UserError(f"{spec}: {layers!r} layers; {size} can be cut to 1 up to {most}")
     return Synthetic(size, int(layers))
 
 

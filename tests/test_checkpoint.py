@@ -410,7 +410,7 @@ def test_a_hub_id_offline(tmp_path):
     )
     assert (result.returncode, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: --model Nobody/has-this: neither a directory here nor to be had")
+    assert line.startswith("error: Nobody/has-this: neither a directory here nor to be had")
 
 
 def fake_hub(monkeypatch, answer):
