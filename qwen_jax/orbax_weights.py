@@ -57,6 +57,7 @@ class OrbaxWeights(Weights):
         super().__init__()
         self.directory = directory
         self.name = name or directory.resolve().name
+        self._stores: dict[str, Any] = {}
         _check_files(directory)
         config_path = directory / "config.json"
         self.config = from_hf(read_json(config_path), str(config_path))
@@ -70,10 +71,6 @@ class OrbaxWeights(Weights):
             raise UserError(f"{directory}: weights do not fit config.json: {problems}")
 
     @cached_property
-    def _stores(self) -> dict[str, Any]:
-        return {}
-
-    @cached_property
     def _context(self) -> Any:
         import tensorstore
 
@@ -83,9 +80,8 @@ class OrbaxWeights(Weights):
         import tensorstore
 
         try:
-            keys = (
-                tensorstore.KvStore.open(_kvstore(self.directory / PARAMS)).result().list().result()
-            )
+            store = tensorstore.KvStore.open(_kvstore(self.directory / PARAMS)).result()
+            keys = store.list().result()
         except Exception as error:  # its kinds depend on what is damaged
             raise self._unreadable(error) from None
         return [key.decode() for key in keys]
@@ -117,10 +113,11 @@ class OrbaxWeights(Weights):
 
     def restore(self, shardings: "Mapping[str, Sharding]") -> "dict[str, jax.Array]":
         """The named tensors, each as one array that lies as its sharding says: every device's part
-        is read for that device alone, by orbax; no whole tensor passes through this process.
+        is read for that device alone, by orbax; nothing is put together on the host.
 
         Raises:
             KeyError: no such tensor.
+            ValueError: a sharding that does not divide its tensor.
             UserError: the files are damaged.
         """
         import jax
@@ -131,6 +128,8 @@ class OrbaxWeights(Weights):
             name: jax.ShapeDtypeStruct(self.shapes[name], self.dtype(name), sharding=sharding)
             for name, sharding in shardings.items()
         }
+        for leaf in wanted.values():
+            leaf.sharding.shard_shape(leaf.shape)
         tree = unflatten_dict(wanted, sep=".")
         how = ocp.checkpoint_utils.construct_restore_args(tree)
         args = ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=True)

@@ -266,6 +266,11 @@ try:
     model.restore({"model.other": wanted["model.norm.weight"]})
 except KeyError as error:
     print(error, shards)
+odd = Mesh(np.array(devices[:5]), ("c",))
+try:
+    model.restore({"model.norm.weight": NamedSharding(odd, P("c"))})
+except ValueError as error:
+    print("indivisible")
 """
 
 
@@ -279,8 +284,8 @@ def test_restored_to_any_sharding(pair):
         encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
-    name, shards = done.stdout.split()
-    assert name == "'model.other'" and int(shards) > 100
+    name, shards, error = done.stdout.split()
+    assert name == "'model.other'" and int(shards) > 100 and error == "indivisible"
 
 
 def test_orbax_reads_it_by_itself(pair):
