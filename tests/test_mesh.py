@@ -210,6 +210,11 @@ def test_a_mesh_agrees_with_one_device(world: World, model: str, dtype: str, siz
     check_stages(world.model(model).config, split, alone, bound)
 
 
+def test_a_mesh_of_one_device_changes_no_byte(world: World) -> None:
+    one, none = (content(world.folder / f"heads-float32-{n}") for n in (1, None))
+    assert one == none
+
+
 def test_what_is_captured_changes_no_byte(world: World) -> None:
     everything = content(world.folder / "heads-bfloat16-8")
     for name, count in {"few": 2, "none": 1}.items():
