@@ -171,7 +171,9 @@ def main(args: argparse.Namespace, suffix: str, make_engine: Callable[..., Any])
     last: dict[str, np.ndarray] = {}
     try:
         with (
-            TraceWriter(plan.out, header, args.overwrite or args.resume, kept) as writer,
+            TraceWriter(
+                plan.out, header, args.overwrite or args.resume, kept, plan.stored
+            ) as writer,
             cli.progress("{task.fields[written]}") as bar,
         ):
             total = plan.model.config.num_hidden_layers
@@ -216,11 +218,13 @@ def _resumed(
     args: argparse.Namespace, plan: Plan, header: Manifest
 ) -> tuple[list[FileEntry], tuple[int, np.ndarray] | None]:
     """The files of an interrupted trace that stay, and the layer to go on from with its input."""
-    found = resume.open_interrupted(plan.out, header) if args.resume else None
+    found = resume.open_interrupted(plan.out, header, plan.stored) if args.resume else None
     if found is None:
         return [], None
     layer = resume.first_layer(found, plan.stored)
+    say = cli.console(to_stderr=True).print
     if layer == 0:
+        say(f"{plan.out}/: no layer is whole with its {resume.CARRIES}, so it starts anew")
         return [], None
     stated = found.manifest.model["weights"]
     names = [EMBEDDING, *(n for i in range(layer) for n in layer_names(i).values())]
@@ -233,6 +237,7 @@ def _resumed(
                 )
     before = found.read(resume.CARRIES, layer - 1).astype(numpy_dtype(plan.dtype))
     kept = [found.entries[s, n] for s, n in plan.stored if n is not None and n < layer]
+    say(f"{plan.out}/: {layer} of {plan.model.config.num_hidden_layers} layers are there")
     return kept, (layer, before)
 
 

@@ -6,9 +6,7 @@ The flags are read once, when JAX starts its backend; they go into every manifes
 import importlib.metadata
 import os
 import platform
-import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
@@ -20,16 +18,6 @@ FLAGS = {"xla_allow_excess_precision": "false"}
 # On the CPU these two make compiled equal to un-jitted byte for byte, at some cost in speed: no
 # fused multiply-add (AVX has none), and one GEMM and reduction library instead of two.
 REFERENCE_FLAGS = {"xla_cpu_max_isa": "AVX", "xla_cpu_experimental_ynn_fusion_type": ""}
-
-
-CACHE_BYTES = 2 << 30  # of compiled programs on disk; the least recently used go first
-
-
-def cache_directory() -> Path:
-    """Where compiled programs are kept: below the user's cache directory."""
-    at_home = "Library/Caches" if sys.platform == "darwin" else ".cache"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / at_home
-    return Path(base) / "qwen-jax-stages" / "xla"
 
 
 def configure(device: str | None = None, reference: bool = False, cache: bool = True) -> Any:
@@ -67,9 +55,11 @@ def prepare(
     if not cache:
         jax.config.update("jax_enable_compilation_cache", False)
     elif not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory()))
-        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        with suppress(ImportError):  # another JAX has other internals; it then compiles anew
+            from qwen_jax import programs
+
+            jax.config.update("jax_compilation_cache_dir", programs.use())
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_enable_x64", True)  # every dtype in this project is explicit
     jax.config.update("jax_default_matmul_precision", "highest")  # f32 means f32, also on a GPU
     counted = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in flags

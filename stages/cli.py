@@ -30,6 +30,9 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command's ``main`` and exit with its code; user errors are one line on stderr."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 -- for as long as we live
     sys.stdout.reconfigure(errors="backslashreplace")  # a token's text, in an ASCII terminal
     try:
         code = main(sys.argv[1:])
@@ -44,13 +47,17 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output went away: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE  # as of any command; 0 and 1 would be verdicts
+    except OSError as error:  # of our own output: what has to do with a file is a UserError
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"error: {error.strerror or error}", file=sys.stderr)
+        code = UserError.exit_code
     leave(code)
 
 
 def leave(code: int) -> NoReturn:
     """End the process at once. All that was to be written is; taking a model and JAX apart, object
     by object, would add a tenth to a short trace."""
-    with suppress(BrokenPipeError):
+    with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
     atexit._run_exitfuncs()

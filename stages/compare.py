@@ -14,7 +14,7 @@ from stages.slices import fold
 from stages.trace import numpy_dtype
 
 BLOCK = 1 << 17  # elements: smaller ones leave two threads waiting for each other
-SMALLEST = 1e-20  # a block whose squares sum to less is summed in float64: float32 would underflow
+SMALLEST = 1e-33  # a sum of squares below is made in float64: float32 loses squares below 1e-45
 COARSEST_FIRST = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -24,7 +24,8 @@ class Difference:
 
     Attributes:
         count: elements compared; masked ones are not.
-        identical: every compared element is the same number, or NaN on both sides.
+        identical: every compared element has the same bits; where the two sides differ in dtype,
+            the same bits in the coarser one.
         max_abs: largest |a - b| over finite elements, and ``at``: its index in the stage's axes.
         rms: root mean square of a - b.
         relative_l2: |a - b| / |b| over finite elements; inf where only b is zero.
@@ -115,7 +116,8 @@ class _Sums:
     def __init__(self, rows: int, columns: int) -> None:
         self.row_error, self.row_size = np.zeros(rows), np.zeros(rows)
         self.column_error, self.column_size = np.zeros(columns), np.zeros(columns)
-        self.a_size = self.max_abs = 0.0
+        self.a_size = self.dot = self.max_abs = 0.0
+        self.same_bits = True
         self.at = (0, 0)
         self.count = self.ulp_max = self.ulp_0 = self.ulp_1 = 0
         self.nonfinite_a = self.nonfinite_b = self.unmatched = 0
@@ -139,8 +141,7 @@ class _Sums:
         work = np.float64 if a.dtype.itemsize > 4 or b.dtype.itemsize > 4 else np.float32
         a, b = a.astype(work, copy=False), b.astype(work, copy=False)
         error, row_error, row_size, a_size = self._squares(a, b)
-        safe = SMALLEST < a_size < np.inf and np.isfinite(row_error + row_size).all()
-        if not safe:
+        if not _safe(a, b, error, row_error, row_size, a_size):
             a, b = self._set_nonfinite_aside(a, b)
             error, row_error, row_size, a_size = self._squares(a, b)
         rows = slice(start, start + len(a))
@@ -149,6 +150,11 @@ class _Sums:
         self.column_error[columns] += np.einsum("ij,ij->j", error, error)
         self.column_size[columns] += np.einsum("ij,ij->j", b, b)
         self.a_size += a_size
+        b_size, error_size = (float(rows.sum(dtype=np.float64)) for rows in (row_size, row_error))
+        if b_size / 4 < a_size < 4 * b_size:
+            self.dot += (a_size + b_size - error_size) / 2
+        else:  # the difference says nothing of the angle where one side is much larger
+            self.dot += float(np.vecdot(a, b).sum(dtype=np.float64))
         magnitude = np.abs(error, out=error)
         if float(magnitude.max()) > self.max_abs:
             flat = int(magnitude.argmax())
@@ -173,14 +179,18 @@ class _Sums:
         """
         kind = numpy_dtype(dtype)
         signed, unsigned = np.dtype(f"i{kind.itemsize}"), np.dtype(f"u{kind.itemsize}")
-        x, y = (np.asarray(array, dtype=kind, order="C").view(signed) for array in (a, b))
+        with np.errstate(over="ignore", invalid="ignore"):
+            x, y = (np.asarray(array, dtype=kind, order="C").view(signed) for array in (a, b))
         distance = np.subtract(x, y, out=self._scratch("distance", x.shape, signed))
         np.abs(distance, out=distance)
         distance = distance.view(unsigned)
-        across = np.bitwise_xor(x, y, out=self._scratch("across", x.shape, signed))
-        if across.min() < 0:
+        largest = int(distance.max())
+        self.same_bits = self.same_bits and largest == 0
+        # The bits of two numbers on either side of zero lie at least so far apart.
+        most = unsigned.type(np.iinfo(signed).max)
+        if largest > int(most) - int(np.array(np.inf, kind).view(signed)):
+            across = np.bitwise_xor(x, y, out=self._scratch("across", x.shape, signed))
             where = np.flatnonzero(across < 0)
-            most = unsigned.type(np.iinfo(signed).max)
             to_zero = ((bits.reshape(-1)[where].view(unsigned) & most) for bits in (x, y))
             distance.reshape(-1)[where] = sum(to_zero, unsigned.type(0))
         return distance
@@ -203,10 +213,12 @@ class _Sums:
         norms = np.sqrt(self.a_size) * np.sqrt(size)
         # 1 - cosine from the difference itself: a dot product would lose it to rounding.
         gap = error - (np.sqrt(self.a_size) - np.sqrt(size)) ** 2
+        if not size / 4 < self.a_size < 4 * size:
+            gap = 2 * (norms - self.dot)
         flat = self.at[0] * self.column_error.size + self.at[1]
         return Difference(
             count=self.count,
-            identical=self.max_abs == 0 and self.unmatched == 0,
+            identical=self.max_abs == 0 and self.unmatched == 0 and self.same_bits,
             max_abs=self.max_abs,
             at=tuple(int(i) for i in np.unravel_index(flat, shape)),
             rms=float(np.sqrt(error / self.count)) if self.count else 0.0,
@@ -231,6 +243,26 @@ class _Sums:
             index = int(np.argmax(ratio))
             worst[name] = (index, float(ratio[index]))
         return worst
+
+
+def _safe(
+    a: np.ndarray,
+    b: np.ndarray,
+    error: np.ndarray,
+    row_error: np.ndarray,
+    row_size: np.ndarray,
+    a_size: float,
+) -> bool:
+    """Whether sums of squares in the dtype at hand neither overflowed, by column either, nor lost
+    what is there to underflow."""
+    most = float(np.finfo(a.dtype).max) / len(a)
+    for values, sums in ((error, row_error), (b, row_size)):
+        if not sums.max() < most:  # NaN too
+            return False
+        small = sums < SMALLEST
+        if small.any() and values[small].any():
+            return False
+    return a_size < most and (a_size > SMALLEST or not a.any())
 
 
 def _ratio(error: np.ndarray | float, size: np.ndarray | float) -> np.ndarray:

@@ -105,7 +105,7 @@ def read(directory: Path, name: str = NAME) -> Manifest:
             f"{path}: schema {data.get('schema')!r}; this version reads schema {SCHEMA}"
         )
     try:
-        manifest = _parse(directory, data)
+        manifest = _parse(directory / name, data)
     except KeyError as error:
         raise UserError(f"{path}: damaged: no {error}") from None
     except (TypeError, ValueError) as error:
@@ -113,7 +113,7 @@ def read(directory: Path, name: str = NAME) -> Manifest:
     return manifest
 
 
-def _parse(directory: Path, data: dict[str, Any]) -> Manifest:
+def _parse(path: Path, data: dict[str, Any]) -> Manifest:
     logits, model = _one_of(data["logits"], ("last", "all")), dict(data["model"])
     model |= {part: dict(model[part]) for part in ("config", "weights")}
     manifest = Manifest(
@@ -124,7 +124,7 @@ def _parse(directory: Path, data: dict[str, Any]) -> Manifest:
         positions=tuple(_whole(position) for position in data["positions"]),
         model=model,
         producer=dict(data["producer"]),
-        files=tuple(_entry(directory, entry, logits) for entry in data["files"]),
+        files=tuple(_entry(path, entry, logits) for entry in data["files"]),
     )
     if len(manifest.positions) != len(manifest.tokens):
         raise ValueError(f"{len(manifest.positions)} positions, {len(manifest.tokens)} tokens")
@@ -133,11 +133,11 @@ def _parse(directory: Path, data: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _entry(directory: Path, data: dict[str, Any], logits: str) -> FileEntry:
-    path, name = PurePosixPath(data["path"]), directory / NAME
+def _entry(where: Path, data: dict[str, Any], logits: str) -> FileEntry:
+    path, directory = PurePosixPath(data["path"]), where.parent
     inside = Path(os.path.realpath(directory / path)).is_relative_to(os.path.realpath(directory))
     if path.is_absolute() or ".." in path.parts or not inside:
-        raise UserError(f"{name}: path {data['path']!r} leaves the trace directory")
+        raise UserError(f"{where}: path {data['path']!r} leaves the trace directory")
     row = STAGE[_one_of(data["stage"], STAGE)]
     layer = None if data["layer"] is None else _whole(data["layer"])
     if row.layer_of(layer) != layer or (layer is None) != (row.scope == "end"):

@@ -12,12 +12,14 @@ Key = tuple[str, int | None]
 CARRIES = "post_ffn_residual"  # the stage from which the next layer can be computed
 
 
-def open_interrupted(directory: Path, header: Manifest) -> Trace | None:
+def open_interrupted(directory: Path, header: Manifest, planned: list[Key]) -> Trace | None:
     """What an interrupted trace in ``directory`` has finished; None where nothing was begun.
 
+    ``planned`` is every (stage, layer) that the whole trace is to have.
+
     Raises:
-        UserError: it is whole already, or was made in another way than ``header`` says, so that
-            the rest would not fit what is there.
+        UserError: it is whole already, or was made in another way than ``header`` says or for
+            other stages, so that the rest would not fit what is there.
     """
     if not (directory / manifest.PARTIAL).exists():
         if (directory / manifest.NAME).exists():
@@ -25,16 +27,26 @@ def open_interrupted(directory: Path, header: Manifest) -> Trace | None:
                 f"--resume: {directory} is a whole trace; add --overwrite instead to replace it"
             )
         return None
-    found = manifest.read(directory, manifest.PARTIAL)
+    try:
+        found = manifest.read(directory, manifest.PARTIAL)
+    except UserError as error:
+        raise UserError(f"--resume: {error}; start anew with --overwrite") from None
     differing = [
         field.name
         for field in fields(Manifest)
-        if field.name not in ("files", "model")
+        if field.name not in ("files", "model", "producer")
         and getattr(found, field.name) != getattr(header, field.name)
+    ]
+    differing += [
+        f"{name} ({was!r}, now {now!r})"
+        for name in sorted(found.producer.keys() | header.producer.keys())
+        if (was := found.producer.get(name)) != (now := header.producer.get(name))
     ]
     differing += [
         f"model {part}" for part in ("name", "config") if found.model[part] != header.model[part]
     ]
+    if found.model.get("planned") != [list(each) for each in planned]:
+        differing.append("stages or layers")
     if differing:
         raise UserError(
             f"--resume: the trace in {directory} was begun with other {', '.join(differing)}; "

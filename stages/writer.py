@@ -116,6 +116,7 @@ class TraceWriter:
     Arguments:
         overwrite: replace the trace that is there.
         header: its weights may be a dictionary that still grows: the mark has what is in it then.
+        planned: every (stage, layer) that there is to be, for the mark.
         kept: files of an interrupted trace in the same directory that stay, and count as added.
 
     Raises:
@@ -128,11 +129,13 @@ class TraceWriter:
         header: Manifest,
         overwrite: bool = False,
         kept: Collection[FileEntry] = (),
+        planned: Iterable[tuple[str, int | None]] = (),
     ) -> None:
         self.directory = directory
         self.header = header
         self._sizes = {entry.path: (directory / entry.path).stat().st_size for entry in kept}
         self._entries = {(entry.stage, entry.layer): entry for entry in kept}
+        self._planned = [list(each) for each in planned]
         self._noted = time.monotonic()
         self._error: Exception | None = None
         self._queue: queue.Queue = queue.Queue(WAITING)
@@ -141,6 +144,8 @@ class TraceWriter:
                 directory.mkdir(parents=True, exist_ok=True)
                 undo.callback(os.close, _lock(directory))
                 old = replaceable(directory, overwrite or bool(kept))
+                if kept and not (directory / manifest.PARTIAL).exists():
+                    raise UserError(f"--out {directory}: another process has just finished it")
                 # The mark comes first: from here on nothing in the directory reads as whole.
                 self._mark()
                 _remove(old, {directory / name for name in (manifest.PARTIAL, *self._sizes)})
@@ -183,7 +188,8 @@ class TraceWriter:
 
     def _mark(self) -> None:
         files = tuple(self._entries.copy().values())  # other threads add to it
-        model = self.header.model | {"weights": self.header.model["weights"].copy()}
+        model = self.header.model | {"planned": self._planned}
+        model["weights"] = model["weights"].copy()
         marked = replace(self.header, model=model, files=files)
         manifest.write(self.directory, marked, manifest.PARTIAL)
 

@@ -312,3 +312,33 @@ def test_the_reference_page_is_up_to_date():
         "run: python -m tools.reference"
     )
     assert cli.size(1536) == "1.5 kB"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_against_extended_precision(seed):
+    """Sizes from 1e-30 to 1e18 on either side, equal parts, zeros of both signs."""
+    random = np.random.default_rng(seed)
+    for _ in range(60):
+        shape = tuple(random.integers(1, (40, 60)))
+        sizes = 10.0 ** random.uniform(-30, 18, 2)
+        b = (random.standard_normal(shape) * sizes[0]).astype(np.float32)
+        a = (random.standard_normal(shape) * sizes[1]).astype(np.float32)
+        if random.random() < 0.7:
+            change = np.where(random.random(shape) < 0.5, 10.0 ** random.uniform(-8, 0), 0)
+            a = (b * (1 + change * random.standard_normal(shape))).astype(np.float32)
+        zeros = random.random((2, *shape)) < random.choice([0, 0.1])
+        a[zeros[0]], b[zeros[1]] = 0.0, -0.0
+        found = compare(a, b, ("T", "D"))
+        x, y = a.astype(np.longdouble), b.astype(np.longdouble)
+        error, size = np.sqrt(((x - y) ** 2).sum()), np.sqrt((y**2).sum())
+        assert found.rms == pytest.approx(float(error / np.sqrt(a.size)), rel=3e-5)
+        if size:
+            assert found.relative_l2 == pytest.approx(float(error / size), rel=3e-5)
+        if size and x.any():
+            cosine = (x * y).sum() / np.sqrt((x**2).sum()) / size
+            assert found.cosine == pytest.approx(float(cosine), abs=3e-6)
+        ordered = [np.where(i < 0, -(i & 0x7FFFFFFF), i) for i in (a.view("i4"), b.view("i4"))]
+        ulps = np.abs(ordered[0].astype(np.int64) - ordered[1])
+        assert found.ulp_max == ulps.max()
+        assert found.ulp_0 == np.mean(ulps == 0) and found.ulp_1 == np.mean(ulps <= 1)
+        assert found.identical == (a.tobytes() == b.tobytes())

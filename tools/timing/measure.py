@@ -113,7 +113,7 @@ def _process(arguments: list[str], folder: Path, **environment: str) -> float:
         text=True,
     )
     seconds = time.perf_counter() - began
-    if done.returncode:
+    if done.returncode not in (0, 1):  # 1 is a verdict of diff and localize
         raise UserError(f"{' '.join(arguments)[:100]} failed: {_last_line(done.stderr)}")
     return seconds
 
