@@ -2,12 +2,15 @@
 
 import argparse
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 
 from qwen_jax import command, source
 from qwen_jax.processes import Group
-from qwen_jax.weights import Weights
+from qwen_jax.weights import EMBEDDING, Weights
 from stages import cli
 from stages.errors import UserError
 
@@ -65,6 +68,21 @@ def make_group(args: argparse.Namespace) -> Group | None:
     return Group(args.coordinator, args.process_id, args.num_processes, args.join_timeout)
 
 
+@contextmanager
+def _reading(model: Weights) -> Iterator[None]:
+    """Read and hash the embedding, much of a small model, while JAX is imported: afterwards the
+    rows in use are all that is read of it."""
+
+    def read() -> None:
+        with suppress(UserError):  # found again, and told, when the rows are read
+            model.hash(EMBEDDING)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    yield
+    thread.join()
+
+
 def make_engine(model: Weights, args: argparse.Namespace) -> object:
     device = args.device
     if args.backend == "eager":
@@ -72,7 +90,8 @@ def make_engine(model: Weights, args: argparse.Namespace) -> object:
             raise UserError("--backend eager runs un-jitted on the CPU; drop --device gpu")
         device = "cpu"
 
-    from qwen_jax import engine, mesh, runtime
+    with _reading(model):
+        from qwen_jax import engine, mesh, runtime
 
     if not args.mesh:
         chosen = runtime.configure(device, cache=not args.no_compile_cache)
