@@ -10,8 +10,10 @@ COMMAND = "python -m tools.parity --sweep quick"
 
 
 def masked(line: str) -> str:
-    """Without numbers and places: which stage is the least exact is a matter of the machine."""
-    return re.sub(rf"\b({'|'.join(NAMES)})\b", "STAGE", normal(line))
+    """What was run, without what was found: where nothing is required, that is a matter of the
+    machine. What is required is held by the exit code."""
+    line = re.sub(rf"\b({'|'.join(NAMES)})\b", "STAGE", normal(line))
+    return " ".join(line.split()[:5])
 
 
 def test_the_quick_sweep_passes_and_the_readme_shows_it(run_cli) -> None:
