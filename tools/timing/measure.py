@@ -166,6 +166,7 @@ def cold(case: Case, repeat: int, doing: Doing) -> list[Figure]:
             doing(f"{case.of}: {name}, cold, {turn} of {repeat}")
             out = case.folder / name.replace(", ", "-")
             shutil.rmtree(out, ignore_errors=True)
+            os.sync()
             seconds = _process([*command, *case.arguments, "--out", str(out)], case.folder)
             if turn:  # the first round fills the page cache and the compilation cache
                 taken[name].append(seconds)
@@ -189,6 +190,7 @@ def warm(case: Case, repeat: int, doing: Doing) -> list[Figure]:
         for turn in range(repeat):
             for name, worker in workers.items():
                 doing(f"{case.of}: {name}, warm, {turn} of {repeat}")
+                os.sync()  # nobody waits for the disk to take what another has written
                 print("run", file=worker.stdin, flush=True)
                 taken[name].append(float(_reply(name, worker)))
             taken.setdefault("plain write", []).append(_plain_write(out, case.folder))
@@ -243,6 +245,7 @@ def _plain_write(like: Path, folder: Path) -> float:
     content, target = memoryview(bytes(max(sizes))), folder / "plain"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
+    os.sync()
     began = time.perf_counter()
     for number, size in enumerate(sizes):
         with open(target / str(number), "wb", buffering=0) as file:
