@@ -59,6 +59,8 @@ def test_a_trace_uses_them_and_survives_their_damage(tmp_path: Path, run_cli) ->
     for name in ("first", "second", "damaged", "repaired", "without"):
         files = list((tmp_path / "cache").rglob("jit_*"))
         before = {path: path.stat().st_ino for path in files}
+        for number, path in enumerate(files):  # a second name, or the number would be given anew
+            (tmp_path / f"{name}-{number}").hardlink_to(path)
         assert files or name == "first"
         if name == "damaged":
             for path in files:
