@@ -84,12 +84,17 @@ def devices(device: str | None) -> list[Any]:
         raise UserError(f"--device {device}: JAX finds only {found} here ({why})") from None
 
 
+def cpu_count() -> int | None:
+    """The cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 def describe(device: Any) -> dict[str, Any]:
     """What a manifest says about the machine and the libraries."""
     packages = ("jax", "jaxlib", "numpy")
     return {
         "device": f"{device.platform}: {device.device_kind}",
-        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cpu_count": cpu_count(),
         "flags": os.environ.get("XLA_FLAGS", ""),
         "matmul_precision": "highest",
         "versions": {name: importlib.metadata.version(name) for name in packages}

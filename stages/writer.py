@@ -1,6 +1,5 @@
 """Writing a trace: one file a stage, hashed and written beside the computation, manifest last."""
 
-import fcntl
 import os
 import queue
 import threading
@@ -18,6 +17,7 @@ from safetensors.numpy import save as safetensors_bytes
 
 from stages import aprt, manifest
 from stages.errors import UserError
+from stages.lock import lock
 from stages.manifest import FORMATS, FileEntry, Manifest
 from stages.table import STAGE, stage_axes
 
@@ -95,17 +95,6 @@ def _remove(paths: Iterable[Path], keep: Collection[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _lock(directory: Path) -> int:
-    """A descriptor that keeps every other writer out of ``directory`` until it is closed."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"--out {directory}: another process is writing a trace there") from None
-    return descriptor
-
-
 class TraceWriter:
     """A context manager that turns stages into a trace directory.
 
@@ -142,7 +131,8 @@ class TraceWriter:
         with ExitStack() as undo:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
-                undo.callback(os.close, _lock(directory))
+                busy = f"--out {directory}: another process is writing a trace there"
+                undo.callback(os.close, lock(directory, busy))
                 old = replaceable(directory, overwrite or bool(kept))
                 if kept and not (directory / manifest.PARTIAL).exists():
                     raise UserError(f"--out {directory}: another process has just finished it")

@@ -6,7 +6,6 @@ and compared before DESTINATION gets its name; config.json and the tokenizer go 
 """
 
 import argparse
-import fcntl
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from qwen_jax.synthetic import Synthetic
 from qwen_jax.weights import Weights
 from stages import cli
 from stages.errors import UserError
+from stages.lock import lock
 
 FORMATS = {"hf": "Hugging Face safetensors", "orbax": "orbax"}
 NOTE = "CONVERTING"  # the file that says whose a directory is, and that it is unfinished
@@ -101,12 +101,7 @@ def unfinished(destination: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{directory}: {error.strerror}") from None
     (directory / NOTE).touch()
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{directory}: another process is converting there") from None
+    descriptor = lock(directory, f"{directory}: another process is converting there")
     try:
         _clear(directory)  # of a process that was killed
         yield directory

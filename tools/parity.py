@@ -5,7 +5,6 @@ Finished points are kept in --out; the same command goes on where it was interru
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +20,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -29,13 +27,13 @@ from qwen_jax import source
 from qwen_jax.weights import Weights
 from stages import cli
 from stages.errors import NotComparable, UserError
+from stages.lock import lock
 from tools.sweep import grid, report
 from tools.sweep.grid import Point
 from tools.sweep.worker import environment, last_line
 
 SCHEMA = 1
 ROWS, STAMP, TABLE = "points.jsonl", "sweep.json", "table.md"
-WEIGHTS = (".safetensors", ".gguf")
 ROOT = Path(__file__).resolve().parent.parent
 
 Row = dict[str, Any]
@@ -153,10 +151,9 @@ def _summary(
 def read_tokens(args: argparse.Namespace, model: Weights) -> tuple[int, ...]:
     """What the user gave; else the embedded prompt, or, for a model without a tokenizer, ids drawn
     once and for all."""
-    given = args.tokens is not None or args.prompt is not None or args.prompt_file is not None
-    if given or source.load_tokenizer(model) is not None:
+    if source.tokens_given(args) or source.load_tokenizer(model) is not None:
         return source.read_tokens(args, model)
-    return tuple(map(int, np.random.default_rng(0).integers(model.config.vocab_size, size=64)))
+    return source.random_tokens(64, model)
 
 
 # --- finished points
@@ -191,8 +188,10 @@ def finished(out: Path, stamp: Row, overwrite: bool) -> dict[str, Row]:
 
 def _stamp(job: Row, model: Weights, machine: Row) -> Row:
     """What finished points depend on. A change of any of it makes them another sweep's."""
-    files = sorted(model.directory.iterdir()) if model.directory else []
-    weights = [path for path in files if path.suffix in WEIGHTS]
+    files = (
+        [f for f in sorted(model.directory.rglob("*")) if f.is_file()] if model.directory else []
+    )
+    states = {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     code = hashlib.sha256((ROOT / "tools" / "diff.py").read_bytes())
     for package in ("stages", "qwen_jax", "tools/sweep"):
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -200,7 +199,7 @@ def _stamp(job: Row, model: Weights, machine: Row) -> Row:
     tokens = hashlib.sha256(json.dumps(job["tokens"]).encode()).hexdigest()[:16]
     return {
         "schema": SCHEMA,
-        "model": [model.name, {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in weights}],
+        "model": [model.name, states],
         "config": model.config.to_json(),
         "tokens": tokens,
         "machine": machine,
@@ -220,16 +219,13 @@ def _locked(out: Path) -> Iterator[None]:
                 f"--out {out}: holds {strangers[0]!r}, which no sweep wrote; choose an empty "
                 "directory"
             )
-        descriptor = os.open(out, os.O_RDONLY)
+        descriptor = lock(out, f"--out {out}: another sweep is writing there")
     except FileExistsError:
         raise UserError(f"--out {out}: is not a directory") from None
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    except BlockingIOError:
-        raise UserError(f"--out {out}: another sweep is writing there") from None
     finally:
         os.close(descriptor)
 

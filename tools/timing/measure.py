@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import source
+from qwen_jax import runtime, source
 from stages.errors import UserError
 from stages.trace import open_trace
+from tools.sweep.worker import last_line
 from tools.timing.worker import CONTENDERS
 
 Doing = Callable[[str], None]
@@ -114,14 +115,8 @@ def _process(arguments: list[str], folder: Path, **environment: str) -> float:
     )
     seconds = time.perf_counter() - began
     if done.returncode not in (0, 1):  # 1 is a verdict of diff and localize
-        raise UserError(f"{' '.join(arguments)[:100]} failed: {_last_line(done.stderr)}")
+        raise UserError(f"{' '.join(arguments)[:100]} failed: {last_line(done.stderr)}")
     return seconds
-
-
-def _last_line(text: str) -> str:
-    """What a process said before it ended."""
-    lines = text.strip().splitlines()
-    return lines[-1][:300] if lines else "it said nothing"
 
 
 def _seconds(part: str, case: Case, taken: dict[str, list[float]]) -> list[Figure]:
@@ -235,7 +230,7 @@ def _start(name: str, case: Case) -> subprocess.Popen:
 def _reply(name: str, worker: subprocess.Popen) -> str:
     line = worker.stdout.readline()
     if not line:
-        raise UserError(f"{name} failed: {_last_line(worker.communicate()[1])}")
+        raise UserError(f"{name} failed: {last_line(worker.communicate()[1])}")
     return line
 
 
@@ -333,10 +328,9 @@ def machine() -> dict[str, Any]:
         lines = info.read_text().splitlines()
         model = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), model)
     packages = ("jax", "jaxlib", "numpy", "torch", "transformers", "nnsight")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": model,
-        "cores": cores,
+        "cores": runtime.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "versions": {name: importlib.metadata.version(name) for name in packages}
         | {"python": platform.python_version()},
