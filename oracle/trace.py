@@ -4,6 +4,7 @@ import argparse
 
 from qwen_jax import command
 from qwen_jax.checkpoint import Checkpoint
+from qwen_jax.estimate import whole_memory
 from qwen_jax.weights import Weights
 from stages import cli
 from stages.errors import UserError
@@ -26,7 +27,7 @@ def make_engine(model: Weights, args: argparse.Namespace) -> object:
 
 def main(argv: list[str]) -> int:
     parser = command.parser("python -m oracle.trace", __doc__ or "", ("eager",))
-    return command.main(parser.parse_args(argv), "oracle", make_engine)
+    return command.main(parser.parse_args(argv), "oracle", make_engine, whole_memory)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from qwen_jax import source
-from qwen_jax.estimate import peak_memory
 from qwen_jax.weights import EMBEDDING, Weights, layer_names
 from stages import aprt, cli, resume
 from stages.errors import UserError
@@ -74,11 +73,6 @@ class Plan:
     def total(self) -> int:
         """Tensor bytes of all files."""
         return sum(self.bytes(stage) for stage, _ in self.stored)
-
-    @property
-    def memory(self) -> int:
-        """Peak memory of a run, estimated, bytes."""
-        return peak_memory(self.model, len(self.tokens), self.dtype, self.logits)
 
     def header(self, producer: dict[str, Any]) -> Manifest:
         model = {"name": self.model.name, "config": self.model.config.to_json()}
@@ -155,19 +149,30 @@ def make_plan(args: argparse.Namespace, suffix: str) -> Plan:
     return plan
 
 
-def main(args: argparse.Namespace, suffix: str, make_engine: Callable[..., Any]) -> int:
-    """Plan, run the engine that ``make_engine(model, args)`` returns, write, report."""
+def main(
+    args: argparse.Namespace,
+    suffix: str,
+    make_engine: Callable[..., Any],
+    memory: Callable[[Weights, int, str, str], int],
+) -> int:
+    """Plan, run the engine that ``make_engine(model, args)`` returns, write, report.
+
+    ``memory`` is of ``estimate``: what that engine will take, for --dry-run.
+    """
     began = time.perf_counter()
     plan = make_plan(args, suffix)
     if args.dry_run:
-        _dry_run(args, plan)
+        _dry_run(args, plan, memory(plan.model, len(plan.tokens), plan.dtype, plan.logits))
         return 0
     if not args.resume:
-        replaceable(plan.out, args.overwrite)  # said now, not when a large model has been loaded
+        # Said now, not when a large model has been loaded.
+        replaceable(plan.out, args.overwrite)
+        _check_space(plan, [])
     engine = make_engine(plan.model, args)
     header = plan.header(engine.describe())
     kept, start = _resumed(args, plan, header)
-    _check_space(plan, kept)
+    if args.resume:
+        _check_space(plan, kept)
     last: dict[str, np.ndarray] = {}
     try:
         with (
@@ -176,17 +181,21 @@ def main(args: argparse.Namespace, suffix: str, make_engine: Callable[..., Any])
             ) as writer,
             cli.progress("{task.fields[written]}") as bar,
         ):
-            total = plan.model.config.num_hidden_layers
+            total, size = plan.model.config.num_hidden_layers, cli.size(plan.total)
             task = bar.add_task("layers", total=total, written="")
+            shown: int | None = -1
 
             def emit(stage: str, layer: int | None, value: np.ndarray) -> None:
+                nonlocal shown
                 if plan.want(stage, layer):
                     writer.add(stage, layer, value)
                 if stage == "lm_head":
                     last["logits"] = value if plan.logits == "last" else value[-1]
                 writer.note()
-                written = f"{cli.size(writer.bytes)} of {cli.size(plan.total)}"
-                bar.update(task, completed=total if layer is None else layer, written=written)
+                if layer != shown:  # once a layer: it adds up all files
+                    shown = layer
+                    written = f"{cli.size(writer.bytes)} of {size}"
+                    bar.update(task, completed=total if layer is None else layer, written=written)
 
             engine.run(plan.tokens, plan.logits, plan.want, emit, start)
             weights = dict(sorted(plan.model.hashes.items()))
@@ -264,12 +273,12 @@ def _check_space(plan: Plan, kept: list[FileEntry]) -> None:
         )
 
 
-def _dry_run(args: argparse.Namespace, plan: Plan) -> None:
-    show = cli.report(args.json, _summary(plan) | {"peak_memory_bytes": plan.memory})
+def _dry_run(args: argparse.Namespace, plan: Plan, memory: int) -> None:
+    show = cli.report(args.json, _summary(plan) | {"peak_memory_bytes": memory})
     show.print(_table(plan))
     show.print(
         f"dry run: nothing was computed or written; --out would be {plan.out!s}/, "
-        f"peak memory about {cli.size(plan.memory)}"
+        f"peak memory about {cli.size(memory)}"
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import partial
 
 from qwen_jax import command, source
+from qwen_jax.estimate import peak_memory
 from qwen_jax.processes import Group
 from qwen_jax.weights import EMBEDDING, Weights
 from stages import cli
@@ -121,7 +122,7 @@ def main(argv: list[str]) -> int:
     add_mesh_arguments(parser)
     args = parser.parse_args(argv)
     args.group = make_group(args)
-    run = partial(command.main, args, "trace", make_engine)
+    run = partial(command.main, args, "trace", make_engine, peak_memory)
     if args.group is None:
         return run()
     with args.group:

@@ -167,9 +167,14 @@ def test_the_mark_says_what_is_whole(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "asked", [["--tokens=random:700"], ["--model=synthetic:3b:2", "--tokens=random:8"]]
+    ("module", "asked"),
+    [
+        ("qwen_jax.trace", ["--tokens=random:700"]),
+        ("qwen_jax.trace", ["--model=synthetic:3b:2", "--tokens=random:8"]),
+        ("oracle.trace", []),
+    ],
 )
-def test_peak_memory_is_told_beforehand(run_cli, asked):
-    told = json.loads(run_cli("qwen_jax.trace", *asked, "--dry-run", "--json=-").stdout)
-    done = json.loads(run_cli("qwen_jax.trace", *asked, "--json=-").stdout)
+def test_peak_memory_is_told_beforehand(run_cli, module, asked):
+    told = json.loads(run_cli(module, *asked, "--dry-run", "--json=-").stdout)
+    done = json.loads(run_cli(module, *asked, "--json=-").stdout)
     assert 0.75 < told["peak_memory_bytes"] / done["peak_memory_bytes"] < 1.33
