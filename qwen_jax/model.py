@@ -162,9 +162,10 @@ def attn_scores(config: Config, p: LayerParams, env: Env, q: Array, k: Array) ->
     Hugging Face rounds q.k before it scales; the scale itself is a float32 number.
     """
     batch, length, n, h = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], -1, h)
-    products = _contract(grouped, k, ((4,), (3,)), ((0, 2), (0, 2)))  # [B, K, T, G, S]
-    products = lax.transpose(products, (0, 1, 3, 2, 4)).reshape(batch, n, length, k.shape[1])
+    # The queries change places, not the products, which are many more: [B, K, G, T, H]
+    grouped = lax.transpose(q.reshape(batch, length, k.shape[2], -1, h), (0, 2, 3, 1, 4))
+    products = _contract(grouped, k, ((4,), (3,)), ((0, 1), (0, 2)))  # [B, K, G, T, S]
+    products = products.reshape(batch, n, length, k.shape[1])
     return _round(products, q.dtype) * np.asarray(h**-0.5, products.dtype)
 
 
