@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qwen_jax import model, trace
 from stages import aprt, cli
-from stages.compare import compare, compare_logits
+from stages.compare import _largest, compare, compare_logits
 from stages.errors import NotComparable, UserError
 from stages.mask import causal_mask
 from stages.table import LAYER_STAGES
@@ -136,6 +136,15 @@ def test_logits():
     assert found.kl_max == pytest.approx((p * np.log(p / q)).sum())
     a[0, 0] = np.nan
     assert compare_logits(a, b).argmax_equal == 0
+
+
+@given(
+    st.lists(st.sampled_from([-2.0, -0.0, 0.0, 1.0, np.inf, -np.inf, np.nan]), min_size=1),
+    st.integers(1, 5),
+)
+def test_the_largest_are_those_of_a_full_stable_sort(values, count):
+    x, count = np.array(values), min(count, len(values))
+    assert _largest(x, count).tolist() == np.argsort(-x, kind="stable")[:count].tolist()
 
 
 def test_nothing_compared_is_an_error():

@@ -5,6 +5,7 @@ This is *accumulated* error: what arrived at a stage together with what was crea
 """
 
 import argparse
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from qwen_jax import source
 from stages import cli, preflight
-from stages.compare import Difference, LogitsDifference, coarser, compare, compare_logits
+from stages.compare import BLOCK, Difference, LogitsDifference, coarser, compare, compare_logits
 from stages.errors import NotComparable
 from stages.mask import layer_mask
 from stages.slices import head_count
@@ -87,9 +88,12 @@ def compare_traces(
         mask = layer_mask(config, layer, len(b.tokens)) if stage == "attn_scores" else None
         return compare(x, y, axes, dtype, mask, head_count(axes, config))
 
+    # Two threads hand Python's lock to each other at every call into NumPy, which takes longer than
+    # a small stage does.
+    large = [key for key in keys if math.prod(b.entries[key].shape) > BLOCK]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(keys, pool.map(one, keys), strict=True))
-    return found, logits[0] if logits else None
+        found = dict(zip(large, pool.map(one, large), strict=True))
+    return {key: found.get(key) or one(key) for key in keys}, logits[0] if logits else None
 
 
 def main(argv: list[str]) -> int:
