@@ -1,12 +1,13 @@
 """Hugging Face Qwen2 checkpoints: are all tensors there, in which shard, reading and writing them.
 
-Imports neither jax nor torch. Shards are opened lazily and nothing is kept open after a read: pages
-of a mapped file count as memory of the process for as long as it is mapped.
+Imports neither jax nor torch. Shards are opened lazily and read, not mapped: pages of a mapped file
+count as memory of the process for as long as it is mapped.
 """
 
 import json
 import math
 import os
+import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -47,6 +48,8 @@ class Checkpoint(Weights):
         self._dtypes: dict[str, np.dtype] = {}
         self._places: dict[str, int] = {}  # where a tensor's bytes begin in its file
         self._states: dict[Path, tuple[int, int]] = {}
+        self._opened: dict[Path, int] = {}  # descriptors
+        weakref.finalize(self, _close, self._opened)
         self._check()
 
     def _locate(self) -> dict[str, Path]:
@@ -122,15 +125,16 @@ class Checkpoint(Weights):
         at = self._places[name] + start * (out.nbytes // len(out))
         left = memoryview(out.reshape(-1).view(np.uint8))
         try:
-            with open(path, "rb", buffering=0) as file:
-                if _state(file.fileno()) != self._states[path]:
-                    raise UserError(f"{path}: was changed while it was being read")
-                file.seek(at)
-                while left:
-                    count = file.readinto(left)
-                    if not count:
-                        raise UserError(f"{path}: ends within {name}; it was cut short")
-                    left = left[count:]
+            if path not in self._opened:  # once, not for every row of the embedding
+                self._opened[path] = os.open(path, os.O_RDONLY)
+            file = self._opened[path]
+            if _state(path) != self._states[path]:  # replaced or written to
+                raise UserError(f"{path}: was changed while it was being read")
+            while left:
+                count = os.preadv(file, [left], at)
+                if not count:
+                    raise UserError(f"{path}: ends within {name}; it was cut short")
+                left, at = left[count:], at + count
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -142,7 +146,12 @@ def _open(path: Path) -> safetensors.safe_open:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def _state(file: Path | int) -> tuple[int, int]:
+def _close(opened: dict[Path, int]) -> None:
+    for file in opened.values():
+        os.close(file)
+
+
+def _state(file: Path) -> tuple[int, int]:
     """What tells that a file was changed."""
     found = os.stat(file)
     return found.st_size, found.st_mtime_ns

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import jax
@@ -114,21 +115,18 @@ class JaxEngine:
             sliding: put(make_env(config, positions, valid, sliding))
             for sliding in set(config.sliding_layers) | {False}
         }
-        if resume:
-            first, x, pending = resume[0], put(resume[1]), []
-        else:
-            # The embedding is most of a small model: only the rows in use are kept.
-            rows, index = np.unique(tokens, return_inverse=True)
-            table = self.model.gather(EMBEDDING, rows)
-            table = self._place(params.StartParams(embed_tokens=table))
-            given = put({TOKENS: index.reshape(tokens.shape).astype(np.int32)})
-            first, x = 0, self._start(table, envs[False], given)["embedding"]
-            pending = [("embedding", 0, x)]
-        numbers = range(first, config.num_hidden_layers)
-        with _ahead(self._layers(numbers)) as weights:
-            for layer, loaded in zip(numbers, weights, strict=True):
+        numbers = range(resume[0] if resume else 0, config.num_hidden_layers)
+        with _ahead(chain(self._layers(numbers), self._heads())) as weights:
+            if resume:
+                x, pending = put(resume[1]), []
+            else:
+                table, index = self._embedding(tokens)
+                given = put({TOKENS: index})
+                x = self._start(table, envs[False], given)["embedding"]
+                pending = [("embedding", 0, x)]
+            for layer in numbers:
                 sliding = config.sliding_layers[layer]
-                values = self._layer(self._place(loaded), envs[sliding], {LAYER_INPUT: x})
+                values = self._layer(next(weights), envs[sliding], {LAYER_INPUT: x})
                 x = values["post_ffn_residual"]
                 # JAX dispatches asynchronously: fetch the last layer while this one computes.
                 self._fetch(pending, want, emit)
@@ -139,12 +137,12 @@ class JaxEngine:
                 del values
                 # Not earlier: this layer's weights make room for those after the next (_layers).
                 jax.block_until_ready(x)
-        end = self._place(params.EndParams(norm=self.model.read(NORM), lm_head=None))
-        norm = self._norm(end, envs[False], {"post_ffn_residual": x})["final_norm"]
-        self._fetch(pending, want, emit)
-        self._fetch([("final_norm", None, norm)], want, emit)
-        kept = norm[:, -1:] if logits == "last" else norm
-        head = self._logits(envs[False], kept)
+            end = self._place(params.EndParams(norm=self.model.read(NORM), lm_head=None))
+            norm = self._norm(end, envs[False], {"post_ffn_residual": x})["final_norm"]
+            self._fetch([*pending, ("final_norm", None, norm)], want, emit)
+            if logits == "last":
+                norm = put(self._host("final_norm", norm)[:, -1:])
+            head = self._logits(weights, envs[False], norm)
         emit("lm_head", None, head[:, 0] if logits == "last" else head)
 
     def _put(self, values: Any) -> Any:
@@ -164,8 +162,20 @@ class JaxEngine:
             if want(stage, layer):
                 emit(stage, layer, self._host(stage, value))
 
+    def _embedding(self, tokens: np.ndarray) -> tuple[params.StartParams, np.ndarray]:
+        """The rows in use, for the embedding is most of a small model, and the tokens renumbered
+        to them."""
+        rows, index = np.unique(tokens, return_inverse=True)
+
+        def load(key: tuple[str, bytes]) -> params.StartParams:
+            return params.StartParams(embed_tokens=self.model.gather(EMBEDDING, rows))
+
+        table = self._keep((EMBEDDING, rows.tobytes()), load)
+        return table, index.reshape(tokens.shape).astype(np.int32)
+
     def _layers(self, numbers: Iterable[int]) -> Iterator[params.LayerParams]:
-        """Each layer's weights, in memory that those of the layer after the next will have."""
+        """Each layer's weights on the device, on the host in memory that those of the layer after
+        the next will have."""
         memory: dict[int, dict[str, np.ndarray]] = {}
 
         def load(layer: int) -> params.LayerParams:
@@ -183,11 +193,12 @@ class JaxEngine:
             yield self._keep(layer, load)
 
     def _keep(self, key: Any, load: Callable) -> Any:
-        """``load(key)``; from the second time on as it lies on the device, if weights are kept."""
+        """The parameter class ``load(key)`` on the device; if weights are kept, from the second
+        time on as it lies there."""
         if self._kept is None:
-            return load(key)
+            return self._place(load(key))
         if key not in self._kept:
-            self._kept[key] = jax.device_put(load(key), self.device)
+            self._kept[key] = self._place(load(key))
         return self._kept[key]
 
     def _host_dtype(self, name: str) -> np.dtype:
@@ -195,35 +206,34 @@ class JaxEngine:
         stored = self.model.dtype(name)
         return host_dtype(stored, self.dtype) if self.device.platform == "cpu" else stored
 
-    def _logits(self, env: Env, x: Any) -> np.ndarray:
+    def _logits(self, heads: Iterator[params.EndParams], env: Env, x: Any) -> np.ndarray:
         """[B, T, D] -> [B, T, V], the head applied in blocks of the vocabulary."""
-        vocabulary = self.model.config.vocab_size
-        found = np.empty((*x.shape[:2], vocabulary), self.dtype)
-        with _ahead(self._heads()) as heads:
-            for first, rows in heads:
-                end = self._place(params.EndParams(norm=None, lm_head=rows))
-                part = self._head(end, env, {"final_norm": x})["lm_head"]
-                found[..., first : first + len(rows)] = self._host("lm_head", part)
+        found = np.empty((*x.shape[:2], self.model.config.vocab_size), self.dtype)
+        first = 0
+        for end in heads:
+            part = self._host("lm_head", self._head(end, env, {"final_norm": x})["lm_head"])
+            found[..., first : first + part.shape[-1]] = part
+            first += part.shape[-1]
         return found
 
-    def _heads(self) -> Iterator[tuple[int, np.ndarray]]:
-        """The head as (first row, rows), in memory that the block after the next will have."""
+    def _heads(self) -> Iterator[params.EndParams]:
+        """The head in blocks of the vocabulary, as ``_layers`` gives layers."""
         name = head_name(self.model.config)
         count, width = self.model.shapes[name]
         most = HEAD_BLOCK // (width * compute_dtype(self.dtype).itemsize)
         step = self.parts * _even_step(count // self.parts, most // self.parts)
         memory: dict[int, np.ndarray] = {}
 
-        def load(key: tuple[str, int]) -> np.ndarray:
+        def load(key: tuple[str, int]) -> params.EndParams:
             first = key[1]
             if (place := first // step % 2) not in memory or self._kept is not None:
                 memory[place] = aligned_empty((step, width), self._host_dtype(name))
             rows = memory[place][: count - first]
             self.model.load(name, first, rows)
-            return rows
+            return params.EndParams(norm=None, lm_head=rows)
 
         for first in range(0, count, step):
-            yield first, self._keep((name, first), load)
+            yield self._keep((name, first), load)
 
 
 def _even_step(count: int, most: int) -> int:
@@ -235,11 +245,12 @@ def _even_step(count: int, most: int) -> int:
 
 @contextmanager
 def _ahead(items: Iterator) -> Iterator[Iterator]:
-    """The same items, each made while the one before it is in use."""
+    """The same items, each made while the one before it is in use, the first from now on."""
     with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
 
         def each() -> Iterator:
-            following = pool.submit(next, items, None)
+            nonlocal following
             while (item := following.result()) is not None:
                 following = pool.submit(next, items, None)
                 yield item
