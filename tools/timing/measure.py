@@ -98,25 +98,35 @@ def on_disk(model: str, scratch: Path, doing: Doing) -> Path:
     return directory
 
 
-def _process(arguments: list[str], folder: Path, **environment: str) -> float:
-    """Seconds of one whole process.
+def _process(arguments: list[str], folder: Path) -> float:
+    """Seconds of one whole process. Raises UserError if it failed."""
+    return _usage(arguments, folder)[0]
+
+
+def _usage(arguments: list[str], folder: Path) -> tuple[float, int]:
+    """Seconds of one whole process, and the most resident memory it had, bytes.
 
     Raises:
         UserError: it failed.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     began = time.perf_counter()
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": path} | environment,
-        capture_output=True,
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
     )
+    with process.stderr:
+        said = process.stderr.read()
+    _, status, used = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
-    if done.returncode not in (0, 1):  # 1 is a verdict of diff and localize
-        raise UserError(f"{' '.join(arguments)[:100]} failed: {last_line(done.stderr)}")
-    return seconds
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in (0, 1):  # 1 is a verdict of diff and localize
+        raise UserError(f"{' '.join(arguments)[:100]} failed: {last_line(said)}")
+    return seconds, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _seconds(part: str, case: Case, taken: dict[str, list[float]]) -> list[Figure]:
@@ -289,7 +299,8 @@ def _compare(first: Path, second: Path) -> float:
 
 
 def memory(model: str, length: int, bar: int, scratch: Path, doing: Doing) -> list[Figure]:
-    """Peak memory of a trace of all stages, in float32, and what --dry-run had said of it."""
+    """Peak memory of a trace of all stages, in float32, what --dry-run had said of it, and that of
+    localize."""
     directory = on_disk(model, scratch, doing)
     doing(f"{model}, {length} tokens: memory")
     out, told = scratch / "memory-trace", scratch / "memory.json"
@@ -299,6 +310,8 @@ def memory(model: str, length: int, bar: int, scratch: Path, doing: Doing) -> li
     expected = json.loads(told.read_text())["peak_memory_bytes"]
     seconds = _process(arguments, scratch)
     found = json.loads(told.read_text())
+    doing(f"{model}, {length} tokens: memory of localize")
+    judging, most = _usage(["tools.localize", str(out), "--model", str(directory)], scratch)
     shutil.rmtree(out)
     shutil.rmtree(directory)
 
@@ -311,6 +324,8 @@ def memory(model: str, length: int, bar: int, scratch: Path, doing: Doing) -> li
         figure("as --dry-run had said", expected / 2**30, "GiB"),
         figure("whole process", seconds, "s"),
         figure("trace", found["file_bytes"] / 2**30, "GiB"),
+        figure("localize, peak resident memory", most / 2**30, "GiB", bar / 2**30),
+        figure("localize, whole process", judging, "s"),
     ]
 
 
