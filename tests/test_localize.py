@@ -4,15 +4,21 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
+from qwen_jax import params, replay, source
+from qwen_jax.model import make_env
 from stages import aprt
-from stages.table import STAGE
+from stages.table import LAYER_INPUT, LAYER_STAGES, STAGE, stage_shape
+from stages.trace import open_trace
 from stages.verdict import class_of
 from tests.planted import checkpoints, engine, faults
 from tests.planted.matrix import Bench, cosine, make_bench, markdown, rows, summary
 from tools import localize
+from tools.localizer import case
 from tools.localizer.report import faults as faulty
 from tools.localizer.report import sentence
 
@@ -245,8 +251,6 @@ def test_a_damaged_value_is_found(directory, tmp_path):
     values = aprt.read(path, 1).copy()
     values[1000] += 0.05 * np.abs(values).max()
     engine.write_aprt(path, 1, values)
-    from stages.trace import open_trace
-
     report = localize.localize(open_trace(dump, bench.layout), bench.model, lambda item: None)
     (fault,) = faulty(report)
     assert (fault.stage, fault.layer) == ("ffn_up", 1)
@@ -255,3 +259,33 @@ def test_a_damaged_value_is_found(directory, tmp_path):
 def test_rows_are_selected_by_name(directory):
     bench = make_bench("small", "f32", directory, length=24)
     assert [row.fault for row in rows(bench, "one", "act_relu")] == ["ffn_silu.act_relu"]
+
+
+def test_a_linear_stage_in_slices_of_its_weight_is_the_same(directory, tmp_path, monkeypatch):
+    bench = make_bench("small", "f32", directory, length=24)
+    trace = open_trace(bench.right.dump(tmp_path / "dump"), bench.layout)
+    whole_trace = replay.Replay(trace, bench.model, np.dtype("float32"), unoptimised=True)
+    for name in case.LINEAR_WEIGHTS:
+        layer = None if name == "lm_head" else 1
+        whole = case.Case(whole_trace, STAGE[name], layer)
+        expected = np.asarray(whole.exact), np.asarray(whole.size)
+        with monkeypatch.context() as patch:
+            patch.setattr(case, "WIDENED", 700)
+            sliced = case.Case(whole_trace, STAGE[name], layer)
+            assert sliced.exact.shape == whole.dump.shape
+            np.testing.assert_allclose(sliced.exact, expected[0], rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(sliced.size, expected[1], rtol=1e-5)
+
+
+def test_weights_are_widened_one_after_the_other():
+    """A layer of the 7B is 1.7 GiB in float64; its largest weight 0.5."""
+    model = source.open_model("synthetic:7b:1")
+    shapes = {s.name: stage_shape(s, model.config.dims(8)) for s in LAYER_STAGES}
+    shapes[LAYER_INPUT] = shapes["ffn_out"]
+    dumps = {n: jax.ShapeDtypeStruct((1, *shape), np.float32) for n, shape in shapes.items()}
+    position = np.arange(8)[None]
+    env = make_env(model.config, position, np.ones_like(position, bool), False)
+    weights = params.abstract(model.config, np.dtype(ml_dtypes.bfloat16)).layers[0]
+    program = replay.compiled(LAYER_STAGES, model.config, np.dtype("float32"))
+    compiled = program.lower(weights, env, dumps, {}).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.7 * 2**30

@@ -1,7 +1,7 @@
 """One suspect stage, with everything that is needed to try an explanation on it."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,12 +13,24 @@ from qwen_jax import params
 from qwen_jax.config import Config
 from qwen_jax.model import FUNCTIONS, Env
 from qwen_jax.replay import Replay, size_squared
-from qwen_jax.weights import Weights
+from qwen_jax.weights import NORM, Weights, head_name, layer_names
 from stages import verdict
 from stages.slices import head_count
 from stages.table import END_STAGES, LAYER_INPUT, STAGE, TOKENS, Stage
 
 Array = Any
+
+WIDENED = 1 << 25  # elements of a weight in float64 at a time: the head of a 72B has 1.2 G
+
+# The matrices of a linear stage, in the order of their output channels.
+LINEAR_WEIGHTS = {
+    "qkv_matmul": ("q_proj", "k_proj", "v_proj"),
+    "attn_out": ("o_proj",),
+    "ffn_gate": ("gate_proj",),
+    "ffn_up": ("up_proj",),
+    "ffn_out": ("down_proj",),
+    "lm_head": ("lm_head",),
+}
 
 
 def source_of(name: str, layer: int | None, last_layer: int) -> tuple[str, int | None]:
@@ -32,7 +44,7 @@ def source_of(name: str, layer: int | None, last_layer: int) -> tuple[str, int |
 
 @dataclass
 class Case:
-    """A stage of a layer: its dump, its inputs, its weights, all in float64 with a batch axis.
+    """A stage of a layer: its dump and its inputs in float64 with a batch axis, and its weights.
 
     Attributes:
         overrides: dumps replaced by other values: (stage, layer) -> array. What is not dumped is
@@ -64,19 +76,26 @@ class Case:
 
     @cached_property
     def weights(self) -> Any:
-        """The parameters of the layer, or of the start or end of the model."""
+        """The parameters of the layer, or of the start or end of the model, see ``parameters``."""
         if self.stage.scope == "start":
-            return _exact(self.replay.start_params()[0])
-        if self.layer is None:
-            return self.end_weights
-        return self.layer_weights(self.layer)
+            return jax.tree.map(_exact, self.replay.start_params()[0])
+        return self.parameters(self.layer)
 
-    @cached_property
-    def end_weights(self) -> params.EndParams:
-        return _exact(params.end_params(self.model))
+    def parameters(self, layer: int | None, stage: str | None = None) -> Any:
+        """What a stage (default: this one) of any layer may need: vectors in float64, and its own
+        matrices as they are stored. The other matrices are None."""
+        if layer is None:
+            kind, names = params.EndParams, {"norm": NORM, "lm_head": head_name(self.config)}
+        else:
+            kind, names = params.LayerParams, layer_names(layer)
+        matrices = LINEAR_WEIGHTS.get(stage or self.stage.name, ())
 
-    def layer_weights(self, layer: int) -> params.LayerParams:
-        return _exact(params.layer_params(self.model, layer))
+        def read(field: str, name: str) -> Array | None:
+            if len(self.model.shapes[name]) == 1:
+                return _exact(self.model.read(name))
+            return self.model.read(name) if field in matrices else None
+
+        return kind(**{field: read(field, name) for field, name in names.items()})
 
     @cached_property
     def dump(self) -> Array:
@@ -127,8 +146,11 @@ class Case:
 
     @cached_property
     def size(self) -> Array:
-        value = FUNCTIONS[self.stage.name](self.config, self.weights, self.env, *self.inputs)
-        found = size_squared(self.stage, self.config, self.weights, self.env, self.inputs, value)
+        def squared(weights: Any) -> Array:
+            value = FUNCTIONS[self.stage.name](self.config, weights, self.env, *self.inputs)
+            return size_squared(self.stage, self.config, weights, self.env, self.inputs, value)
+
+        found = _applied(self.stage.name, squared, self.weights)
         return self.shaped(found.astype(jnp.float64))
 
     def shaped(self, value: Array) -> Array:
@@ -149,13 +171,11 @@ class Case:
         for place, value in enumerate(inputs):
             if value is not None:
                 given[place] = value
-        result = FUNCTIONS[name](
-            config or self.config,
-            self.weights if weights is None else weights,
-            env or self.env,
-            *given,
-        )
-        return self.shaped(result)
+
+        def function(weights: Any) -> Array:
+            return FUNCTIONS[name](config or self.config, weights, env or self.env, *given)
+
+        return self.shaped(_applied(name, function, self.weights if weights is None else weights))
 
     def scored(self, candidate: Array, focus: Array | None = None) -> float:
         """The significant bits that the dump has if ``candidate`` is what it should be.
@@ -183,8 +203,25 @@ class Case:
         return head_count(self.stage.axes, self.config.to_json())
 
 
-def _exact(tree: Any) -> Any:
-    return jax.tree.map(lambda w: jnp.asarray(w).astype(jnp.float64), tree)
+def _exact(weight: Array) -> Array:
+    return jnp.asarray(weight).astype(jnp.float64)
+
+
+def _applied(stage: str, function: Callable[[Any], Array], weights: Any) -> Array:
+    """``function(weights)``; of a linear stage for some output channels after the other, so that
+    no matrix has to be in float64 as a whole."""
+    names = LINEAR_WEIGHTS.get(stage)
+    if names is None:
+        return function(weights)
+    matrices = {name: getattr(weights, name) for name in names}
+    none = {name: jnp.zeros((0, matrix.shape[1])) for name, matrix in matrices.items()}
+    parts = []
+    for name, matrix in matrices.items():
+        step = max(1, WIDENED // matrix.shape[1])
+        for first in range(0, len(matrix), step):
+            rows = {name: _exact(matrix[first : first + step])}
+            parts.append(function(replace(weights, **none | rows)))
+    return jnp.concatenate(parts, -1)
 
 
 def consumers(stage: str, layer: int | None, last_layer: int) -> Iterator[tuple[str, int | None]]:

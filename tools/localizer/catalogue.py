@@ -16,7 +16,7 @@ import numpy as np
 from qwen_jax import model, params, rope
 from qwen_jax.model import Env
 from stages.table import LAYER_INPUT, STAGE, STAGES
-from tools.localizer.case import Case
+from tools.localizer.case import LINEAR_WEIGHTS, Case
 
 Array = Any
 Candidates = Iterator[tuple[str, Array]]
@@ -55,14 +55,6 @@ NORM_WEIGHT = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "final_norm": "norm",
-}
-LINEAR_WEIGHTS = {
-    "qkv_matmul": ("q_proj", "k_proj", "v_proj"),
-    "attn_out": ("o_proj",),
-    "ffn_gate": ("gate_proj",),
-    "ffn_up": ("up_proj",),
-    "ffn_out": ("down_proj",),
-    "lm_head": ("lm_head",),
 }
 
 
@@ -165,11 +157,11 @@ def _(case: Case) -> Candidates:
 @mistake("norm_weight_swapped", "weight of another norm: {}", NORMS)
 def _(case: Case) -> Candidates:
     layer = case.last_layer if case.layer is None else case.layer
-    around = case.layer_weights(layer)
+    around = case.parameters(layer)
     weights = {
         "attn_norm": around.input_layernorm,
         "ffn_norm": around.post_attention_layernorm,
-        "final_norm": case.end_weights.norm,
+        "final_norm": case.parameters(None).norm,
     }
     for name, weight in weights.items():
         if name != case.stage.name:
@@ -180,7 +172,7 @@ def _(case: Case) -> Candidates:
 def _(case: Case) -> Candidates:
     field = NORM_WEIGHT[case.stage.name]
     for layer in _other_layers(case):
-        weights = case.layer_weights(layer)
+        weights = case.parameters(layer)
         for name in (field,) if case.layer is not None else NORM_WEIGHT_FIELDS:
             yield str(layer), _with_norm(case, getattr(weights, name))
 
@@ -254,7 +246,7 @@ def _(case: Case) -> Candidates:
 @mistake("weight_other_layer", "weight of layer {}", "qkv_matmul attn_out ffn_gate ffn_up ffn_out")
 def _(case: Case) -> Candidates:
     for layer in _other_layers(case):
-        others = case.layer_weights(layer)
+        others = case.parameters(layer)
         yield str(layer), case.run(weights=others)
         fields = LINEAR_WEIGHTS[case.stage.name]
         for name in fields if len(fields) > 1 else ():
@@ -316,7 +308,8 @@ def _(case: Case) -> Candidates:
 
 @mistake("gate_up_swapped", "gate and up projections swapped", "ffn_gate ffn_up", None)
 def _(case: Case) -> Candidates:
-    yield "", case.run(stage="ffn_up" if case.stage.name == "ffn_gate" else "ffn_gate")
+    other = "ffn_up" if case.stage.name == "ffn_gate" else "ffn_gate"
+    yield "", case.run(stage=other, weights=case.parameters(case.layer, other))
 
 
 @mistake(
@@ -324,8 +317,7 @@ def _(case: Case) -> Candidates:
 )
 def _(case: Case) -> Candidates:
     if not case.config.tie_word_embeddings:
-        table = jnp.asarray(_embedding_table(case)).astype(jnp.float64)
-        yield "", case.run(weights=replace(case.weights, lm_head=table))
+        yield "", case.run(weights=replace(case.weights, lm_head=_embedding_table(case)))
 
 
 @mistake("logits_wrong_position", "logits of {}", "lm_head", None)
@@ -390,7 +382,7 @@ def _(case: Case) -> Candidates:
 @mistake("bias_other_layer", "bias of layer {}", "qkv_bias")
 def _(case: Case) -> Candidates:
     for layer in _other_layers(case):
-        w = case.layer_weights(layer)
+        w = case.parameters(layer)
         yield str(layer), _with_bias(case, w.q_bias, w.k_bias, w.v_bias)
 
 
