@@ -1,8 +1,8 @@
 """One contender in a process of its own: ``python -m tools.timing.worker``, a job as JSON on stdin.
 
-It loads its model, runs once to be warm, and says so. Then every further line on stdin is one run,
-and every line on stdout the seconds that it took; contenders take turns, so that a busy machine
-hits all of them alike.
+It loads its model, runs twice to be warm (the first run compiles; with the second, memory stops
+growing), and says so. Then every further line on stdin is one run, and every line on stdout the
+seconds that it took; contenders take turns, so that a busy machine hits all of them alike.
 """
 
 import json
@@ -109,7 +109,9 @@ def main() -> None:
         command.parser("trace", "", ("xla",)).parse_args(arguments), job["contender"]
     )
     run = CONTENDERS[job["contender"]](plan)
-    run()
+    for _ in range(2):
+        shutil.rmtree(Path(job["out"]), ignore_errors=True)
+        run()
     print("warm", file=replies, flush=True)
     for _ in sys.stdin:
         shutil.rmtree(Path(job["out"]), ignore_errors=True)
