@@ -309,12 +309,13 @@ def test_masks_are_those_of_transformers(length: int, window: int) -> None:
     valid[1, : length // 3] = False
     positions = np.maximum(np.cumsum(valid, 1) - 1, 0)
     for sliding, create in ((False, create_causal_mask), (True, create_sliding_window_causal_mask)):
+        # By position: the cache, None, is called past_key_values before transformers 5.24.
         mask = create(
-            config=theirs,
-            inputs_embeds=torch.zeros(2, length, 4),
-            attention_mask=torch.from_numpy(valid),
-            past_key_values=None,
-            position_ids=torch.from_numpy(positions),
+            theirs,
+            torch.zeros(2, length, 4),
+            torch.from_numpy(valid),
+            None,
+            torch.from_numpy(positions),
         )
         assert mask.shape == (2, 1, length, length)
         ours = make_env(from_hf(raw), positions, valid, sliding).mask
