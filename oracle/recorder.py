@@ -1,14 +1,17 @@
-"""The 20 stages of a Hugging Face Qwen2, through transformers' public extension points.
+"""The stages of a Hugging Face model, through transformers' public extension points.
 
 Module hooks and the attention interface; no fork of the model's source. What runs is the stock
-eager model: the recorder only reads, so the logits are the stock model's bit for bit.
+eager model: the recorder only reads, so the logits are the stock model's bit for bit. Where a stage
+is captured is derived from the stage table: see ``Recorder``.
 """
 
+import importlib
 import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
 from contextlib import ExitStack
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -17,13 +20,12 @@ import torch
 import transformers
 from torch.nn import functional
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from transformers.modeling_utils import AttentionInterface
-from transformers.models.qwen2 import modeling_qwen2
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from qwen_jax.checkpoint import Checkpoint
-from qwen_jax.weights import expected_shapes
+from qwen_jax.weights.base import Weights
+from qwen_jax.weights.huggingface import HuggingFaceWeights
+from stages.architecture import ACTIVATION, Architecture, Key, Stage
 from stages.errors import UserError
-from stages.table import computation_order
 
 Want = Callable[[str, int | None], bool]
 Emit = Callable[[str, int | None, np.ndarray], None]
@@ -42,58 +44,83 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 class Recorder(ExitStack):
     """Hooks on one model until the ``with`` block ends. ``record(stage, layer, tensor)`` is called
     as each stage is computed; tensors come as one sequence, without the batch axis, in the axes of
-    the stage table."""
+    the stage table.
 
-    def __init__(self, model: modeling_qwen2.Qwen2ForCausalLM, record: Callable[..., None]) -> None:
+    Where a stage is found follows from its row: one with a parameter is the output of the module
+    that holds it, the activation that of the module of its name, the layer's output that of the
+    layer. One without is what such a module reads, if nothing else is. What lies between q, k, v
+    and ``attention`` goes through the attention interface.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tables: Architecture, record: Callable[..., None]
+    ) -> None:
         super().__init__()
         self.record = record
+        self.code = modeling(tables)
         self._parts: dict[str, torch.Tensor] = {}  # q, k, v on their way to one tensor
-        core = model.model
-        self._output(core.embed_tokens, "embedding", 0)
-        for index, layer in enumerate(core.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            self._output(layer.input_layernorm, "attn_norm", index)
-            for part in "qkv":
-                self._projection(getattr(attention, f"{part}_proj"), part, index)
-            attention.recorder = self  # found by ``_attention`` through the module it is given
-            self.callback(delattr, attention, "recorder")
-            self._output(attention.o_proj, "attn_out", index)
-            self._input(layer.post_attention_layernorm, "post_attn_residual", index)
-            self._output(layer.post_attention_layernorm, "ffn_norm", index)
-            self._output(mlp.gate_proj, "ffn_gate", index)
-            self._output(mlp.up_proj, "ffn_up", index)
-            self._output(mlp.act_fn, "ffn_silu", index)
-            self._input(mlp.down_proj, "ffn_swigl", index)
-            self._output(mlp.down_proj, "ffn_out", index)
-            self._output(layer, "post_ffn_residual", index)
-        self._output(core.norm, "final_norm", None)
+        for row in (*tables.start_stages, *tables.end_stages[:-1]):
+            module = model.get_submodule(tables.parameter[row.parameters[0]].module)
+            self._output(module, row, row.layer_of(0))
+        core = model.get_submodule("model.layers")
+        for index, layer in enumerate(core):
+            for row in tables.layer_stages:
+                self._hook(layer, index, row, tables)
+            layer.self_attn.recorder = self  # found by ``_attention`` through its module
+            self.callback(delattr, layer.self_attn, "recorder")
 
-    def _output(self, module: torch.nn.Module, stage: str, layer: int | None) -> None:
+    def _hook(self, layer: torch.nn.Module, index: int, row: Stage, tables: Architecture) -> None:
+        """Capture one stage of one layer, unless the attention interface does."""
+        modules = [tables.parameter[name].module for name in row.parameters]
+        if row is tables.layer_output:
+            self._output(layer, row, index)
+        elif row.linear and len(modules) > 1:
+            for name in modules:
+                self._projection(layer.get_submodule(name), name, modules, index)
+        elif row.kind is ACTIVATION:
+            self._output(layer.get_submodule("mlp.act_fn"), row, index)
+        elif len(modules) == 1:
+            self._output(layer.get_submodule(modules[0]), row, index)
+        elif not row.kind.sums_products:
+            for reader in tables.stages:
+                if reader.inputs == (row.name,) and len(reader.parameters) == 1:
+                    module = layer.get_submodule(tables.parameter[reader.parameters[0]].module)
+                    return self._input(module, row, index)
+
+    def _output(self, module: torch.nn.Module, row: Stage, layer: int | None) -> None:
         def hook(module: Any, args: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
-            self.record(stage, layer, tensor[0])
+            self.record(row.name, layer, tensor[0])
 
         self.enter_context(module.register_forward_hook(hook))
 
-    def _input(self, module: torch.nn.Module, stage: str, layer: int) -> None:
+    def _input(self, module: torch.nn.Module, row: Stage, layer: int) -> None:
         def hook(module: Any, args: Any) -> None:
-            self.record(stage, layer, args[0][0])
+            self.record(row.name, layer, args[0][0])
 
         self.enter_context(module.register_forward_pre_hook(hook))
 
-    def _projection(self, linear: torch.nn.Linear, part: str, layer: int) -> None:
-        """q, k and v side by side, without the bias (the product alone, never output - bias)
-        and with it."""
+    def _projection(self, linear: torch.nn.Module, part: str, parts: list[str], layer: int) -> None:
+        """q, k and v side by side, without the bias (the product alone, never output - bias) and,
+        where there is one, with it."""
 
         def hook(module: Any, args: Any, output: torch.Tensor) -> None:
-            self._parts["product " + part] = functional.linear(args[0], linear.weight)[0]
-            self._parts["sum " + part] = output[0]
-            if len(self._parts) == 6:
-                for stage, name in (("qkv_matmul", "product "), ("qkv_bias", "sum ")):
-                    joined = torch.cat([self._parts.pop(name + p) for p in "qkv"], -1)
+            product = output
+            if module.bias is not None:
+                product = functional.linear(args[0], module.weight)
+                self._parts["qkv_bias " + part] = output[0]
+            self._parts["qkv_matmul " + part] = product[0]
+            if part == parts[-1]:
+                for stage in dict.fromkeys(key.split()[0] for key in reversed(self._parts)):
+                    joined = torch.cat([self._parts.pop(f"{stage} {name}") for name in parts], -1)
                     self.record(stage, layer, joined)
 
         self.enter_context(linear.register_forward_hook(hook))
+
+
+def modeling(tables: Architecture) -> ModuleType:
+    """transformers' module of an architecture."""
+    return importlib.import_module(f"transformers.models.{tables.name}.modeling_{tables.name}")
 
 
 def _attention(
@@ -104,12 +131,12 @@ def _attention(
     query, key: [B, heads, T, H] after RoPE. The scores before the mask exist only inside the
     stock function, so they are computed once more by its own expression.
     """
-    record, layer = module.recorder.record, module.layer_idx
+    record, code, layer = module.recorder.record, module.recorder.code, module.layer_idx
     record("q_post_rope", layer, query[0].transpose(0, 1))
     record("k_post_rope", layer, key[0].transpose(0, 1))
-    keys = modeling_qwen2.repeat_kv(key, module.num_key_value_groups)
+    keys = code.repeat_kv(key, module.num_key_value_groups)
     record("attn_scores", layer, (torch.matmul(query, keys.transpose(2, 3)) * scaling)[0])
-    output, weights = modeling_qwen2.eager_attention_forward(
+    output, weights = code.eager_attention_forward(
         module, query, key, value, mask, scaling=scaling, **rest
     )
     record("attn_softmax", layer, weights[0])
@@ -126,7 +153,7 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)
 class TorchEngine:
     """The Hugging Face forward over a checkpoint, with the interface of ``JaxEngine``."""
 
-    def __init__(self, model: Checkpoint, dtype: str, device: str | None) -> None:
+    def __init__(self, model: Weights, dtype: str, device: str | None) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         if device == "gpu" and not torch.cuda.is_available():
@@ -157,7 +184,13 @@ class TorchEngine:
         }
 
     def run(
-        self, tokens: tuple[int, ...], logits: str, want: Want, emit: Emit, resume: None = None
+        self,
+        tokens: tuple[int, ...],
+        positions: tuple[int, ...],
+        logits: str,
+        want: Want,
+        emit: Emit,
+        resume: tuple[int, np.ndarray] | None = None,
     ) -> None:
         """Compute one sequence and ``emit`` the wanted stages; ``lm_head`` always.
 
@@ -166,33 +199,43 @@ class TorchEngine:
         Raises:
             UserError: a capture point did not fire, so this transformers works differently.
         """
-        fired = set()
+        fired: set[Key] = set()
+        tables, layers = self.model.config.tables, self.model.config.num_hidden_layers
+        head = tables.head.name
 
         def record(stage: str, layer: int | None, tensor: torch.Tensor) -> None:
             fired.add((stage, layer))
-            if stage == "lm_head" or want(stage, layer):
+            if stage == head or want(stage, layer):
                 emit(stage, layer, to_numpy(tensor))
 
         ids = torch.tensor([tokens], device=self.device)
+        places = torch.tensor([positions], device=self.device)
         keep = 1 if logits == "last" else 0
-        with Recorder(self.network, record), torch.inference_mode():
-            result = self.network(input_ids=ids, use_cache=False, logits_to_keep=keep)
-        layers = self.model.config.num_hidden_layers
-        expected = [(s.name, layer) for s, layer in computation_order(layers)]
-        if silent := [each for each in expected if each not in fired and each[0] != "lm_head"]:
+        with Recorder(self.network, tables, record), torch.inference_mode():
+            result = self.network(
+                input_ids=ids, position_ids=places, use_cache=False, logits_to_keep=keep
+            )
+        expected = [(s.name, layer) for s, layer in tables.computation_order(layers)]
+        if silent := [each for each in expected if each not in fired and each[0] != head]:
             stage, layer = silent[0]
             raise UserError(
                 f"{len(silent)} capture points never fired, first {stage} of layer {layer}; "
                 f"transformers {transformers.__version__} is not understood, nothing was kept"
             )
-        record("lm_head", None, result.logits[0, -1] if logits == "last" else result.logits[0])
-        for name in expected_shapes(self.model.config):
+        record(head, None, result.logits[0, -1] if logits == "last" else result.logits[0])
+        for name in self.model.shapes:
             self.model.hash(name)  # for the manifest
 
 
-def load(model: Checkpoint, dtype: str, attention: str) -> modeling_qwen2.Qwen2ForCausalLM:
+def load(model: Weights, dtype: str, attention: str) -> PreTrainedModel:
     """The stock Hugging Face model, in evaluation mode."""
-    return modeling_qwen2.Qwen2ForCausalLM.from_pretrained(
+    if not isinstance(model, HuggingFaceWeights):
+        raise UserError(
+            f"{model.name}: transformers reads Hugging Face directories only; write one first with "
+            "python -m tools.convert"
+        )
+    network = getattr(modeling(model.config.tables), model.config.tables.hf_class)
+    return network.from_pretrained(
         model.directory,
         dtype=DTYPES[dtype],
         attn_implementation=attention,

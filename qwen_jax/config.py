@@ -1,4 +1,4 @@
-"""The architecture of one Qwen2 model, read from a Hugging Face ``config.json``.
+"""The configuration of one model, read from a Hugging Face ``config.json``.
 
 Imports neither jax nor torch: the oracle and the tools read configurations too.
 """
@@ -7,9 +7,12 @@ import json
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stages.architecture import Architecture, Scope
+from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
 
 
@@ -26,14 +29,15 @@ class Yarn:
     truncate: bool = True
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """One Qwen2 architecture. Field names are those of transformers' ``Qwen2Config``.
+    """One model of an architecture. Field names are those of transformers' ``Qwen2Config``.
 
     ``sliding_layers`` has one flag a layer: whether it attends to the last ``sliding_window``
     positions only.
     """
 
+    architecture: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -48,6 +52,25 @@ class Config:
     sliding_window: int | None
     sliding_layers: tuple[bool, ...]
     max_position_embeddings: int
+
+    @property
+    def tables(self) -> Architecture:
+        """The stages and parameters of the architecture."""
+        return ARCHITECTURES[self.architecture]
+
+    def tensor_names(self, scope: Scope, layer: int | None = None) -> dict[str, str]:
+        """Parameter name -> Hugging Face tensor, of one layer, or of the start or the end."""
+        return self.tables.tensor_names(scope, layer, self.tie_word_embeddings)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the model has, by its Hugging Face name."""
+        dims = self.dims(1)
+        tensors = self.tables.tensors(self.num_hidden_layers, self.tie_word_embeddings)
+        return {
+            name: self.tables.parameter_shape(parameter.name, dims)
+            for name, (parameter, _) in tensors.items()
+        }
 
     def dims(self, length: int) -> dict[str, int]:
         """Axis letter -> size for one sequence of ``length`` tokens."""
@@ -72,7 +95,7 @@ class Config:
         return cls(**{**data, "yarn": yarn, "sliding_layers": tuple(data["sliding_layers"])})
 
 
-# Every attribute of a config.json is handled by ``from_hf``, ignored because it cannot change a
+# Every setting of a config.json is handled by ``from_hf``, ignored because it cannot change a
 # forward pass, or must have the value under which it changes nothing. Anything else is refused by
 # name: a setting that we do not know could be one that changes every number.
 _HANDLED = {
@@ -88,7 +111,6 @@ _IGNORED = {
     "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset", "problem_type",
 }  # fmt: skip
 _MUST_EQUAL = {
-    "attention_bias": True,  # Qwen2 has q, k, v biases whatever the file says
     "mlp_bias": False,
     "is_decoder": False,
     "is_encoder_decoder": False,
@@ -111,20 +133,21 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> Config:
     """The Config of a Hugging Face configuration, in either spelling of the RoPE settings.
 
     Raises:
-        UserError: another architecture, or an attribute that this project does not know,
-            cannot handle or finds at a value that would change the forward pass.
+        UserError: another architecture, or a setting that this project does not know, cannot
+            handle or finds at a value that would change the forward pass.
     """
-    if raw.get("model_type") != "qwen2":
+    tables = ARCHITECTURES.get(raw.get("model_type", ""))
+    if tables is None:
         raise UserError(
-            f"{where}: model_type is {raw.get('model_type')!r}; this tool knows 'qwen2' "
-            "(Qwen2, Qwen2.5 and models distilled into them)"
+            f"{where}: model_type is {raw.get('model_type')!r}; this tool knows "
+            f"{' and '.join(map(repr, ARCHITECTURES))} (Qwen2, Qwen2.5, Qwen3 and models distilled "
+            "into them)"
         )
+    fixed = {**_MUST_EQUAL, **tables.fixed}
     for name, value in raw.items():
-        if name in _MUST_EQUAL:
-            if value != _MUST_EQUAL[name]:
-                raise UserError(
-                    f"{where}: {name} is {value!r}; only {_MUST_EQUAL[name]!r} is supported"
-                )
+        if name in fixed:
+            if value != fixed[name]:
+                raise UserError(f"{where}: {name} is {value!r}; only {fixed[name]!r} is supported")
         elif name not in _HANDLED | _IGNORED:
             raise UserError(
                 f"{where}: unknown attribute {name!r} ({value!r}) may change the forward pass; "
@@ -137,19 +160,21 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> Config:
         return _size(raw, name, default, where)
 
     heads, layers = size("num_attention_heads"), size("num_hidden_layers")
-    # transformers takes null for as many as there are query heads, and no such line for 32
-    kv_heads = size("num_key_value_heads", heads if "num_key_value_heads" in raw else 32)
+    # transformers takes null for as many as there are query heads, and no such line for another
+    absent = tables.defaults["num_key_value_heads"]
+    kv_heads = size("num_key_value_heads", heads if "num_key_value_heads" in raw else absent)
     if heads % kv_heads:
         raise UserError(
             f"{where}: {heads} query heads cannot share {kv_heads} key/value heads evenly"
         )
-    head_dim = size("head_dim", size("hidden_size") // heads)
+    head_dim = size("head_dim", tables.defaults.get("head_dim", size("hidden_size") // heads))
     if head_dim % 2:
         raise UserError(f"{where}: head_dim is {head_dim}; RoPE rotates pairs, so it must be even")
     max_positions = size("max_position_embeddings", 32768)
     theta, yarn = _rope(raw, max_positions, where)
-    window, sliding = _sliding(raw, layers, where)
+    window, sliding = _sliding(raw, tables.defaults["max_window_layers"], layers, where)
     return Config(
+        architecture=tables.name,
         vocab_size=size("vocab_size"),
         hidden_size=size("hidden_size"),
         intermediate_size=size("intermediate_size"),
@@ -226,7 +251,9 @@ def _yarn(rope: dict[str, Any], max_positions: int, where: str) -> Yarn:
     )
 
 
-def _sliding(raw: dict[str, Any], layers: int, where: str) -> tuple[int | None, tuple[bool, ...]]:
+def _sliding(
+    raw: dict[str, Any], absent: int, layers: int, where: str
+) -> tuple[int | None, tuple[bool, ...]]:
     """The window and which layers use it, as transformers' ``Qwen2Config.__post_init__``."""
     window = None
     if _flag(raw, "use_sliding_window", False, where):
@@ -234,7 +261,7 @@ def _sliding(raw: dict[str, Any], layers: int, where: str) -> tuple[int | None, 
         window = None if given is None else _size(raw, "sliding_window", 4096, where)
     types = raw.get("layer_types")
     if types is None:
-        first = raw.get("max_window_layers", 28)
+        first = raw.get("max_window_layers", absent)
         if type(first) is not int or first < 0:
             raise UserError(f"{where}: max_window_layers is {first!r}; expected a layer number")
         sliding = tuple(window is not None and layer >= first for layer in range(layers))

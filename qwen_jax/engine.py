@@ -6,7 +6,7 @@ decides only which of them are fetched. So the logits are the same bytes whateve
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -14,18 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwen_jax import params, runtime
-from qwen_jax.estimate import HEAD_BLOCK, host_dtype
-from qwen_jax.model import Env, compute_dtype, make_env, run_stages
-from qwen_jax.weights import EMBEDDING, NORM, Weights, aligned_empty, head_name, layer_names
-from stages.table import (
-    END_STAGES,
-    LAYER_INPUT,
-    LAYER_STAGES,
-    START_STAGES,
-    TOKENS,
-    Stage,
-)
+from qwen_jax import runtime
+from qwen_jax.estimate import HEAD_BLOCK, head_tensor, host_dtype
+from qwen_jax.forward import run_stages
+from qwen_jax.models.ops import Positional, compute_dtype, positional_by_layer
+from qwen_jax.weights.base import Weights, aligned_empty
+from stages.architecture import LAYER_INPUT, TOKENS, Stage
 from stages.trace import numpy_dtype
 
 Want = Callable[[str, int | None], bool]  # is this stage of this layer to be fetched?
@@ -44,36 +38,55 @@ class JaxEngine:
         dtype: float32, bfloat16, float16 or float64.
         backend: "xla" compiles a layer once and runs it for every layer; "eager" runs the same
             functions un-jitted, one primitive at a time.
-        device: of ``runtime.configure``.
+        device: of ``runtime.pick_device``.
         keep: weights stay on the device for the next run; otherwise two layers' are there at a
             time, and every run reads them all.
+        precision: of float32 products, as of ``jax.default_matmul_precision``; None leaves it to
+            the caller.
     """
 
     parts = 1
 
     def __init__(
-        self, model: Weights, dtype: str, backend: str, device: Any, keep: bool = False
+        self,
+        model: Weights,
+        dtype: str,
+        backend: str,
+        device: jax.Device,
+        keep: bool = False,
+        precision: str | None = "highest",
     ) -> None:
         self._kept: dict[Any, Any] | None = {} if keep else None
         self.model = model
+        self.tables = model.config.tables
         self.dtype = numpy_dtype(dtype)
         self.backend = backend
         self.device = device
-        compiled = jax.jit if backend == "xla" else lambda function: function
-        self._start = compiled(self._program(START_STAGES))
-        self._layer = compiled(self._program(LAYER_STAGES))
-        self._norm = compiled(self._program(END_STAGES[:1]))
-        self._head = compiled(self._program(END_STAGES[1:]))
+        self.precision = precision
+        tables = self.tables
+        self._start = self._compiled(tables.start_stages)
+        self._layer = self._compiled(tables.layer_stages)
+        self._norm = self._compiled(tables.end_stages[:-1])
+        self._head = self._compiled(tables.end_stages[-1:])
 
-    def _program(self, rows: tuple[Stage, ...]) -> Callable:
+    def _compiled(self, rows: tuple[Stage, ...]) -> Callable[..., Any]:
+        program = self._program(rows)
+        if self.backend == "eager":
+            return program
+        return jax.jit(program, compiler_options=runtime.compiler_options())
+
+    def _program(self, rows: tuple[Stage, ...]) -> Callable[..., Any]:
         return partial(run_stages, rows, self.model.config, dtype=self.dtype)
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "qwen_jax", "backend": self.backend} | runtime.describe(self.device)
+        """What a manifest says of its producer."""
+        name = {"name": "qwen_jax", "backend": self.backend}
+        return name | runtime.describe(self.device, self.precision or "default")
 
     def run(
         self,
         tokens: tuple[int, ...],
+        positions: tuple[int, ...],
         logits: str,
         want: Want,
         emit: Emit,
@@ -88,6 +101,7 @@ class JaxEngine:
         ids = np.array([tokens], np.int32)
         self.run_batch(
             ids,
+            np.array([positions], np.int32),
             np.ones_like(ids, bool),
             logits,
             want,
@@ -98,6 +112,7 @@ class JaxEngine:
     def run_batch(
         self,
         tokens: np.ndarray,
+        positions: np.ndarray,
         valid: np.ndarray,
         logits: str,
         want: Want,
@@ -106,52 +121,72 @@ class JaxEngine:
     ) -> None:
         """Compute sequences of one length: as ``run``, with the batch axis in every value.
 
-        tokens [B, T] int32; valid [B, T] bool is False at padding, which is on the left and may
-        hold any token.
+        tokens, positions [B, T] int32; valid [B, T] bool is False at padding, which is on the left
+        and may hold any token.
         """
-        config, put = self.model.config, self._put
-        positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0)
-        envs = {
-            sliding: put(make_env(config, positions, valid, sliding))
-            for sliding in set(config.sliding_layers) | {False}
-        }
+        # Un-jitted constants would otherwise lie on a GPU that is the default device.
+        where = jax.default_device(self.device) if self.backend == "eager" else nullcontext()
+        with runtime.numerics(self.precision), where:
+            self._run_batch(tokens, positions, valid, logits, want, emit, resume)
+
+    def _run_batch(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        valid: np.ndarray,
+        logits: str,
+        want: Want,
+        emit: Emit,
+        resume: Resume,
+    ) -> None:
+        config, tables = self.model.config, self.tables
+        pos = {k: self._put(v) for k, v in positional_by_layer(config, positions, valid).items()}
+        output = tables.layer_output.name
         numbers = range(resume[0] if resume else 0, config.num_hidden_layers)
         with _ahead(chain(self._layers(numbers), self._heads())) as weights:
             if resume:
-                x, pending = put(resume[1]), []
+                x, pending = self._put(resume[1]), []
             else:
                 table, index = self._embedding(tokens)
-                given = put({TOKENS: index})
-                x = self._start(table, envs[False], given)["embedding"]
-                pending = [("embedding", 0, x)]
+                given = self._put({TOKENS: index})
+                x = self._start(table, pos[False], given)[tables.first.name]
+                pending = [(tables.first.name, 0, x)]
             for layer in numbers:
                 sliding = config.sliding_layers[layer]
-                values = self._layer(next(weights), envs[sliding], {LAYER_INPUT: x})
-                x = values["post_ffn_residual"]
+                values = self._layer(next(weights), pos[sliding], {LAYER_INPUT: x})
+                x = values[output]
                 # JAX dispatches asynchronously: fetch the last layer while this one computes.
                 self._fetch(pending, want, emit)
                 # A jitted function returns a dictionary in another order.
                 pending = [
-                    (s.name, layer, values[s.name]) for s in LAYER_STAGES if s.name in values
+                    (s.name, layer, values[s.name]) for s in tables.layer_stages if s.name in values
                 ]
                 del values
                 # Not earlier: this layer's weights make room for those after the next (_layers).
                 jax.block_until_ready(x)
-            end = self._place(params.EndParams(norm=self.model.read(NORM), lm_head=None))
-            norm = self._norm(end, envs[False], {"post_ffn_residual": x})["final_norm"]
-            self._fetch([*pending, ("final_norm", None, norm)], want, emit)
+            end = self._place(self._end_parameters())
+            before = self._norm(end, pos[False], {output: x})
+            self._fetch([*pending, *((name, None, before[name]) for name in before)], want, emit)
+            x = before[tables.head.inputs[0]]
             if logits == "last":
-                norm = put(self._host("final_norm", norm)[:, -1:])
-            head = self._logits(weights, envs[False], norm)
-        emit("lm_head", None, head[:, 0] if logits == "last" else head)
+                x = self._put(self._host(tables.head.inputs[0], x)[:, -1:])
+            head = self._logits(weights, pos[False], x)
+        emit(tables.head.name, None, head[:, 0] if logits == "last" else head)
+
+    def _end_parameters(self) -> dict[str, np.ndarray]:
+        """What the stages between the last layer and the head read."""
+        needed = [name for stage in self.tables.end_stages[:-1] for name in stage.parameters]
+        names = self.model.config.tensor_names("end")
+        return {name: self.model.read(names[name]) for name in needed}
 
     def _put(self, values: Any) -> Any:
         """A pytree of host values on the device."""
         return jax.device_put(values, self.device)
 
-    def _place(self, weights: Any) -> Any:
-        """A parameter class of host arrays on the device."""
-        return jax.device_put(weights, self.device)
+    def _place(self, parameters: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Host arrays on the device."""
+        with runtime.numerics(None):  # a thread that reads ahead has settings of its own
+            return jax.device_put(parameters, self.device)
 
     def _host(self, stage: str, value: Any) -> np.ndarray:
         """A stage's value in host memory."""
@@ -162,39 +197,41 @@ class JaxEngine:
             if want(stage, layer):
                 emit(stage, layer, self._host(stage, value))
 
-    def _embedding(self, tokens: np.ndarray) -> tuple[params.StartParams, np.ndarray]:
+    def _embedding(self, tokens: np.ndarray) -> tuple[dict[str, jax.Array], np.ndarray]:
         """The rows in use, for the embedding is most of a small model, and the tokens renumbered
         to them."""
         rows, index = np.unique(tokens, return_inverse=True)
+        parameter = self.tables.table
 
-        def load(key: tuple[str, bytes]) -> params.StartParams:
-            return params.StartParams(embed_tokens=self.model.gather(EMBEDDING, rows))
+        def load(key: tuple[str, bytes]) -> dict[str, np.ndarray]:
+            return {parameter.name: self.model.gather(parameter.tensor, rows)}
 
-        table = self._keep((EMBEDDING, rows.tobytes()), load)
+        table = self._keep((parameter.name, rows.tobytes()), load)
         return table, index.reshape(tokens.shape).astype(np.int32)
 
-    def _layers(self, numbers: Iterable[int]) -> Iterator[params.LayerParams]:
+    def _layers(self, numbers: Iterable[int]) -> Iterator[dict[str, jax.Array]]:
         """Each layer's weights on the device, on the host in memory that those of the layer after
         the next will have."""
         memory: dict[int, dict[str, np.ndarray]] = {}
 
-        def load(layer: int) -> params.LayerParams:
+        def load(layer: int) -> dict[str, np.ndarray]:
+            names = self.model.config.tensor_names("layer", layer)
             if layer % 2 not in memory or self._kept is not None:
                 memory[layer % 2] = {
-                    field: aligned_empty(self.model.shapes[name], self._host_dtype(name))
-                    for field, name in layer_names(layer).items()
+                    parameter: aligned_empty(self.model.shapes[name], self._host_dtype(name))
+                    for parameter, name in names.items()
                 }
             arrays = memory[layer % 2]
-            for field, name in layer_names(layer).items():
-                self.model.load(name, 0, arrays[field])
-            return params.LayerParams(**arrays)
+            for parameter, name in names.items():
+                self.model.load(name, 0, arrays[parameter])
+            return arrays
 
         for layer in numbers:
             yield self._keep(layer, load)
 
     def _keep(self, key: Any, load: Callable) -> Any:
-        """The parameter class ``load(key)`` on the device; if weights are kept, from the second
-        time on as it lies there."""
+        """The weights ``load(key)`` on the device; if weights are kept, from the second time on as
+        they lie there."""
         if self._kept is None:
             return self._place(load(key))
         if key not in self._kept:
@@ -206,31 +243,32 @@ class JaxEngine:
         stored = self.model.dtype(name)
         return host_dtype(stored, self.dtype) if self.device.platform == "cpu" else stored
 
-    def _logits(self, heads: Iterator[params.EndParams], env: Env, x: Any) -> np.ndarray:
+    def _logits(self, heads: Iterator[dict[str, jax.Array]], pos: Positional, x: Any) -> np.ndarray:
         """[B, T, D] -> [B, T, V], the head applied in blocks of the vocabulary."""
+        stage = self.tables.head
         found = np.empty((*x.shape[:2], self.model.config.vocab_size), self.dtype)
         first = 0
         for end in heads:
-            part = self._host("lm_head", self._head(end, env, {"final_norm": x})["lm_head"])
+            part = self._host(stage.name, self._head(end, pos, {stage.inputs[0]: x})[stage.name])
             found[..., first : first + part.shape[-1]] = part
             first += part.shape[-1]
         return found
 
-    def _heads(self) -> Iterator[params.EndParams]:
+    def _heads(self) -> Iterator[dict[str, jax.Array]]:
         """The head in blocks of the vocabulary, as ``_layers`` gives layers."""
-        name = head_name(self.model.config)
+        name, parameter = head_tensor(self.model.config), self.tables.head.parameters[0]
         count, width = self.model.shapes[name]
         most = HEAD_BLOCK // (width * compute_dtype(self.dtype).itemsize)
         step = self.parts * _even_step(count // self.parts, most // self.parts)
         memory: dict[int, np.ndarray] = {}
 
-        def load(key: tuple[str, int]) -> params.EndParams:
+        def load(key: tuple[str, int]) -> dict[str, np.ndarray]:
             first = key[1]
             if (place := first // step % 2) not in memory or self._kept is not None:
                 memory[place] = aligned_empty((step, width), self._host_dtype(name))
             rows = memory[place][: count - first]
             self.model.load(name, first, rows)
-            return params.EndParams(norm=None, lm_head=rows)
+            return {parameter: rows}
 
         for first in range(0, count, step):
             yield self._keep((name, first), load)

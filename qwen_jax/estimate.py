@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from qwen_jax.weights import Weights, head_name, layer_names
-from stages.table import END_STAGES, LAYER_STAGES, stage_shape
+from qwen_jax.config import Config
+from qwen_jax.weights.base import Weights
 from stages.trace import numpy_dtype
 
 PROCESS = 270 << 20  # Python, JAX and compiled programs: what the demo model takes on the CPU
@@ -19,6 +19,11 @@ def host_dtype(stored: np.dtype, dtype: np.dtype) -> np.dtype:
     return dtype if stored.itemsize < dtype.itemsize else stored
 
 
+def head_tensor(config: Config) -> str:
+    """The tensor of the output projection."""
+    return config.tensor_names("end")[config.tables.head.parameters[0]]
+
+
 def peak_memory(model: Weights, length: int, dtype: str, logits: str) -> int:
     """Bytes of resident memory of the JAX engine on the CPU, about: the weights of two layers, one
     of them cast where the program has to, and stages: of the layer that computes and of the one
@@ -26,13 +31,13 @@ def peak_memory(model: Weights, length: int, dtype: str, logits: str) -> int:
     computes = numpy_dtype(dtype)
     wide = max(4, computes.itemsize)
     layer = 0
-    for name in layer_names(0).values():
+    for name in model.config.tensor_names("layer", 0).values():
         host = host_dtype(model.dtype(name), computes)
         layer += math.prod(model.shapes[name]) * (2 * host.itemsize + wide * (host != computes))
     dims = model.config.dims(length)
-    stages = sum(math.prod(stage_shape(s, dims, logits)) for s in LAYER_STAGES) * wide
-    head = math.prod(stage_shape(END_STAGES[-1], dims, logits)) * wide
-    block = min(HEAD_BLOCK, math.prod(model.shapes[head_name(model.config)]) * wide)
+    head = math.prod(model.config.tables.head.shape(dims, logits)) * wide
+    block = min(HEAD_BLOCK, math.prod(model.shapes[head_tensor(model.config)]) * wide)
+    stages = _layer_values(model, length) * wide
     return PROCESS + max(layer + 7 * stages // 2, 3 * block + 2 * head)
 
 
@@ -45,6 +50,10 @@ def whole_memory(model: Weights, length: int, dtype: str, logits: str) -> int:
         stored = model.dtype(name)
         cast = computes.itemsize if stored != computes else 0
         weights += math.prod(shape) * (stored.itemsize + cast)
+    return TORCH + weights + 2 * 4 * _layer_values(model, length)
+
+
+def _layer_values(model: Weights, length: int) -> int:
+    """How many values the stages of one layer have."""
     dims = model.config.dims(length)
-    stages = sum(math.prod(stage_shape(s, dims, logits)) for s in LAYER_STAGES) * 4
-    return TORCH + weights + 2 * stages
+    return sum(math.prod(stage.shape(dims)) for stage in model.config.tables.layer_stages)

@@ -1,13 +1,13 @@
-"""One model over several devices: tensor parallelism after transformers' plan for Qwen2.
+"""One model over several devices: tensor parallelism after transformers' plan for Qwen2 and Qwen3.
 
 The projections into heads and into the intermediate size are split by output (q, k, v, gate, up:
 "colwise"), those back to the hidden size by input (o, down: "rowwise"), the head by vocabulary; all
-else is on every device. Each device runs the stage functions of ``model`` on a model of its own
-size, ``local``. The split products are added up in the compute dtype and rounded once, after that.
+else is on every device. Each device runs the stage functions on a model of its own size, ``local``.
+The split products are added up in the compute dtype and rounded once, after that.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial, reduce
 from math import gcd
 from typing import Any
@@ -21,33 +21,16 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax import runtime
 from qwen_jax.config import Config
 from qwen_jax.engine import Emit, JaxEngine, Resume, Want
-from qwen_jax.model import FUNCTIONS, StageFunction, run_stages
+from qwen_jax.estimate import head_tensor
+from qwen_jax.forward import run_stages
+from qwen_jax.models import FUNCTIONS, StageFunction
 from qwen_jax.processes import Group
-from qwen_jax.weights import Weights, expected_shapes, head_name, layer_names
+from qwen_jax.weights.base import Weights
+from stages.architecture import QKV, Architecture, Stage
 from stages.errors import UserError
-from stages.table import QKV, STAGE, Stage
 
 AXIS = "tp"
 SPLIT = {"N", "K", "N*H", "K*H", QKV, "F", "V"}  # the axes that are split over the devices
-
-# The fields of the parameter classes. The rows of the embedding are those in use, not all of V.
-PARAMETER_AXES: dict[str, tuple[str, ...]] = {
-    "embed_tokens": ("rows", "D"),
-    "input_layernorm": ("D",),
-    "q_proj": ("N*H", "D"),
-    "k_proj": ("K*H", "D"),
-    "v_proj": ("K*H", "D"),
-    "q_bias": ("N*H",),
-    "k_bias": ("K*H",),
-    "v_bias": ("K*H",),
-    "o_proj": ("D", "N*H"),
-    "post_attention_layernorm": ("D",),
-    "gate_proj": ("F", "D"),
-    "up_proj": ("F", "D"),
-    "down_proj": ("D", "F"),
-    "norm": ("D",),
-    "lm_head": ("V", "D"),
-}
 
 
 def spec(axes: tuple[str, ...]) -> P:
@@ -66,11 +49,23 @@ def tensor_specs(config: Config) -> dict[str, P]:
     A tied head is the embedding itself, which is then split by vocabulary: the lookup needs no
     more than the rows in use.
     """
-    names = {f"model.{field}.weight": field for field in ("embed_tokens", "norm")}
-    for layer in range(config.num_hidden_layers):
-        names |= {name: field for field, name in layer_names(layer).items()}
-    names[head_name(config)] = "lm_head"
-    return {name: spec(PARAMETER_AXES[names[name]]) for name in expected_shapes(config)}
+    tables, head = config.tables, head_tensor(config)
+    tensors = tables.tensors(config.num_hidden_layers, config.tie_word_embeddings)
+    return {
+        name: spec(parameter.axes if name == head else parameter_axes(tables, parameter.name))
+        for name, (parameter, _) in tensors.items()
+    }
+
+
+def parameter_axes(tables: Architecture, name: str) -> tuple[str, ...]:
+    """The axes of a parameter as an engine holds it: of the embedding, the rows in use alone."""
+    axes = tables.parameter[name].axes
+    return ("rows", *axes[1:]) if tables.parameter[name] is tables.table else axes
+
+
+def parameter_specs(tables: Architecture, names: Iterable[str]) -> dict[str, P]:
+    """How parameters lie on the devices."""
+    return {name: spec(parameter_axes(tables, name)) for name in names}
 
 
 def sizes(config: Config, processes: int = 1) -> list[int]:
@@ -132,41 +127,37 @@ def _summed(function: StageFunction, size: int) -> StageFunction:
     return total
 
 
-def _functions(size: int) -> dict[str, StageFunction]:
+def _functions(tables: Architecture, size: int) -> dict[str, StageFunction]:
     """The stage functions, with a sum where a product is over an axis that is split."""
 
     def contracts(stage: Stage) -> bool:
-        split = [AXIS in spec(STAGE[name].axes) for name in stage.inputs if name in STAGE]
-        return stage.kind == "matmul" and any(split) and AXIS not in spec(stage.axes)
+        split = any(AXIS in spec(tables.axes_of(name)) for name in stage.inputs)
+        return stage.linear and split and AXIS not in spec(stage.axes)
 
-    summed = {name for name, stage in STAGE.items() if contracts(stage)}
-    return {n: _summed(f, size) if n in summed else f for n, f in FUNCTIONS.items()}
+    return {
+        name: _summed(function, size) if contracts(tables.stage[name]) else function
+        for name, function in FUNCTIONS[tables.name].items()
+    }
 
 
 def program(
     mesh: Mesh | AbstractMesh, rows: tuple[Stage, ...], config: Config, dtype: Any
-) -> Callable:
-    """``run_stages`` over a mesh: called as ``(params, env, given)``, all of them global arrays."""
-    size = mesh.size
-    own = partial(run_stages, rows, local(config, size), dtype=dtype, functions=_functions(size))
+) -> Callable[..., Any]:
+    """``run_stages`` over a mesh: called as ``(parameters, pos, given)``, all of them global
+    arrays."""
+    size, tables = mesh.size, config.tables
+    functions = _functions(tables, size)
+    own = partial(run_stages, rows, local(config, size), dtype=dtype, functions=functions)
 
-    def run(params: Any, env: Any, given: Mapping[str, Any]) -> dict[str, jax.Array]:
+    def run(parameters: Any, pos: Any, given: Mapping[str, Any]) -> dict[str, jax.Array]:
         return jax.shard_map(
             own,
             mesh=mesh,
-            in_specs=(parameter_specs(params), P(), P()),
+            in_specs=(parameter_specs(tables, parameters), P(), P()),
             out_specs={stage.name: stage_spec(stage) for stage in rows},
-        )(params, env, given)
+        )(parameters, pos, given)
 
     return run
-
-
-def parameter_specs(params: Any) -> Any:
-    """The specs of a parameter class's fields, in the same class; None where it has none."""
-    values = {f.name: getattr(params, f.name) for f in fields(params)}
-    return type(params)(
-        **{n: None if v is None else spec(PARAMETER_AXES[n]) for n, v in values.items()}
-    )
 
 
 class MeshEngine(JaxEngine):
@@ -181,14 +172,14 @@ class MeshEngine(JaxEngine):
     """
 
     def __init__(
-        self, model: Weights, dtype: str, devices: list[Any], group: Group | None = None
+        self, model: Weights, dtype: str, devices: list[jax.Device], group: Group | None = None
     ) -> None:
         self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Explicit,))
         self.group = group
         self.parts = len(devices)
         super().__init__(model, dtype, "xla", devices[0])
 
-    def _program(self, rows: tuple[Stage, ...]) -> Callable:
+    def _program(self, rows: tuple[Stage, ...]) -> Callable[..., Any]:
         return program(self.mesh, rows, self.model.config, self.dtype)
 
     def describe(self) -> dict[str, Any]:
@@ -199,6 +190,7 @@ class MeshEngine(JaxEngine):
     def run_batch(
         self,
         tokens: np.ndarray,
+        positions: np.ndarray,
         valid: np.ndarray,
         logits: str,
         want: Want,
@@ -206,18 +198,19 @@ class MeshEngine(JaxEngine):
         resume: Resume = None,
     ) -> None:
         if self.group is None:
-            return super().run_batch(tokens, valid, logits, want, emit, resume)
+            return super().run_batch(tokens, positions, valid, logits, want, emit, resume)
         try:
             resume = self._same_start(resume, (*tokens.shape, self.model.config.hidden_size))
-            super().run_batch(tokens, valid, logits, want, emit, resume)
+            super().run_batch(tokens, positions, valid, logits, want, emit, resume)
         except UserError:
             raise
         except Exception as error:  # a collective that failed is of several kinds
             raise self.group.explained(error) from None
         # What a resumed run has read before is the business of process 0 alone.
         numbers = range(resume[0] if resume else 0, self.model.config.num_hidden_layers)
-        names = [name for layer in numbers for name in layer_names(layer).values()]
-        hashes = {name: self.model.hash(name) for name in [*names, head_name(self.model.config)]}
+        config = self.model.config
+        names = [n for layer in numbers for n in config.tensor_names("layer", layer).values()]
+        hashes = {name: self.model.hash(name).xxh3 for name in [*names, head_tensor(config)]}
         self.group.compare("weights", hashes)
 
     def _same_start(self, resume: Resume, shape: tuple[int, ...]) -> Resume:
@@ -233,8 +226,10 @@ class MeshEngine(JaxEngine):
     def _put(self, values: Any) -> Any:
         return jax.tree.map(partial(self._split, where=P()), values)
 
-    def _place(self, params: Any) -> Any:
-        return jax.tree.map(self._split, params, parameter_specs(params))
+    def _place(self, parameters: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        with runtime.numerics(None):  # a thread that reads ahead has settings of its own
+            specs = parameter_specs(self.tables, parameters)
+            return {name: self._split(value, specs[name]) for name, value in parameters.items()}
 
     def _split(self, value: np.ndarray, where: P) -> jax.Array:
         return jax.make_array_from_callback(
@@ -246,7 +241,7 @@ class MeshEngine(JaxEngine):
         if not value.is_fully_addressable:
             value = jax.reshard(value, NamedSharding(self.mesh, P())).addressable_data(0)
         whole = np.asarray(value)
-        if QKV not in STAGE[stage].axes:
+        if QKV not in self.tables.stage[stage].axes:
             return whole
         # Each device has its own q, k and v side by side.
         part = local(self.model.config, self.mesh.size)
@@ -262,21 +257,20 @@ def open_devices(
     config: Config,
     size: int,
     device: str | None,
-    cache: bool,
     group: Group | None,
     arguments: dict[str, Any],
-) -> list[Any]:
+) -> list[jax.Device]:
     """The devices of a mesh, as many of each process; where they are CPUs they are made.
 
-    ``device`` and ``cache`` are those of ``runtime.configure``; ``arguments`` those in which all
-    processes of a group must agree.
+    ``device`` is of ``runtime.devices``; ``arguments`` are those in which all processes of a group
+    must agree.
 
     Raises:
         UserError: the mesh cannot divide the model, or there are too few devices.
     """
     processes = group.count if group else 1
     check(config, size, processes)
-    runtime.prepare(device, cache=cache, cpu_devices=size // processes)
+    runtime.for_a_command(device, cpu_devices=size // processes)
     if group:
         group.join(arguments)
     found: dict[int, list[Any]] = {}

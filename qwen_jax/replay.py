@@ -7,25 +7,32 @@ dump was created at that stage. Error is measured against what rounding can act 
 
 Sources: "local error" as in Herbie (Panchekha et al. 2015), "significant bits" as in Verificarlo
 and CADNA. The sizes s are the first-order bounds of each operation's rounding error.
+
+A dump may hold fewer rows of a stage than the sequence has: the last ones. A value is then
+computed for as many rows as its inputs allow.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
-from jax.tree_util import register_dataclass
 
-from qwen_jax import model, params, rope
+from qwen_jax import rope, runtime
 from qwen_jax.config import Config
-from qwen_jax.model import FUNCTIONS, Env
-from qwen_jax.weights import EMBEDDING, NORM, Weights, head_name
-from stages.table import END_STAGES, LAYER_INPUT, LAYER_STAGES, START_STAGES, TOKENS, Stage
+from qwen_jax.estimate import head_tensor
+from qwen_jax.forward import Parameters, read_parameters
+from qwen_jax.models import FUNCTIONS
+from qwen_jax.models.ops import Positional, positional_by_layer
+from qwen_jax.weights.base import Weights
+from stages.architecture import LAYER_INPUT, TOKENS, Architecture, Key, Stage
 from stages.trace import Trace
 
 EXACT = jnp.float64
@@ -35,42 +42,78 @@ VOCABULARY_SLICE = 16384  # rows of the head in float64 at a time
 # could run at once: 2.7 GiB of temporary memory for a layer of the 7B, and with this 0.5 GiB.
 FRUGAL = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
+Both = tuple[Array, Array]  # a computed value: exactly, and in the engine's own precision
+
+
+def stage_value(
+    stage: Stage,
+    config: Config,
+    pos: Positional,
+    inputs: Sequence[Array],
+    weights: Sequence[Array],
+) -> Array:
+    """A stage by its own function, in whatever precision its arguments have."""
+    return FUNCTIONS[config.architecture][stage.name](config, pos, *inputs, *weights)
+
 
 def size_squared(
-    stage: Stage, config: Config, weights: Any, env: Env, inputs: Sequence[Array], value: Array
+    stage: Stage,
+    config: Config,
+    pos: Positional,
+    inputs: Sequence[Array],
+    weights: Sequence[Array],
+    value: Array,
 ) -> Array:
-    """s^2, the square of what rounding can act on, in the shape of ``value``.
+    """s^2, the square of what rounding can act on, in the shape of ``value``: see
+    ``Kind.acts_on``. float32 is enough: the size is needed to a per cent."""
+    narrow = [x.astype(jnp.float32) for x in inputs]
+    weights = [w.astype(jnp.float32) for w in weights]
+    of = partial(stage_value, stage, config, pos)
+    acts_on = stage.kind.acts_on
+    if acts_on == "terms":
+        found = of(_square(narrow), _square(weights))
+        # The function divides its sum once; the squares of its terms want it twice.
+        axis = stage.kind.over_root
+        return found * config.dims(1)[axis] ** -0.5 if axis else found
+    if acts_on == "magnitudes":
+        return jnp.square(of([jnp.abs(x) for x in narrow], [jnp.abs(w) for w in weights]))
+    if acts_on == "rotated":
+        # (a cos - b sin, b cos + a sin), of squares and with both signs +: the second half of the
+        # function's value has those, and for the first half a and b change places.
+        squared, tables = _square(narrow), pos.replace(cos=pos.cos**2, sin=pos.sin**2)
+        second = of_half(stage, config, tables, squared, weights, 1)
+        first = of_half(stage, config, tables.replace(sin=-tables.sin), squared, weights, 0)
+        return jnp.concatenate([first, second], -1)
+    return jnp.square(value)
 
-    Products and sums of products: the squares of the terms, added up by the stage's own function.
-    Additions: the sum of magnitudes, squared. Everything else: the value itself.
-    float32 is enough: the size is needed to a per cent.
-    """
-    function = partial(FUNCTIONS[stage.name], config)
-    inputs = [x.astype(jnp.float32) for x in inputs]
-    weights = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
-    if stage.kind in ("matmul", "weighted_sum"):
-        return function(_square(weights), env, *map(_square, inputs))
-    if stage.kind == "scores":
-        return function(weights, env, *map(_square, inputs)) * config.head_dim**-0.5
-    if stage.kind == "add":
-        return _square(function(jax.tree.map(jnp.abs, weights), env, *map(jnp.abs, inputs)))
-    if stage.kind == "rotation":
-        q, k, _ = model._split_qkv(config, _square(inputs[0]))
-        first, second = jnp.split(q if stage.name == "q_post_rope" else k, 2, axis=-1)
-        cos, sin = (_square(t)[:, :, None, :] for t in (env.cos, env.sin))
-        return jnp.concatenate([first * cos + second * sin, second * cos + first * sin], -1)
-    return _square(value)
+
+def of_half(
+    stage: Stage,
+    config: Config,
+    pos: Positional,
+    inputs: Sequence[Array],
+    weights: Sequence[Array],
+    half: int,
+) -> Array:
+    """The first (0) or second (1) half of every head of a rotated stage."""
+    return jnp.split(stage_value(stage, config, pos, inputs, weights), 2, -1)[half]
 
 
 def allowance(
-    stage: Stage, config: Config, env: Env, inputs: Sequence[Array], value: Array, dtype: Any
+    stage: Stage,
+    config: Config,
+    pos: Positional,
+    angles: Array,
+    inputs: Sequence[Array],
+    value: Array,
+    dtype: Any,
 ) -> Array:
     """An error that sound arithmetic may have where the scale is too small to allow for it.
 
     Values below the smallest normal number of the trace's precision lose their last bits.
     An exponential turns the rounding of its argument x into a relative error |x| u. A rotation
     does so with its angle, so that an engine that makes its tables another way than Hugging Face
-    is off at late positions, and is right. u is that of float32, 2^-24.
+    is off at late positions, and is right. u is that of float32, 2^-24. angles: [T, H/2].
     """
     tiny = float(
         jnp.finfo(dtype).smallest_subnormal
@@ -78,31 +121,29 @@ def allowance(
         else jnp.finfo(dtype).smallest_normal
     )  # bfloat16 and float32 may flush to zero
     u = 2.0**-24
-    if stage.kind == "softmax":
-        scores = jnp.where(env.mask[:, None], inputs[0], -jnp.inf)
+    allows = stage.kind.allows
+    if allows == "depth":
+        scores = jnp.where(pos.mask[:, None], inputs[0], -jnp.inf)
         depth = jnp.max(scores, -1, keepdims=True) - inputs[0]
-        return value * jnp.where(env.mask[:, None], depth, 0) * u + tiny
-    if stage.kind == "silu":
+        return value * jnp.where(pos.mask[:, None], depth, 0) * u + tiny
+    if allows == "argument":
         return jnp.abs(value * inputs[0]) * u + tiny
-    if stage.kind == "rotation":
-        quarter_turn = replace(env, cos=-env.sin, sin=env.cos)  # the derivative of a rotation
-        turned = FUNCTIONS[stage.name](config, None, quarter_turn, inputs[0])
-        frequencies, _ = rope.inverse_frequencies(config)
-        angle = np.arange(turned.shape[1])[:, None] * np.tile(frequencies.astype(np.float64), 2)
+    if allows == "angle":
+        quarter_turn = pos.replace(cos=-pos.sin, sin=pos.cos)  # the derivative of a rotation
+        turned = stage_value(stage, config, quarter_turn, inputs, ())
+        angle = jnp.tile(angles[-turned.shape[1] :], 2)
         return jnp.abs(turned * angle[None, :, None, :]) * u + tiny
     return jnp.full_like(value, tiny)
 
 
-def _square(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x * x, tree)
+def _square(arrays: Sequence[Array]) -> list[Array]:
+    return [x * x for x in arrays]
 
 
-@register_dataclass
-@dataclass(frozen=True)
-class Sums:
-    """What one stage of one layer leaves behind: squares added up over rows and over columns.
-
-    The stage is seen as a matrix: [N*T, S] for scores and softmax, else [T, everything else].
+@struct.dataclass
+class ErrorSums:
+    """What one stage of one layer leaves behind: squares added up over rows and over columns of its
+    matrix, see ``stages.architecture.Stage``.
 
     Attributes:
         error_rows, error_columns: sums of (dump - y*)^2 over finite, unmasked elements.
@@ -113,119 +154,150 @@ class Sums:
         born_rows, born_columns: how many elements are NaN or infinite though y* is finite.
     """
 
-    error_rows: Array
-    error_columns: Array
-    scale_rows: Array
-    scale_columns: Array
-    born_rows: Array
-    born_columns: Array
-    expected_rows: Array
-    expected_columns: Array
+    error_rows: Any
+    error_columns: Any
+    scale_rows: Any
+    scale_columns: Any
+    born_rows: Any
+    born_columns: Any
+    expected_rows: Any
+    expected_columns: Any
 
 
-def _matrix(x: Array, stage: Stage) -> Array:
-    """One sequence's stage [B=1, ...] as a matrix, see ``Sums``."""
-    if stage.axes == ("N", "T", "S"):
-        return x.reshape(-1, x.shape[-1])
-    return x.reshape(x.shape[1] if x.ndim > 2 else 1, -1)
-
-
-def sums(
-    stage: Stage,
-    found: Array,
-    exact: Array,
-    size: Array,
-    env: Env,
-    expected: Array,
-) -> Sums:
+def error_sums(
+    stage: Stage, found: Array, exact: Array, size: Array, pos: Positional, expected: Array
+) -> ErrorSums:
     """Compare a dump with the exact value. All arrays carry the batch axis, of size 1."""
     found = found.astype(EXACT)
     keep = jnp.isfinite(exact)
-    if stage.kind == "scores":  # entries that the mask removes are no part of the computation
-        keep &= env.mask[:, None]
+    if stage.kind.masked:
+        keep &= pos.mask[:, None]
     born = keep & ~jnp.isfinite(found)
     keep &= jnp.isfinite(found)
 
-    def both(x: Array) -> tuple[Array, Array]:
-        x = _matrix(x, stage)
+    def both(x: Array) -> Both:
+        x = stage.matrix(x)
         return x.sum(1), x.sum(0)
 
     error = both(jnp.where(keep, jnp.square(found - exact), 0))
     scale = both(jnp.where(keep, size.astype(EXACT) + jnp.square(exact), 0))
     known = both(jnp.where(keep & jnp.isfinite(expected), jnp.square(expected), 0))
-    return Sums(*error, *scale, *both(born.astype(jnp.int32)), *known)
+    return ErrorSums(*error, *scale, *both(born.astype(jnp.int32)), *known)
+
+
+def _rows(tables: Architecture, name: str) -> int:
+    """The axis of the rows of a value that carries a batch axis."""
+    return 1 + tables.axes_of(name).index("T")
+
+
+def cut_inputs(
+    tables: Architecture, stage: Stage, values: Sequence[Array | None], length: int
+) -> tuple[int, list[Array]] | None:
+    """The inputs of a stage for as many of the last rows as all of them have, and that number.
+
+    None where an input is missing, or is needed at every key position and has fewer.
+    """
+    if any(value is None for value in values):
+        return None
+    found = dict(zip(stage.inputs, values, strict=True))
+    have = {name: value.shape[_rows(tables, name)] for name, value in found.items()}  # type: ignore[union-attr]
+    if any(have[name] < length for name in stage.keys):
+        return None
+    rows = min(have[name] for name in stage.inputs if name not in stage.keys)
+
+    def cut(name: str, value: Any) -> Array:
+        if name in stage.keys or have[name] == rows:
+            return value
+        return value[(slice(None),) * _rows(tables, name) + (slice(-rows, None),)]
+
+    return rows, [cut(name, value) for name, value in found.items()]
+
+
+def last_rows(tables: Architecture, name: str, value: Array, rows: int) -> Array:
+    """The last rows of a value that carries a batch axis."""
+    return value[(slice(None),) * _rows(tables, name) + (slice(-rows, None),)]
 
 
 def run(
     rows: Sequence[Stage],
     config: Config,
-    weights: Any,
-    env: Env,
+    parameters: Parameters,
+    pos: Positional,
+    angles: Array,
     dumps: Mapping[str, Array],
-    given: Mapping[str, tuple[Array, Array]],
+    given: Mapping[str, Both | None],
     dtype: Any,
-) -> tuple[dict[str, Sums], dict[str, tuple[Array, Array]]]:
+) -> tuple[dict[str, ErrorSums], dict[str, Both | None]]:
     """Measure every stage of ``rows`` that is in ``dumps``.
 
     A stage that is missing is computed instead, twice: exactly, and in ``dtype``, the engine's
     own precision, so that what its rounding does to later stages is known too.
 
     Arguments:
+        angles: [T, H/2] of RoPE, for ``allowance``.
         dumps: stage name -> dump with a batch axis, in any float dtype.
-        given: values from before ``rows`` that are not in ``dumps``, as (exact, in ``dtype``).
+        given: values from before ``rows`` that are not in ``dumps``; None for one that cannot be
+            computed.
         dtype: the precision of the trace.
 
     Returns:
-        (sums by stage, (exact, low) values of the stages that were missing).
+        (sums by stage, the values of the stages that were missing).
     """
-    narrow_weights = jax.tree.map(lambda w: w.astype(dtype), weights)
-    weights = jax.tree.map(lambda w: w.astype(EXACT), weights)
-    missing = dict(given)
-    measured: dict[str, Sums] = {}
+    tables, length = config.tables, pos.mask.shape[-1]
+    computed: dict[str, Both | None] = dict(given)
+    measured: dict[str, ErrorSums] = {}
+
+    def read(name: str, place: int) -> Array | None:
+        if name in dumps:
+            dump = dumps[name]
+            as_float = jnp.issubdtype(dump.dtype, jnp.floating)
+            return dump.astype(EXACT if place == 0 else dtype) if as_float else dump
+        both = computed[name]
+        return None if both is None else both[place]
+
     for stage in rows:
-        function = FUNCTIONS[stage.name]
-        inputs = [
-            dumps[name].astype(EXACT) if name in dumps and _is_float(dumps[name])
-            else dumps[name] if name in dumps
-            else missing[name][0]
-            for name in stage.inputs
-        ]  # fmt: skip
-        exact = function(config, weights, env, *inputs)
-        gap = any(name in missing for name in stage.inputs)
+        ready = cut_inputs(tables, stage, [read(name, 0) for name in stage.inputs], length)
+        if ready is None:
+            if stage.name not in dumps:
+                computed[stage.name] = None
+            continue
+        count, inputs = ready
+        here = pos.last(count)
+        weights = [parameters[name].astype(EXACT) for name in stage.parameters]
+        exact = stage_value(stage, config, here, inputs, weights)
+        gap = any(name in computed for name in stage.inputs)
         low = None
         if gap or stage.name not in dumps:
-            narrow = [
-                missing[name][1] if name in missing
-                else dumps[name].astype(dtype) if _is_float(dumps[name])
-                else dumps[name]
-                for name in stage.inputs
-            ]  # fmt: skip
-            low = function(config, narrow_weights, env, *narrow).astype(dtype)
+            again = cut_inputs(tables, stage, [read(name, 1) for name in stage.inputs], length)
+            narrow = [parameters[name].astype(dtype) for name in stage.parameters]
+            low = stage_value(stage, config, here, again[1], narrow).astype(dtype)  # type: ignore[index]
         if stage.name not in dumps:
-            missing[stage.name] = (exact, low)
+            computed[stage.name] = exact, low  # type: ignore[assignment]
             continue
         if gap:
-            expected = low.astype(EXACT) - exact
+            expected = low.astype(EXACT) - exact  # type: ignore[union-attr]
         else:
-            expected = allowance(stage, config, env, inputs, exact, dtype)
-        size = size_squared(stage, config, weights, env, inputs, exact)
-        measured[stage.name] = sums(stage, dumps[stage.name], exact, size, env, expected)
-    return measured, {s.name: missing[s.name] for s in rows if s.name in missing}
-
-
-def _is_float(x: Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
+            expected = allowance(stage, config, here, angles, inputs, exact, dtype)
+        size = size_squared(stage, config, here, inputs, weights, exact)
+        count = min(count, dumps[stage.name].shape[_rows(tables, stage.name)])
+        cut = partial(last_rows, tables, stage.name, rows=count)
+        measured[stage.name] = error_sums(
+            stage, *map(cut, (dumps[stage.name], exact, size)), pos.last(count), cut(expected)
+        )
+    return measured, {s.name: computed[s.name] for s in rows if s.name in computed}
 
 
 @cache
 def compiled(
     rows: tuple[Stage, ...], config: Config, dtype: np.dtype, unoptimised: bool = False
-) -> Any:
-    """``run`` under jit: called as ``(weights, env, dumps, given)``."""
-    return jax.jit(
-        lambda weights, env, dumps, given: run(rows, config, weights, env, dumps, given, dtype),
-        compiler_options=FRUGAL | ({"xla_backend_optimization_level": 0} if unoptimised else {}),
-    )
+) -> Callable[..., Any]:
+    """``run`` under jit: called as ``(parameters, pos, angles, dumps, given)``."""
+
+    def program(parameters: Any, pos: Any, angles: Any, dumps: Any, given: Any) -> Any:
+        return run(rows, config, parameters, pos, angles, dumps, given, dtype)
+
+    fast = {"xla_backend_optimization_level": 0} if unoptimised else {}
+    return jax.jit(program, compiler_options=runtime.compiler_options() | FRUGAL | fast)
 
 
 @dataclass(frozen=True)
@@ -236,12 +308,14 @@ class Measured:
         sums: NumPy arrays.
         segment: missing stages between this one and the dumps it was computed from, in
             computation order; empty where every input was dumped.
+        rows: how many rows of the sequence, the last ones, were measured.
     """
 
-    stage: str
+    stage: Stage
     layer: int | None
-    sums: Sums
-    segment: tuple[tuple[str, int | None], ...]
+    sums: ErrorSums
+    segment: tuple[Key, ...]
+    rows: int
 
 
 class Replay:
@@ -249,144 +323,162 @@ class Replay:
 
     Arguments:
         trace: the dumps.
-        source: the checkpoint whose weights made them.
+        weights: the model that made them.
         dtype: the precision of the trace, for what a gap's rounding does.
         unoptimised: compile in half the time and run slower: for many small traces.
     """
 
     def __init__(
-        self, trace: Trace, source: Weights, dtype: np.dtype, unoptimised: bool = False
+        self, trace: Trace, weights: Weights, dtype: np.dtype, unoptimised: bool = False
     ) -> None:
-        self.trace, self.source, self.dtype = trace, source, dtype
+        self.trace, self.weights, self.dtype = trace, weights, dtype
+        self.config, self.tables = weights.config, weights.config.tables
         self._compiled = partial(
-            compiled, config=source.config, dtype=dtype, unoptimised=unoptimised
+            compiled, config=weights.config, dtype=dtype, unoptimised=unoptimised
         )
-        config = source.config
-        positions = np.arange(len(trace.tokens))[None]
-        valid = np.ones_like(positions, bool)
-        self.envs = {
-            sliding: jax.device_put(model.make_env(config, positions, valid, sliding))
-            for sliding in set(config.sliding_layers) | {False}
-        }
-        self._layer = self._compiled(LAYER_STAGES)
+        self.device = runtime.pick_device("cpu")
+        self.positions = np.asarray(trace.positions)[None]
+        frequencies, _ = rope.inverse_frequencies(self.config)
+        angles = self.positions[0][:, None] * frequencies.astype(np.float64)
+        with self.numerics():
+            self.pos = jax.device_put(positional_by_layer(self.config, self.positions))
+            self.angles = jax.device_put(angles)
         # What the first dumped stage after a gap was computed through.
-        self._carried: dict[str, tuple[Array, Array]] = {}
-        self._chain: dict[str, tuple] = {}
+        self._carried: dict[str, Both | None] = {}
+        self._chain: dict[str, tuple[Key, ...]] = {}
+
+    @contextmanager
+    def numerics(self) -> Iterator[None]:
+        """float64 on the CPU, whatever the process's own settings."""
+        with runtime.numerics(), jax.default_device(self.device):
+            yield
 
     def load(self, stage: str, layer: int | None) -> np.ndarray | None:
-        """A dump with a batch axis, or None where the trace lacks it."""
+        """A dump in the axes of the stage table with a batch axis, or None where the trace lacks
+        it."""
         if (stage, layer) not in self.trace.entries:
             return None
-        return self.trace.read(stage, layer)[None]
+        return self.trace.read_rows(stage, layer)[None]
 
-    def start_params(self) -> tuple[params.StartParams, np.ndarray]:
+    def start_parameters(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The embedding rows in use, and the tokens renumbered to them."""
         rows, index = np.unique(np.array([self.trace.tokens], np.int32), return_inverse=True)
-        table = self.source.gather(EMBEDDING, rows)
-        return params.StartParams(embed_tokens=table), index.reshape(1, -1).astype(np.int32)
+        table = self.tables.table
+        gathered = self.weights.gather(table.tensor, rows)
+        return {table.name: gathered}, index.reshape(1, -1).astype(np.int32)
 
     def layer_dumps(self, layer: int) -> dict[str, np.ndarray]:
         """Everything dumped of one layer, and its input if that was dumped."""
-        found = {s.name: self.load(s.name, layer) for s in LAYER_STAGES}
-        before = ("embedding", 0) if layer == 0 else ("post_ffn_residual", layer - 1)
-        found[LAYER_INPUT] = self.load(*before)
+        found = {s.name: self.load(s.name, layer) for s in self.tables.layer_stages}
+        count = self.config.num_hidden_layers
+        found[LAYER_INPUT] = self.load(*self.tables.stored_as(LAYER_INPUT, layer, count))
         return {name: dump for name, dump in found.items() if dump is not None}
 
     def __iter__(self) -> Iterator[Measured]:
-        """Every dumped stage in computation order."""
-        layers = self.source.config.num_hidden_layers
-        table, tokens = self.start_params()
-        start = {"embedding": self.load("embedding", 0), TOKENS: tokens}
-        start = {name: dump for name, dump in start.items() if dump is not None}
-        program = self._compiled(START_STAGES)
-        yield from self._step(START_STAGES, 0, program, table, start, {})
+        """Every dumped stage that can be replayed, in computation order."""
+        measuring = self._measure()
+        while True:
+            with self.numerics():  # not while the caller goes on with what it was given
+                found = next(measuring, None)
+            if found is None:
+                return
+            yield found
+
+    def _measure(self) -> Iterator[Measured]:
+        tables, layers = self.tables, self.config.num_hidden_layers
+        table, tokens = self.start_parameters()
+        start = {stage.name: self.load(stage.name, 0) for stage in tables.start_stages}
+        dumps = {name: dump for name, dump in start.items() if dump is not None} | {TOKENS: tokens}
+        yield from self._step(tables.start_stages, 0, table, dumps, {})
         with ThreadPoolExecutor(1) as reader:
 
-            def fetch(layer: int) -> tuple[params.LayerParams, dict[str, np.ndarray]]:
-                return params.layer_params(self.source, layer), self.layer_dumps(layer)
+            def fetch(layer: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+                return read_parameters(self.weights, "layer", layer), self.layer_dumps(layer)
 
             ready = reader.submit(fetch, 0)
             for layer in range(layers):
-                weights, dumps = ready.result()
+                parameters, dumps = ready.result()
                 if layer + 1 < layers:
                     ready = reader.submit(fetch, layer + 1)
-                carried = self._take("embedding" if layer == 0 else "post_ffn_residual")
-                yield from self._step(LAYER_STAGES, layer, self._layer, weights, dumps, carried)
+                carried = self._take(tables.first if layer == 0 else tables.layer_output)
+                yield from self._step(tables.layer_stages, layer, parameters, dumps, carried)
         yield from self._finish()
 
-    def _take(self, before: str) -> dict[str, tuple[Array, Array]]:
+    def _take(self, before: Stage) -> dict[str, Both | None]:
         """The layer input, where it was not dumped but computed."""
-        if before not in self._carried:
+        if before.name not in self._carried:
             return {}
-        self._chain[LAYER_INPUT] = self._chain[before]
-        return {LAYER_INPUT: self._carried[before]}
+        self._chain[LAYER_INPUT] = self._chain[before.name]
+        return {LAYER_INPUT: self._carried[before.name]}
 
     def _step(
         self,
         rows: tuple[Stage, ...],
         layer: int | None,
-        program: Any,
-        weights: Any,
-        dumps: dict[str, np.ndarray],
-        given: dict[str, tuple[Array, Array]],
+        parameters: Mapping[str, Any],
+        dumps: Mapping[str, Any],
+        given: Mapping[str, Both | None],
     ) -> Iterator[Measured]:
-        sliding = layer is not None and self.source.config.sliding_layers[layer]
-        found, computed = program(weights, self.envs[sliding], dumps, given)
+        sliding = layer is not None and self.config.sliding_layers[layer]
+        needed = {name: parameters[name] for row in rows for name in row.parameters}
+        program = self._compiled(rows)
+        found, computed = program(needed, self.pos[sliding], self.angles, dumps, given)
         chain = {name: self._chain[name] for name in given}
+        dims = self.config.dims(len(self.trace.tokens))
         for stage in rows:
             behind = [link for name in stage.inputs for link in chain.get(name, ())]
             segment = tuple(dict.fromkeys(behind))
             if stage.name in found:
                 sums = jax.tree.map(np.asarray, found[stage.name])
-                yield Measured(stage.name, layer, sums, segment)
-            else:
+                heads = stage.heads(dims) if stage.heads_lead else 1
+                count = len(sums.error_rows) // (heads or 1)
+                yield Measured(stage, layer, sums, segment, count)
+            elif stage.name not in dumps:
                 chain[stage.name] = (*segment, (stage.name, layer))
         last = rows[-1].name
         self._carried = {last: computed[last]} if last in computed else {}
         self._chain = {last: chain[last]} if last in computed else {}
 
     def _finish(self) -> Iterator[Measured]:
-        """final_norm, and lm_head in slices of the vocabulary."""
-        config, source = self.source.config, self.source
-        before = "post_ffn_residual"
-        dump = self.load(before, config.num_hidden_layers - 1)
+        """The stages after the layers, and the head in slices of the vocabulary."""
+        tables, before = self.tables, self.tables.layer_output.name
+        *middle, head = tables.end_stages
+        dump = self.load(before, self.config.num_hidden_layers - 1)
         dumps = {} if dump is None else {before: dump}
         given = dict(self._carried)
-        if (norm := self.load("final_norm", None)) is not None:
-            dumps["final_norm"] = norm
+        dumps |= {s.name: d for s in middle if (d := self.load(s.name, None)) is not None}
         if not dumps and not given:
             return
-        program = self._compiled(END_STAGES[:1])
-        weights = params.EndParams(norm=source.read(NORM), lm_head=None)
-        yield from self._step(END_STAGES[:1], None, program, weights, dumps, given)
-        if (head := self.load("lm_head", None)) is None:
+        names = self.config.tensor_names("end")
+        parameters = {p: self.weights.read(names[p]) for s in middle for p in s.parameters}
+        yield from self._step(tuple(middle), None, parameters, dumps, given)
+        if (logits := self.load(head.name, None)) is None:
             return
-        last_only = head.ndim == 2
-        dumps, given = {}, dict(self._carried)
-        if norm is not None:
-            dumps["final_norm"] = norm[:, -1:] if last_only else norm
-        elif last_only:
-            given = {name: (a[:, -1:], b[:, -1:]) for name, (a, b) in given.items()}
-        head = head[:, None] if last_only else head
-        program = self._compiled(END_STAGES[1:])
-        parts = []
-        for first, rows in source.blocks(head_name(config), VOCABULARY_SLICE):
-            cut = slice(first, first + len(rows))
-            some = replace(weights, lm_head=rows)
+        parameter, source = head.parameters[0], head.inputs[0]
+        # Only the rows that are there: all of them would be [T, V] in float64.
+        count = logits.shape[1]
+        if source in dumps:
+            dumps, given = {source: dumps[source][:, -count:]}, {}
+        else:
+            both = self._carried.get(source)
+            dumps, given = {}, {source: both and (both[0][:, -count:], both[1][:, -count:])}
+            self._chain.setdefault(source, ())
+        parts: list[Measured] = []
+        for first, rows in self.weights.blocks(head_tensor(self.config), VOCABULARY_SLICE):
+            some = dumps | {head.name: logits[..., first : first + len(rows)]}
             kept = dict(self._carried), dict(self._chain)
-            parts += self._step(
-                END_STAGES[1:], None, program, some, dumps | {"lm_head": head[..., cut]}, given
-            )
+            parts += self._step((head,), None, {parameter: rows}, some, given)
             self._carried, self._chain = kept
-        yield _join(parts)
+        if parts:
+            yield _join(parts)
 
 
 def _join(parts: list[Measured]) -> Measured:
-    """One lm_head from its slices of the vocabulary: rows add up, columns stand side by side."""
+    """One head from its slices of the vocabulary: rows add up, columns stand side by side."""
 
     def joined(name: str) -> np.ndarray:
         values = [getattr(part.sums, name) for part in parts]
         return np.concatenate(values) if name.endswith("columns") else np.sum(values, 0)
 
-    names = [f.name for f in fields(Sums)]
-    return Measured("lm_head", None, Sums(**{n: joined(n) for n in names}), parts[0].segment)
+    sums = ErrorSums(**{field.name: joined(field.name) for field in fields(ErrorSums)})
+    return Measured(parts[0].stage, None, sums, parts[0].segment, parts[0].rows)

@@ -1,73 +1,60 @@
-"""How XLA is set up, in one place. Call ``configure`` before the first array is made.
+"""How XLA is set up, in one place.
 
-The flags are read once, when JAX starts its backend; they go into every manifest.
+A library call changes no setting of the process: precision and 64-bit types are contexts, and what
+XLA must not do is an option of each program. Commands may do more, see ``for_a_command``.
 """
 
 import ctypes
 import importlib.metadata
 import os
 import platform
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import jax
 
 from stages.errors import UserError
 
 # Without this XLA keeps float32 precision inside bfloat16 fusions: a captured stage could be a
 # value that the model never consumed, and compiled differs from un-jitted by whole bf16 steps.
-FLAGS = {"xla_allow_excess_precision": "false"}
-
-# On the CPU these two make compiled equal to un-jitted byte for byte, at some cost in speed: no
-# fused multiply-add (AVX has none), and one GEMM and reduction library instead of two.
-REFERENCE_FLAGS = {"xla_cpu_max_isa": "AVX", "xla_cpu_experimental_ynn_fusion_type": ""}
+OPTIONS = {"xla_allow_excess_precision": False}
 
 # malloc.h of glibc: freed memory stays with the process, in one heap for all threads. Every layer's
 # stages are freed and allocated anew, and pages fresh from the system cost a third of a forward.
 MALLOPT = {"M_MMAP_THRESHOLD": (-3, 1 << 30), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
 
 
-def configure(device: str | None = None, reference: bool = False, cache: bool = True) -> Any:
-    """``prepare``, and return the JAX device to use: "cpu", "gpu" or the best (None).
-
-    Raises:
-        UserError: the device is not there.
-    """
-    prepare(device, reference, cache)
-    return devices(device)[0]
-
-
-def prepare(
-    device: str | None = None,
-    reference: bool = False,
-    cache: bool = True,
-    cpu_devices: int | None = None,
-) -> None:
-    """Set the project's flags, without starting JAX's backend.
-
-    A flag that is already in ``XLA_FLAGS`` stays as the user set it, and so do JAX's own variables
-    for its persistent compilation cache. ``cache`` False compiles everything anew. The CPU is made
-    to look like ``cpu_devices`` devices, unless the user has said how many.
-    """
+def compiler_options() -> dict[str, Any]:
+    """``OPTIONS``, but for what the user has set in ``XLA_FLAGS``."""
     flags = os.environ.get("XLA_FLAGS", "")
-    for name, value in (FLAGS | (REFERENCE_FLAGS if reference else {})).items():
-        if f"--{name}=" not in flags:
-            flags = f"{flags} --{name}={value}".strip()
-    os.environ["XLA_FLAGS"] = flags
+    return {name: value for name, value in OPTIONS.items() if f"--{name}=" not in flags}
+
+
+@contextmanager
+def numerics(precision: str | None = "highest") -> Iterator[None]:
+    """Every dtype of this project is explicit, so 64-bit types are what they say; and a float32
+    product is one of float32, also on a GPU. ``precision`` None leaves that to the caller.
+
+    JAX keeps both for each thread: a thread that places arrays needs this too.
+    """
+    with jax.enable_x64(True):
+        if precision is None:
+            yield
+        else:
+            with jax.default_matmul_precision(precision):
+                yield
+
+
+def for_a_command(device: str | None = None, cpu_devices: int | None = None) -> None:
+    """What a process of our own may change: how it keeps freed memory, which backends JAX starts,
+    and how many devices the CPU looks like, unless the user has said how many."""
     _keep_freed_memory()
     if device == "cpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-    import jax
-
-    if not cache:
-        jax.config.update("jax_enable_compilation_cache", False)
-    elif not jax.config.jax_compilation_cache_dir:
-        with suppress(ImportError):  # another JAX has other internals; it then compiles anew
-            from qwen_jax import programs
-
-            jax.config.update("jax_compilation_cache_dir", programs.use())
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_enable_x64", True)  # every dtype in this project is explicit
-    jax.config.update("jax_default_matmul_precision", "highest")  # f32 means f32, also on a GPU
+        if jax.config.jax_platforms is None:  # JAX has read the environment already
+            jax.config.update("jax_platforms", "cpu")
+    flags = os.environ.get("XLA_FLAGS", "")
     counted = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in flags
     if cpu_devices and not counted:
         with suppress(RuntimeError):  # JAX has started already, with the devices that it has
@@ -81,20 +68,27 @@ def _keep_freed_memory() -> None:
             mallopt(name, value)
 
 
-def devices(device: str | None) -> list[Any]:
+def pick_device(kind: str | None = None) -> jax.Device:
+    """The first JAX device: "cpu", "gpu" or the best (None).
+
+    Raises:
+        UserError: there is none.
+    """
+    return devices(kind)[0]
+
+
+def devices(kind: str | None) -> list[jax.Device]:
     """The JAX devices of one kind, those of all processes.
 
     Raises:
         UserError: there are none.
     """
-    import jax
-
     try:
-        return jax.devices(device)
+        return jax.devices(kind)
     except RuntimeError as error:
         found = ", ".join(sorted({d.platform for d in jax.devices()}))
         why = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: JAX finds only {found} here ({why})") from None
+        raise UserError(f"--device {kind}: JAX finds only {found} here ({why})") from None
 
 
 def cpu_count() -> int | None:
@@ -102,14 +96,16 @@ def cpu_count() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
-def describe(device: Any) -> dict[str, Any]:
+def describe(device: jax.Device, precision: str = "highest") -> dict[str, Any]:
     """What a manifest says about the machine and the libraries."""
     packages = ("jax", "jaxlib", "numpy")
+    options = [f"--{name}={str(value).lower()}" for name, value in compiler_options().items()]
+    flags = [*os.environ.get("XLA_FLAGS", "").split(), *options]
     return {
         "device": f"{device.platform}: {device.device_kind}",
         "cpu_count": cpu_count(),
-        "flags": os.environ.get("XLA_FLAGS", ""),
-        "matmul_precision": "highest",
+        "flags": " ".join(flags),
+        "matmul_precision": precision,
         "versions": {name: importlib.metadata.version(name) for name in packages}
         | {"python": platform.python_version()},
     }

@@ -4,15 +4,15 @@ import argparse
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 
-from qwen_jax import command, source
+from qwen_jax import cli, trace_command
 from qwen_jax.estimate import peak_memory
 from qwen_jax.processes import Group
-from qwen_jax.weights import EMBEDDING, Weights
-from stages import cli
+from qwen_jax.tracing import Engine, Plan
+from qwen_jax.weights.base import Weights
 from stages.errors import UserError
 
 
@@ -76,7 +76,7 @@ def _reading(model: Weights) -> Iterator[None]:
 
     def read() -> None:
         with suppress(UserError):  # found again, and told, when the rows are read
-            model.hash(EMBEDDING)
+            model.hash(model.config.tables.table.tensor)
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -84,8 +84,9 @@ def _reading(model: Weights) -> Iterator[None]:
     thread.join()
 
 
-def make_engine(model: Weights, args: argparse.Namespace) -> object:
-    device = args.device
+def make_engine(args: argparse.Namespace, group: Group | None, plan: Plan) -> Engine:
+    """The engine that the command line asks for."""
+    device, model = args.device, plan.model
     if args.backend == "eager":
         if device == "gpu":
             raise UserError("--backend eager runs un-jitted on the CPU; drop --device gpu")
@@ -95,38 +96,39 @@ def make_engine(model: Weights, args: argparse.Namespace) -> object:
         from qwen_jax import engine, mesh, runtime
 
     if not args.mesh:
-        chosen = runtime.configure(device, cache=not args.no_compile_cache)
-        return engine.JaxEngine(model, args.dtype, args.backend, chosen)
+        runtime.for_a_command(device)
+        chosen = runtime.pick_device(device)
+        return engine.JaxEngine(model, plan.dtype, args.backend, chosen)
     names = ("mesh", "device", "dtype", "logits", "stages", "layers", "resume")
     same = {f"--{name}": getattr(args, name) for name in names}
-    same |= {"config.json": asdict(model.config), "tokens": source.read_tokens(args, model)}
-    cache = not args.no_compile_cache
-    devices = mesh.open_devices(model.config, args.mesh, device, cache, args.group, same)
-    return mesh.MeshEngine(model, args.dtype, devices, args.group)
+    same |= {"config.json": asdict(model.config), "tokens": plan.tokens}
+    same |= {"--first-position": plan.positions[0]}
+    devices = mesh.open_devices(model.config, args.mesh, device, group, same)
+    return mesh.MeshEngine(model, plan.dtype, devices, group)
 
 
-def follow(args: argparse.Namespace) -> int:
+def follow(args: argparse.Namespace, group: Group) -> int:
     """What a process other than 0 does: compute. Process 0 alone writes and reports."""
-    plan = command.make_plan(args, "trace")
+    plan = trace_command.plan_of(args)
     if not args.dry_run:
-        engine = make_engine(plan.model, args)
-        engine.run(plan.tokens, plan.logits, plan.want, lambda stage, layer, value: None)
+        engine = make_engine(args, group, plan)
+        engine.run(plan.tokens, plan.positions, plan.logits, plan.want, lambda *stage: None)
     return 0
 
 
 def main(argv: list[str]) -> int:
-    parser = command.parser("python -m qwen_jax.trace", __doc__ or "", ("xla", "eager"))
+    parser = trace_command.parser("python -m qwen_jax.trace", __doc__ or "", ("xla", "eager"))
     parser.add_argument(
         "--no-compile-cache", action="store_true", help="compile anew; keep nothing of it on disk"
     )
     add_mesh_arguments(parser)
     args = parser.parse_args(argv)
-    args.group = make_group(args)
-    run = partial(command.main, args, "trace", make_engine, peak_memory)
-    if args.group is None:
-        return run()
-    with args.group:
-        return follow(args) if args.group.process else run()
+    group = make_group(args)
+    make = partial(make_engine, args, group)
+    with group or nullcontext():
+        if group and group.process:
+            return follow(args, group)
+        return trace_command.main(args, "trace", make, peak_memory)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from stages.architecture import Stage
 from stages.errors import UserError
-from stages.slices import fold
 from stages.trace import numpy_dtype
 
 BLOCK = 1 << 19  # elements: more leave the cache, fewer leave two threads waiting for each other
@@ -66,7 +66,7 @@ def coarser(a: str | None, b: str | None) -> str:
 def compare(
     a: np.ndarray,
     b: np.ndarray,
-    axes: tuple[str, ...],
+    stage: Stage,
     dtype: str = "float32",
     mask: np.ndarray | None = None,
     heads: int | None = None,
@@ -74,10 +74,10 @@ def compare(
     """Compare one stage of two traces; ``b`` is the reference.
 
     Arguments:
-        a, b: the same shape, in ``axes`` of the stage table.
+        a, b: the same shape, in the axes of ``stage``.
         dtype: whose units in the last place to count, see ``coarser``.
         mask: [T, S] for ``attn_scores``; elements where it is False are left out.
-        heads: for an axis such as ``N*H``, how many heads it holds, to name the worst.
+        heads: how many heads lie on its axes, to name the worst.
 
     Raises:
         UserError: the shapes differ, or there is nothing to compare.
@@ -86,9 +86,9 @@ def compare(
         raise UserError(f"shapes differ: {list(a.shape)} and {list(b.shape)}")
     if a.size == 0:
         raise UserError("nothing to compare: the stage is empty")
-    width = a.shape[-1] if axes != ("T", "N", "H") and axes != ("T", "K", "H") else a[0].size
-    rows_a, rows_b = a.reshape(-1, width), b.reshape(-1, width)
-    total = _Sums(len(rows_a), width)
+    rows_a, rows_b = stage.matrix(a), stage.matrix(b)
+    width = rows_a.shape[1]
+    total = _Running(len(rows_a), width)
     step = max(1, BLOCK // width)
     for start in range(0, len(rows_a), step):
         stop = min(start + step, len(rows_a))
@@ -101,7 +101,7 @@ def compare(
             left_out = keep.size - int(np.count_nonzero(keep))
             some_a, some_b = _kept(some_a[:, :used], keep), _kept(some_b[:, :used], keep)
         total.add(start, some_a, some_b, left_out, dtype)
-    return total.result(a.shape, axes, heads)
+    return total.result(a.shape, stage, heads)
 
 
 def _kept(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
@@ -110,7 +110,7 @@ def _kept(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
     return (values.view(bits) * keep).view(values.dtype)
 
 
-class _Sums:
+class _Running:
     """What is added up over the blocks of one comparison."""
 
     def __init__(self, rows: int, columns: int) -> None:
@@ -206,9 +206,7 @@ class _Sums:
         a, b = a.astype(np.float64), b.astype(np.float64)
         return np.where(bad, 0.0, a), np.where(bad, 0.0, b)
 
-    def result(
-        self, shape: tuple[int, ...], axes: tuple[str, ...], heads: int | None
-    ) -> Difference:
+    def result(self, shape: tuple[int, ...], stage: Stage, heads: int | None) -> Difference:
         error, size = float(self.row_error.sum()), float(self.row_size.sum())
         norms = np.sqrt(self.a_size) * np.sqrt(size)
         # 1 - cosine from the difference itself: a dot product would lose it to rounding.
@@ -230,15 +228,15 @@ class _Sums:
             nonfinite_a=self.nonfinite_a,
             nonfinite_b=self.nonfinite_b,
             unmatched=self.unmatched,
-            worst={} if error == 0 else self._worst(axes, heads),
+            worst={} if error == 0 else self._worst(stage, heads),
         )
 
-    def _worst(self, axes: tuple[str, ...], heads: int | None) -> dict[str, tuple[int, float]]:
+    def _worst(self, stage: Stage, heads: int | None) -> dict[str, tuple[int, float]]:
         """The position, head and channel with the largest relative L2."""
         by_row = np.stack([self.row_error, self.row_size])
         by_column = np.stack([self.column_error, self.column_size])
         worst = {}
-        for name, (error, size) in fold(axes, heads, by_row, by_column).items():
+        for name, (error, size) in stage.fold(heads, by_row, by_column).items():
             ratio = _ratio(error, size)
             index = int(np.argmax(ratio))
             worst[name] = (index, float(ratio[index]))

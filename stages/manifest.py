@@ -2,29 +2,36 @@
 
 It is written last and atomically, so a directory with a manifest is a whole trace. While a trace
 is being written, ``manifest.json.partial`` marks the directory as unfinished.
+
+The classes below are the format: they are what is read, checked, written and published as JSON
+Schema (docs/schema/manifest.json). This version writes schema 2 and reads schema 1.
 """
 
-import json
 import os
-import re
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from stages.architecture import Architecture, Key
+from stages.architectures import ARCHITECTURES, architecture
 from stages.errors import UserError
-from stages.table import STAGE, stage_axes
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = "manifest.json"
 PARTIAL = NAME + ".partial"
-KIND = "qwen2-stage-trace"
+KIND = "stage-trace"
 FORMATS = {"aprt": ".bin", "safetensors": ".safetensors"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+Whole = Annotated[int, Meta(ge=0, lt=2**31)]
+Hash = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 
-@dataclass(frozen=True, kw_only=True)
-class FileEntry:
+
+class FileEntry(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One stage's file.
 
     Attributes:
@@ -34,45 +41,73 @@ class FileEntry:
         shape: sizes of the axes (one sequence, no batch axis).
         dtype: what the model computed it in. APRT stores it widened to float32.
         xxh3: XXH3-64 of the file's tensor bytes, hexadecimal. Guards against damage.
+        rows: how many rows it holds, where those are not all: the last ones of the sequence.
     """
 
     path: str
     stage: str
-    layer: int | None
+    layer: Whole | None
     axes: tuple[str, ...]
-    shape: tuple[int, ...]
+    shape: tuple[Whole, ...]
+    dtype: DType
+    xxh3: Hash | Literal[""]
+    rows: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
+
+
+class WeightEntry(Struct, frozen=True, kw_only=True):
+    """One weight tensor as it lies in the checkpoint: its stored dtype, shape and XXH3-64."""
+
     dtype: str
-    xxh3: str
+    shape: tuple[Whole, ...]
+    xxh3: Hash
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
+class Model(Struct, frozen=True, kw_only=True):
+    """What was run: its name, its normalised configuration, and the weight tensors used."""
+
+    name: str
+    config: dict[str, Any]
+    weights: dict[str, WeightEntry]
+
+
+class Manifest(Struct, frozen=True, kw_only=True):
     """Everything about a trace except its values.
 
     Attributes:
+        architecture: of ``stages.architectures``.
         format: "aprt" or "safetensors".
-        dtype: the dtype of the model: float32, bfloat16, float16 or float64.
+        dtype: the dtype of the model.
         logits: "last" or "all" positions in ``lm_head``.
-        tokens, positions: token ids and their positions, one each.
-        model: {"name", "config", "weights"}; weights maps a tensor's name to its dtype, shape and
-            XXH3-64 as it lies in the checkpoint.
+        tokens, positions: token ids and their positions, one each. Positions rise.
+        steps: how many rows each call of the engine computed; ``[T]`` where one computed all.
+        cache: the format of the key/value cache; None without one.
         producer: {"name", "backend", "device", "flags", "versions", ...}: what ran, and on what.
         files: in computation order.
+        planned: in an unfinished trace, every (stage, layer) that there is to be.
     """
 
-    format: str
-    dtype: str
-    logits: str
-    tokens: tuple[int, ...]
-    positions: tuple[int, ...]
-    model: dict[str, Any]
+    architecture: str
+    format: Literal["aprt", "safetensors"]
+    dtype: DType
+    logits: Literal["last", "all"]
+    tokens: tuple[Whole, ...]
+    positions: tuple[Whole, ...]
+    steps: tuple[Annotated[int, Meta(ge=1)], ...]
+    cache: str | None = None
+    model: Model
     producer: dict[str, Any]
     files: tuple[FileEntry, ...] = ()
+    planned: tuple[tuple[str, Whole | None], ...] | UnsetType = UNSET
+
+    @property
+    def tables(self) -> Architecture:
+        return ARCHITECTURES[self.architecture]
 
     def to_bytes(self) -> bytes:
         """The file's content: the same manifest always gives the same bytes."""
         head = {"schema": SCHEMA, "kind": KIND}
-        return (json.dumps(head | asdict(self), indent=1) + "\n").encode()
+        whole = msgspec.json.encode(head | msgspec.to_builtins(self))
+        return msgspec.json.format(whole, indent=1) + b"\n"
 
 
 def write(directory: Path, manifest: Manifest, name: str = NAME) -> None:
@@ -81,7 +116,8 @@ def write(directory: Path, manifest: Manifest, name: str = NAME) -> None:
     Nothing waits for the disk (fsync): what a machine that dies leaves behind has the wrong hash.
     """
     temporary = directory / (name + ".tmp")
-    with open(temporary, "wb") as file:
+    temporary.unlink(missing_ok=True)  # of a process that was killed; a link is not followed
+    with open(temporary, "xb") as file:
         file.write(manifest.to_bytes())
     os.replace(temporary, directory / name)
 
@@ -90,82 +126,83 @@ def read(directory: Path, name: str = NAME) -> Manifest:
     """Parse and check a manifest.
 
     Raises:
-        UserError: not JSON, another schema, a field missing or of the wrong kind, or a path that
-            leaves the directory.
+        UserError: not JSON, another schema, a field missing or of the wrong kind, a path that
+            leaves the directory, or positions that no sequence has.
     """
     path = directory / name
     try:
-        data = json.loads(path.read_bytes())
+        data = msgspec.json.decode(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("kind") != KIND:
+    if not isinstance(data, dict) or data.get("kind") not in (KIND, KIND_1):
         raise UserError(f"{path}: not the manifest of a stage trace")
-    if data.get("schema") != SCHEMA:
+    if data.get("schema") not in (1, SCHEMA):
         raise UserError(
-            f"{path}: schema {data.get('schema')!r}; this version reads schema {SCHEMA}"
+            f"{path}: schema {data.get('schema')!r}; this version reads schemas 1 and {SCHEMA}"
         )
     try:
-        manifest = _parse(directory / name, data)
-    except KeyError as error:
-        raise UserError(f"{path}: damaged: no {error}") from None
-    except (TypeError, ValueError) as error:
+        if data["schema"] == 1:
+            data = _upgraded(data)
+        manifest = msgspec.convert(data, Manifest)
+        _check(directory, manifest)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged: {error!r}") from None
+    except ValueError as error:  # msgspec's kind is one
         raise UserError(f"{path}: damaged: {error}") from None
     return manifest
 
 
-def _parse(path: Path, data: dict[str, Any]) -> Manifest:
-    logits, model = _one_of(data["logits"], ("last", "all")), dict(data["model"])
-    model |= {part: dict(model[part]) for part in ("config", "weights")}
-    manifest = Manifest(
-        format=_one_of(data["format"], FORMATS),
-        dtype=_one_of(data["dtype"], DTYPES),
-        logits=logits,
-        tokens=tuple(_whole(token) for token in data["tokens"]),
-        positions=tuple(_whole(position) for position in data["positions"]),
-        model=model,
-        producer=dict(data["producer"]),
-        files=tuple(_entry(path, entry, logits) for entry in data["files"]),
-    )
-    if len(manifest.positions) != len(manifest.tokens):
-        raise ValueError(f"{len(manifest.positions)} positions, {len(manifest.tokens)} tokens")
-    if len({(entry.stage, entry.layer) for entry in manifest.files}) < len(manifest.files):
-        raise ValueError("a stage of a layer is there twice")
-    return manifest
+KIND_1 = "qwen2-stage-trace"  # of schema 1, which had one architecture
 
 
-def _entry(where: Path, data: dict[str, Any], logits: str) -> FileEntry:
-    path, directory = PurePosixPath(data["path"]), where.parent
+def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of schema 1 as one of schema 2."""
+    name = "qwen2"
+    model = dict(data["model"])
+    planned = {"planned": model.pop("planned")} if "planned" in model else {}
+    model["config"] = {"architecture": name} | model["config"]
+    more = {"architecture": name, "steps": [len(data["tokens"])], "model": model}
+    return data | more | planned
+
+
+def _check(directory: Path, manifest: Manifest) -> None:
+    """What the types do not say.
+
+    Raises:
+        UserError: a path that leaves the directory, an unknown architecture.
+        ValueError: the rest.
+    """
+    tables = architecture(manifest.architecture)
+    length = len(manifest.tokens)
+    if len(manifest.positions) != length:
+        raise ValueError(f"{len(manifest.positions)} positions, {length} tokens")
+    if any(after <= before for before, after in pairwise(manifest.positions)):
+        raise ValueError("positions must rise: a trace is one sequence")
+    if sum(manifest.steps) != length:
+        raise ValueError(f"steps compute {sum(manifest.steps)} rows, of {length} tokens")
+    if manifest.model.config.get("architecture") != manifest.architecture:
+        raise ValueError(f"architecture {manifest.architecture!r}, but another in model.config")
+    seen: set[Key] = set()
+    for entry in manifest.files:
+        _check_entry(directory, entry, tables, manifest.logits)
+        key = entry.stage, entry.layer
+        if key in seen:
+            raise ValueError(f"{entry.stage} of layer {entry.layer} is there twice")
+        seen.add(key)
+
+
+def _check_entry(directory: Path, entry: FileEntry, tables: Architecture, logits: str) -> None:
+    path = PurePosixPath(entry.path)
     inside = Path(os.path.realpath(directory / path)).is_relative_to(os.path.realpath(directory))
     if path.is_absolute() or ".." in path.parts or not inside:
-        raise UserError(f"{where}: path {data['path']!r} leaves the trace directory")
-    row = STAGE[_one_of(data["stage"], STAGE)]
-    layer = None if data["layer"] is None else _whole(data["layer"])
-    if row.layer_of(layer) != layer or (layer is None) != (row.scope == "end"):
-        raise ValueError(f"{path}: {row.name} of layer {layer}")
-    axes = stage_axes(row, logits)
-    shape = tuple(_whole(size) for size in data["shape"])
-    if data["axes"] != list(axes) or len(shape) != len(axes):
-        raise ValueError(f"{path}: axes {data['axes']!r} of shape {shape}; expected {axes}")
-    if not re.fullmatch("[0-9a-f]{16}", data["xxh3"]):
-        raise ValueError(f"{path}: xxh3 {data['xxh3']!r} is no hash")
-    return FileEntry(
-        path=str(path),
-        stage=row.name,
-        layer=layer,
-        axes=axes,
-        shape=shape,
-        dtype=_one_of(data["dtype"], DTYPES),
-        xxh3=data["xxh3"],
-    )
-
-
-def _one_of(value: Any, valid: Collection[str]) -> str:
-    if value not in valid:
-        raise ValueError(f"{value!r} is none of {', '.join(valid)}")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no whole number")
-    return value
+        raise UserError(f"{directory / NAME}: path {entry.path!r} leaves the trace directory")
+    row = tables.stage.get(entry.stage)
+    if row is None:
+        raise ValueError(f"{entry.path}: {entry.stage!r} is no stage of {tables.name}")
+    if row.layer_of(entry.layer) != entry.layer or (entry.layer is None) != (row.scope == "end"):
+        raise ValueError(f"{path}: {row.name} of layer {entry.layer}")
+    axes = row.stored_axes(logits)
+    if entry.axes != axes or len(entry.shape) != len(axes):
+        raise ValueError(f"{path}: axes {entry.axes} of shape {entry.shape}; expected {axes}")
+    if not entry.xxh3:
+        raise ValueError(f"{path}: no hash")

@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from stages.architecture import Key
 from stages.compare import coarser
 from stages.errors import NotComparable
 from stages.trace import Trace, numpy_dtype
-
-Key = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,11 @@ def check(a: Trace, b: Trace) -> Preflight:
         shown = ", ".join(f"{k} {a.config.get(k)!r} / {b.config.get(k)!r}" for k in differing[:3])
         raise NotComparable(f"not comparable: the configs differ: {shown}")
     _check_weights(a, b, notes)
-    if a.manifest and b.manifest and a.manifest.positions != b.manifest.positions:
-        raise NotComparable("not comparable: the positions differ")
+    if a.positions != b.positions:
+        raise NotComparable(
+            f"not comparable: the positions differ: they start at {a.positions[0]} / "
+            f"{b.positions[0]}"
+        )
     if a.dtype and b.dtype and a.dtype != b.dtype:
         notes.append(f"dtypes differ: {a.dtype} / {b.dtype}; judged as {coarser(a.dtype, b.dtype)}")
     for trace in (a, b):
@@ -76,7 +78,7 @@ def _keys_that_differ(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 def _check_weights(a: Trace, b: Trace, notes: list[str]) -> None:
     if a.manifest is None or b.manifest is None:
         return
-    weights_a, weights_b = a.manifest.model["weights"], b.manifest.model["weights"]
+    weights_a, weights_b = a.manifest.model.weights, b.manifest.model.weights
     shared = weights_a.keys() & weights_b.keys()
     if differing := sorted(name for name in shared if weights_a[name] != weights_b[name]):
         raise NotComparable(
@@ -89,7 +91,7 @@ def _check_weights(a: Trace, b: Trace, notes: list[str]) -> None:
 
 def _check_embedding(a: Trace, b: Trace, notes: list[str]) -> None:
     """Tokens and weights show in the embedding before anything has been computed."""
-    key = ("embedding", 0)
+    key = (b.tables.first.name, 0)
     if key not in a.entries or key not in b.entries:
         notes.append("no embedding on both sides: tokens and weights are unproved by it")
         return

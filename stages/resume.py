@@ -1,15 +1,12 @@
 """Going on with an interrupted trace: what of it is whole, and from which layer to compute."""
 
-from dataclasses import fields
 from pathlib import Path
 
 from stages import manifest
+from stages.architecture import Key
 from stages.errors import UserError
 from stages.manifest import Manifest
 from stages.trace import Trace
-
-Key = tuple[str, int | None]
-CARRIES = "post_ffn_residual"  # the stage from which the next layer can be computed
 
 
 def open_interrupted(directory: Path, header: Manifest, planned: list[Key]) -> Trace | None:
@@ -32,10 +29,10 @@ def open_interrupted(directory: Path, header: Manifest, planned: list[Key]) -> T
     except UserError as error:
         raise UserError(f"--resume: {error}; start anew with --overwrite") from None
     differing = [
-        field.name
-        for field in fields(Manifest)
-        if field.name not in ("files", "model", "producer")
-        and getattr(found, field.name) != getattr(header, field.name)
+        name
+        for name in Manifest.__struct_fields__
+        if name not in ("files", "model", "producer", "planned")
+        and getattr(found, name) != getattr(header, name)
     ]
     differing += [
         f"{name} ({was!r}, now {now!r})"
@@ -43,9 +40,11 @@ def open_interrupted(directory: Path, header: Manifest, planned: list[Key]) -> T
         if (was := found.producer.get(name)) != (now := header.producer.get(name))
     ]
     differing += [
-        f"model {part}" for part in ("name", "config") if found.model[part] != header.model[part]
+        f"model {part}"
+        for part in ("name", "config")
+        if getattr(found.model, part) != getattr(header.model, part)
     ]
-    if found.model.get("planned") != [list(each) for each in planned]:
+    if found.planned != tuple(planned):
         differing.append("stages or layers")
     if differing:
         raise UserError(
@@ -53,7 +52,7 @@ def open_interrupted(directory: Path, header: Manifest, planned: list[Key]) -> T
             "use what it was begun with, or --overwrite to start anew"
         )
     entries = {(entry.stage, entry.layer): entry for entry in found.files}
-    return Trace(directory, found, entries, found.model["config"], found.tokens)
+    return Trace(directory, found, entries, found.model.config, found.tokens, found.positions)
 
 
 def first_layer(trace: Trace, wanted: list[Key]) -> int:
@@ -69,6 +68,6 @@ def first_layer(trace: Trace, wanted: list[Key]) -> int:
     layers = trace.config["num_hidden_layers"]
     for layer in range(layers, 0, -1):
         before = {key for key in wanted if key[1] is not None and key[1] < layer}
-        if before | {(CARRIES, layer - 1)} <= whole:
+        if before | {(trace.tables.layer_output.name, layer - 1)} <= whole:
             return layer
     return 0

@@ -1,4 +1,4 @@
-"""Reading a trace: ours, the oracle's, or a foreign directory of APRT files without manifest."""
+"""Reading a trace: ours, the oracle's, a foreign directory of APRT files, or one in memory."""
 
 import math
 from collections.abc import Mapping
@@ -9,12 +9,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import safetensors
+import xxhash
 
 from stages import aprt, manifest
+from stages.architecture import Architecture, Key, Stage
+from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
 from stages.manifest import FileEntry, Manifest
-from stages.table import ALIASES, NAMES, STAGE, stage_axes, stage_shape
-from stages.writer import tensor_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,49 +25,67 @@ class Layout:
     Attributes:
         config: the model's configuration as plain data (``Config.to_json``).
         dims: axis letter -> size, T among them.
-        tokens: token ids.
+        tokens, positions: one each.
     """
 
     config: dict[str, Any]
     dims: Mapping[str, int]
     tokens: tuple[int, ...]
+    positions: tuple[int, ...]
 
 
 class Trace:
     """An opened trace. Nothing is read before ``read``.
 
     Attributes:
-        path: its directory.
-        manifest: None for a foreign trace.
+        path: its directory; of a trace in memory, its name.
+        manifest: None for a foreign trace and one in memory.
         entries: (stage, layer) -> FileEntry, in computation order.
-        config, tokens: of the manifest, or as the user gave them.
+        config: the model's configuration as plain data.
+        tokens, positions: of the manifest, or as the user gave them.
         dtype: the model's dtype; None where a foreign trace does not say.
+        tables: the architecture.
     """
 
     def __init__(
         self,
         path: Path,
         found: Manifest | None,
-        entries: Mapping[tuple[str, int | None], FileEntry],
+        entries: Mapping[Key, FileEntry],
         config: dict[str, Any],
         tokens: tuple[int, ...],
+        positions: tuple[int, ...],
     ) -> None:
         self.path = path
         self.manifest = found
         self.config = config
         self.tokens = tokens
-        self.dtype = found.dtype if found else None
-        order = sorted(entries, key=lambda key: _place(*key))
-        self.entries = {key: entries[key] for key in order}
+        self.positions = positions
+        self.dtype: str | None = found.dtype if found else None
+        self.tables: Architecture = ARCHITECTURES[config["architecture"]]
+        names = self.tables.names
+        order = sorted(
+            entries, key=lambda key: (math.inf if key[1] is None else key[1], names.index(key[0]))
+        )
+        self.entries: dict[Key, FileEntry] = {key: entries[key] for key in order}
 
     @property
     def name(self) -> str:
         return self.path.name or str(self.path)
 
+    def row(self, stage: str) -> Stage:
+        return self.tables.stage[stage]
+
+    def rows_of(self, stage: str, layer: int | None) -> int:
+        """How many rows, the last ones of the sequence, are held of a stage."""
+        entry = self.entries[stage, layer]
+        return entry.shape[entry.axes.index("T")] if "T" in entry.axes else 1
+
     def read(self, stage: str, layer: int | None) -> np.ndarray:
         """One stage in the shape of its entry; float32 from APRT, else its own dtype.
 
         Raises:
+            KeyError: the trace has no such stage.
             UserError: the file is missing, damaged, or not what the manifest says.
         """
         entry = self.entries[stage, layer]
@@ -79,16 +98,86 @@ class Trace:
             raise UserError(
                 f"{path}: {array.size} values, but {' x '.join(entry.axes)} is "
                 f"{' x '.join(map(str, entry.shape))}"
-                + ("" if self.manifest else f"; are its {len(self.tokens)} --tokens right?")
             )
         if entry.xxh3 and tensor_hash(array) != entry.xxh3:
             raise UserError(f"{path}: content does not match the manifest; the file was changed")
         return array.reshape(entry.shape)
 
+    def read_rows(self, stage: str, layer: int | None) -> np.ndarray:
+        """One stage in the axes of the stage table: with a T axis, though it may be of one row."""
+        value, row = self.read(stage, layer), self.row(stage)
+        if len(value.shape) == len(row.axes):
+            return value
+        return np.expand_dims(value, row.axes.index("T"))
 
-def _place(stage: str, layer: int | None) -> tuple[float, int]:
-    """Sort key: computation order over a whole model."""
-    return (float("inf") if layer is None else layer, NAMES.index(stage))
+    def to_json(self) -> dict[str, Any]:
+        """What there is, as plain data."""
+        return {
+            "name": str(self.path),
+            "architecture": self.tables.name,
+            "dtype": self.dtype,
+            "tokens": list(self.tokens),
+            "positions": list(self.positions),
+            "stages": [
+                {"stage": stage, "layer": layer, "shape": list(entry.shape), "dtype": entry.dtype}
+                for (stage, layer), entry in self.entries.items()
+            ],
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} {self.path}: {self.tables.name}, {self.dtype or 'foreign'}, "
+            f"{len(self.tokens)} tokens, {len(self.entries)} stages>"
+        )
+
+
+class MemoryTrace(Trace):
+    """A trace that never was on disk; everything that works on a ``Trace`` works on it.
+
+    Arguments:
+        values: {(stage, layer): array in the axes of the stage table}, without a batch axis.
+            ``lm_head`` may lack its T axis.
+        positions: None is from 0 on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: dict[str, Any],
+        tokens: tuple[int, ...],
+        dtype: str,
+        values: Mapping[Key, np.ndarray],
+        positions: tuple[int, ...] | None = None,
+    ) -> None:
+        tables = ARCHITECTURES[config["architecture"]]
+        entries = {
+            (stage, layer): _entry(tables.stage[stage], layer, value.shape, len(tokens))
+            for (stage, layer), value in values.items()
+        }
+        given = tuple(range(len(tokens))) if positions is None else positions
+        super().__init__(Path(name), None, entries, config, tokens, given)
+        self.dtype = dtype
+        self.values = values
+
+    def read(self, stage: str, layer: int | None) -> np.ndarray:
+        return self.values[stage, layer]
+
+
+def _entry(
+    row: Stage, layer: int | None, shape: tuple[int, ...], length: int, path: str = ""
+) -> FileEntry:
+    axes = row.stored_axes("all" if len(shape) == len(row.axes) else "last")
+    rows = shape[axes.index("T")] if "T" in axes else 1
+    return FileEntry(
+        path=path,
+        stage=row.name,
+        layer=layer,
+        axes=axes,
+        shape=shape,
+        dtype="float32",
+        xxh3="",
+        rows=None if rows == length else rows,
+    )
 
 
 def _read_safetensors(path: Path, entry: FileEntry) -> np.ndarray:
@@ -121,38 +210,47 @@ def open_trace(path: Path, layout: Layout | None = None) -> Trace:
             "it goes on with --resume"
         )
     if (path / manifest.NAME).exists():
-        found = manifest.read(path)
-        entries = {(entry.stage, entry.layer): entry for entry in found.files}
-        if absent := [e.path for e in found.files if not (path / e.path).is_file()]:
-            raise UserError(
-                f"{path}: {absent[0]} is in {manifest.NAME} but not there ({len(absent)} of "
-                f"{len(entries)} files); copy the whole directory or trace again"
-            )
-        vocabulary = found.model["config"].get("vocab_size")
-        if vocabulary and not all(0 <= token < vocabulary for token in found.tokens):
-            raise UserError(f"{path}: {manifest.NAME} has token ids outside the vocabulary")
-        return Trace(path, found, entries, found.model["config"], found.tokens)
-    files = _foreign_files(path)
-    if not files:
-        raise UserError(
-            f"{path}: no trace: neither {manifest.NAME} nor layer-<N>/<stage>.bin files"
-        )
+        return _open_whole(path)
     if layout is None:
+        if not any(_foreign_files(path, "qwen2")) and not any(_foreign_files(path, "qwen3")):
+            raise _no_trace(path)
         raise UserError(
             f"{path}: has no {manifest.NAME}, so its axes are unknown; "
             "add --model and --tokens (or --prompt)"
         )
+    files = _foreign_files(path, layout.config["architecture"])
+    if not files:
+        raise _no_trace(path)
     entries = {key: _foreign_entry(path, file, *key, layout) for key, file in files.items()}
-    return Trace(path, None, entries, dict(layout.config), layout.tokens)
+    return Trace(path, None, entries, dict(layout.config), layout.tokens, layout.positions)
 
 
-def _foreign_files(path: Path) -> dict[tuple[str, int | None], Path]:
+def _no_trace(path: Path) -> UserError:
+    return UserError(f"{path}: no trace: neither {manifest.NAME} nor layer-<N>/<stage>.bin files")
+
+
+def _open_whole(path: Path) -> Trace:
+    found = manifest.read(path)
+    entries = {(entry.stage, entry.layer): entry for entry in found.files}
+    if absent := [e.path for e in found.files if not (path / e.path).is_file()]:
+        raise UserError(
+            f"{path}: {absent[0]} is in {manifest.NAME} but not there ({len(absent)} of "
+            f"{len(entries)} files); copy the whole directory or trace again"
+        )
+    vocabulary = found.model.config.get("vocab_size")
+    if vocabulary and not all(0 <= token < vocabulary for token in found.tokens):
+        raise UserError(f"{path}: {manifest.NAME} has token ids outside the vocabulary")
+    return Trace(path, found, entries, found.model.config, found.tokens, found.positions)
+
+
+def _foreign_files(path: Path, architecture: str) -> dict[Key, Path]:
     """(stage, layer) -> file. Files under other names are no stages of ours and are passed over."""
-    files: dict[tuple[str, int | None], Path] = {}
+    tables = ARCHITECTURES[architecture]
+    files: dict[Key, Path] = {}
     for file in sorted([*path.glob("*.bin"), *path.glob("layer-*/*.bin")]):
-        stage = ALIASES.get(file.stem, file.stem)
+        stage = tables.aliases.get(file.stem, file.stem)
         number = file.parent.name.removeprefix("layer-") if file.parent != path else None
-        named = stage in STAGE and (number is None or number.isdecimal())
+        named = stage in tables.stage and (number is None or number.isdecimal())
         if not named or not file.is_file():
             continue
         layer = None if number is None else int(number)
@@ -165,7 +263,7 @@ def _foreign_files(path: Path) -> dict[tuple[str, int | None], Path]:
 def _foreign_entry(
     path: Path, file: Path, stage: str, layer: int | None, layout: Layout
 ) -> FileEntry:
-    row = STAGE[stage]
+    row = ARCHITECTURES[layout.config["architecture"]].stage[stage]
     if (layer is None) != (row.scope == "end"):
         where = "beside the layer directories" if row.scope == "end" else "in a layer directory"
         raise UserError(f"{file}: {stage} belongs {where}")
@@ -174,18 +272,24 @@ def _foreign_entry(
             f"{file}: the model has {layout.config['num_hidden_layers']} layers; "
             "is --model the model of this trace?"
         )
-    values = (file.stat().st_size - aprt.HEADER.size) // 4
-    # Only lm_head comes in two shapes: of the last position, or of all.
-    logits = "last" if values == layout.dims["V"] else "all"
-    return FileEntry(
-        path=str(file.relative_to(path)),
-        stage=stage,
-        layer=layer,
-        axes=stage_axes(row, logits),
-        shape=stage_shape(row, layout.dims, logits),
-        dtype="float32",
-        xxh3="",
-    )
+    values, length = (file.stat().st_size - aprt.HEADER.size) // 4, len(layout.tokens)
+    # Some engines compute the end of the last layer for the last positions only.
+    one = math.prod(row.shape(layout.dims, rows=1))
+    rows, left = divmod(values, one)
+    end = layer is None or layer == layout.config["num_hidden_layers"] - 1
+    if left or not 1 <= rows <= length or (rows < length and not end):
+        whole = " x ".join(map(str, row.shape(layout.dims)))
+        raise UserError(
+            f"{file}: {values} values, but {' x '.join(row.axes)} is {whole}; are its {length} "
+            "--tokens right?"
+        )
+    shape = row.shape(layout.dims, "last" if row.last and rows == 1 else "all", rows)
+    return _entry(row, layer, shape, length, str(file.relative_to(path)))
+
+
+def tensor_hash(array: np.ndarray) -> str:
+    """XXH3-64 of a C-contiguous array's bytes."""
+    return xxhash.xxh3_64_hexdigest(array.reshape(-1).view(np.uint8))
 
 
 def numpy_dtype(name: str) -> np.dtype:

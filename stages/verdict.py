@@ -4,15 +4,14 @@ Nothing here has a tolerance to tune to a model: the scale that error is measure
 every stage of one arithmetic come out at nearly the same number of bits, whatever its values.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from stages.slices import fold, head_count
-from stages.table import NAMES, STAGE, stage_axes
+from stages.architecture import Key, Stage
+from stages.architectures import ALL_NAMES
 
 EXACT_BITS = 53.0  # what "no error at all" counts as; the replay itself resolves no more
 
@@ -29,15 +28,16 @@ CLASSES = (
     ("8-bit", 5.5, 8.0),
 )
 BF16, LOWEST = 8.4, 2.5
-PRODUCTS = ("matmul", "scores", "weighted_sum")  # where activations or a cache can be quantised
 NOMINAL = {"float64": 50.0, "float32": 23.0, "float16": 12.3, "bfloat16": 9.2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
-    """One stage of one layer, judged by itself.
+class LocalError:
+    """The error that one stage of one layer creates, judged by itself.
 
     Attributes:
+        row: the stage.
+        skipped_rows: how many rows of the sequence come before them.
         bits: significant bits of the local error; ``EXACT_BITS`` for none.
         level: the bits with what no fault is needed for taken out (a gap's rounding, angles): what
             precision classes and siblings are compared by.
@@ -47,14 +47,23 @@ class Item:
         born_slices: the same axes -> which slices have such elements.
     """
 
-    stage: str
+    row: Stage
     layer: int | None
+    skipped_rows: int
     bits: float
     level: float
-    segment: tuple[tuple[str, int | None], ...]
+    segment: tuple[Key, ...]
     born: int
     slices: dict[str, tuple[np.ndarray, int]]
     born_slices: dict[str, np.ndarray]
+
+    @property
+    def stage(self) -> str:
+        return self.row.name
+
+    @property
+    def key(self) -> Key:
+        return self.row.name, self.layer
 
 
 def bits(error: Any, scale: Any) -> Any:
@@ -79,18 +88,32 @@ def _level(error: Any, scale: Any, expected: Any, gap: bool, dtype: str) -> Any:
     return np.maximum(bits(error, scale), np.minimum(allowed, NOMINAL["float32"]))
 
 
+class Sums(Protocol):
+    """Sums of squares over the rows and columns of a stage's matrix, see ``replay.ErrorSums``."""
+
+    error_rows: np.ndarray
+    error_columns: np.ndarray
+    scale_rows: np.ndarray
+    scale_columns: np.ndarray
+    born_rows: np.ndarray
+    born_columns: np.ndarray
+    expected_rows: np.ndarray
+    expected_columns: np.ndarray
+
+
 def judge(
-    stage: str,
+    row: Stage,
     layer: int | None,
-    sums: Any,
-    segment: tuple,
-    config: Mapping[str, Any],
+    sums: Sums,
+    segment: tuple[Key, ...],
+    heads: int | None,
+    skipped_rows: int,
     dtype: str,
-) -> Item:
-    """Turn the sums of one stage (``qwen_jax.replay.Sums``, NumPy) into an Item."""
-    last_only = stage == "lm_head" and len(sums.error_rows) == 1
-    axes = stage_axes(STAGE[stage], "last" if last_only else "all")
-    heads = head_count(axes, config)
+) -> LocalError:
+    """Turn the sums of one stage into significant bits.
+
+    ``heads`` is how many lie on its axes; see ``LocalError`` for the rest.
+    """
     gap = bool(segment)
 
     def level(error: Any, scale: Any, known: Any) -> Any:
@@ -98,7 +121,7 @@ def judge(
 
     def folded(kind: str) -> dict[str, np.ndarray]:
         rows, columns = getattr(sums, f"{kind}_rows"), getattr(sums, f"{kind}_columns")
-        return fold(axes, heads, rows, columns)
+        return row.fold(heads, rows, columns)
 
     error, scale, known = folded("error"), folded("scale"), folded("expected")
     size = len(sums.error_rows) * len(sums.error_columns)
@@ -108,9 +131,10 @@ def judge(
         levels = level(error[axis], scale[axis], known[axis])
         slices[axis] = (np.where(used, levels, EXACT_BITS), size // len(error[axis]))
     total, whole = sums.error_rows.sum(), sums.scale_rows.sum()
-    return Item(
-        stage=stage,
+    return LocalError(
+        row=row,
         layer=layer,
+        skipped_rows=skipped_rows,
         bits=float(bits(total, whole)),
         level=float(level(total, whole, sums.expected_rows.sum())),
         segment=segment,
@@ -120,25 +144,25 @@ def judge(
     )
 
 
-def class_of(level: float, stage: str) -> str | None:
+def class_of(level: float, row: Stage) -> str | None:
     """The name of the arithmetic that explains this many bits; None where none does."""
-    product = STAGE[stage].kind in PRODUCTS
+    product = row.kind.sums_products
     return next((n for n, sums, others in CLASSES if level >= (sums if product else others)), None)
 
 
-def sibling_gap(item: Item) -> float:
+def sibling_gap(item: LocalError) -> float:
     """How many bits below its siblings a layer is out of line. Within one precision they stay
     within 0.7 bits of each other (measured); the next class is 3 bits away. After a gap with a
     softmax in it they do not: it amplifies what a lower precision before it lost, by as much as
     the layer's scores are large."""
     if any(stage == "attn_softmax" for stage, _ in item.segment):
         return 8.0
-    return 2.5 if STAGE[item.stage].kind in PRODUCTS else 2.0
+    return 2.5 if item.row.kind.sums_products else 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suspect:
-    """An Item that its precision class does not explain, and why.
+    """A local error that its precision class does not explain, and why.
 
     Attributes:
         expected: the bits that it should have.
@@ -147,20 +171,21 @@ class Suspect:
         masks: {"head" | "position" | "channel": which slices}.
     """
 
-    item: Item
+    item: LocalError
     expected: float
     why: str
     masks: dict[str, np.ndarray]
 
     @property
-    def key(self) -> tuple[str, int | None]:
-        return self.item.stage, self.item.layer
+    def key(self) -> Key:
+        return self.item.key
 
     @property
     def where(self) -> dict[str, str]:
         """{"heads" | "positions" | "channels": ranges or "all"}."""
         axes = [axis for axis in ("head", "position", "channel") if axis in self.masks]
-        return {axis + "s": ranges(self.masks[axis]) for axis in axes}
+        first = {"position": self.item.skipped_rows}
+        return {axis + "s": ranges(self.masks[axis], first.get(axis, 0)) for axis in axes}
 
     @property
     def found(self) -> float:
@@ -170,15 +195,15 @@ class Suspect:
         return self.item.bits
 
 
-def suspects(items: list[Item], dtype: str) -> list[Suspect]:
+def suspects(items: list[LocalError], dtype: str) -> list[Suspect]:
     """The items where more error was created than precision explains, in computation order."""
     found = []
     usual = usual_levels(items, dtype)
     lowered = _all_products_lowered(items)
     for item in items:
         expected = usual[item.stage]
-        explained = class_of(item.level, item.stage) is not None
-        if lowered and STAGE[item.stage].kind in PRODUCTS:
+        explained = class_of(item.level, item.row) is not None
+        if lowered and item.row.kind.sums_products:
             explained = item.level >= LOWEST
         low = _low_slices(item, _cap(dtype))
         if item.born:
@@ -197,7 +222,7 @@ def suspects(items: list[Item], dtype: str) -> list[Suspect]:
     return found
 
 
-def usual_levels(items: list[Item], dtype: str) -> dict[str, float]:
+def usual_levels(items: list[LocalError], dtype: str) -> dict[str, float]:
     """Stage -> the level it should have: its median over layers if a class explains that, else
     that of the stages of its kind, else of all stages."""
     cap = _cap(dtype)
@@ -205,11 +230,12 @@ def usual_levels(items: list[Item], dtype: str) -> dict[str, float]:
     for item in items:
         by_stage.setdefault(item.stage, []).append(min(item.level, cap))
     medians = {stage: median(levels) for stage, levels in by_stage.items()}
-    sound = {stage: m for stage, m in medians.items() if class_of(m, stage)}
+    rows = {item.stage: item.row for item in items}
+    sound = {stage: m for stage, m in medians.items() if class_of(m, rows[stage])}
     overall = median(sound.values()) if sound else NOMINAL["float32"]
     usual = {}
     for stage in medians:
-        kin = [m for other, m in sound.items() if STAGE[other].kind == STAGE[stage].kind]
+        kin = [m for other, m in sound.items() if rows[other].kind is rows[stage].kind]
         usual[stage] = sound.get(stage, median(kin) if kin else overall)
     return usual
 
@@ -219,10 +245,10 @@ def _cap(dtype: str) -> float:
     return NOMINAL[dtype]
 
 
-def _all_products_lowered(items: list[Item]) -> bool:
+def _all_products_lowered(items: list[LocalError]) -> bool:
     """Whether every linear stage in every layer runs below 8 bits: a precision, not a mistake."""
-    levels = [item.level for item in items if STAGE[item.stage].kind == "matmul"]
-    stages = {item.stage for item in items if STAGE[item.stage].kind == "matmul"}
+    levels = [item.level for item in items if item.row.linear]
+    stages = {item.stage for item in items if item.row.linear}
     return len(stages) >= 4 and all(LOWEST <= level < BF16 for level in levels)
 
 
@@ -238,7 +264,7 @@ def _allowed_drop(levels: np.ndarray, elements: int) -> float:
     return float(2.0 + 3.0 / np.sqrt(elements) + 4.0 * spread)
 
 
-def _low_slices(item: Item, cap: float) -> dict[str, np.ndarray]:
+def _low_slices(item: LocalError, cap: float) -> dict[str, np.ndarray]:
     """Axis -> mask of the slices far below the rest; empty if there are none anywhere."""
     masks = {}
     for axis, (levels, elements) in item.slices.items():
@@ -248,7 +274,7 @@ def _low_slices(item: Item, cap: float) -> dict[str, np.ndarray]:
     return masks if any(mask.any() for mask in masks.values()) else {}
 
 
-def bad_slices(item: Item, expected: float) -> dict[str, np.ndarray]:
+def bad_slices(item: LocalError, expected: float) -> dict[str, np.ndarray]:
     """Axis -> mask of the slices that carry the error of an item that is low as a whole."""
     return {
         axis: levels < expected - _allowed_drop(np.full(2, expected), elements)
@@ -256,29 +282,29 @@ def bad_slices(item: Item, expected: float) -> dict[str, np.ndarray]:
     }
 
 
-def ranges(mask: np.ndarray) -> str:
-    """ "all", or ranges such as "1-" or "0,4-6"."""
+def ranges(mask: np.ndarray, first: int = 0) -> str:
+    """ "all", or ranges such as "1-" or "0,4-6"; the mask's first entry is number ``first``."""
     if mask.all() or not mask.any():
         return "all"
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
-    runs = [(int(a), int(b) - 1) for a, b in edges.reshape(-1, 2)]
+    runs = [(first + int(a), first + int(b) - 1) for a, b in edges.reshape(-1, 2)]
     if len(runs) > 6:
         return f"{int(mask.sum())} of {mask.size}"
-    last = mask.size - 1
+    last = first + mask.size - 1
     return ",".join(
         f"{a}-" if b == last and b > a else str(a) if a == b else f"{a}-{b}" for a, b in runs
     )
 
 
-def precision(items: list[Item], faulty: set[tuple[str, int | None]]) -> dict[str, dict[str, Any]]:
+def precision(items: list[LocalError], faulty: set[Key]) -> dict[str, dict[str, Any]]:
     """Stage -> {"class", "bits": [lowest, highest]} over the layers that are not faulty."""
     table = {}
-    for name in NAMES:
+    for name in ALL_NAMES:
         sound = [i for i in items if i.stage == name and (i.stage, i.layer) not in faulty]
         if not sound:
             continue
         levels = [item.level for item in sound]
-        found = class_of(median(levels), name) or "lower"
+        found = class_of(median(levels), sound[0].row) or "lower"
         shown = [round(item.bits, 1) for item in sound]
         table[name] = {"class": found, "bits": [min(shown), max(shown)]}
     return table

@@ -4,22 +4,23 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import ml_dtypes  # noqa: F401 -- teaches NumPy and safetensors bfloat16
 import numpy as np
-import xxhash
+from msgspec.structs import replace
 from safetensors.numpy import save as safetensors_bytes
 
 from stages import aprt, manifest
+from stages.architecture import Key
+from stages.architectures import ALL_NAMES
 from stages.errors import UserError
 from stages.lock import lock
-from stages.manifest import FORMATS, FileEntry, Manifest
-from stages.table import STAGE, stage_axes
+from stages.manifest import FORMATS, FileEntry, Manifest, Model, WeightEntry
+from stages.trace import tensor_hash
 
 THREADS = 2
 WAITING = 8  # stages that may wait to be written before the computation has to wait
@@ -41,11 +42,6 @@ def encode(
         return [header, payload], tensor_hash(payload)
     array = np.ascontiguousarray(array)  # safetensors writes a strided array wrongly, silently
     return [safetensors_bytes({stage: array})], tensor_hash(array)
-
-
-def tensor_hash(array: np.ndarray) -> str:
-    """XXH3-64 of a C-contiguous array's bytes."""
-    return xxhash.xxh3_64_hexdigest(array.reshape(-1).view(np.uint8))
 
 
 def replaceable(directory: Path, overwrite: bool) -> list[Path]:
@@ -82,7 +78,7 @@ def _of_a_trace(path: Path) -> bool:
 
 
 def _of_a_stage(path: Path) -> bool:
-    return path.is_file() and path.stem in STAGE and path.suffix in FORMATS.values()
+    return path.is_file() and path.stem in ALL_NAMES and path.suffix in FORMATS.values()
 
 
 def _remove(paths: Iterable[Path], keep: Collection[Path]) -> None:
@@ -104,7 +100,8 @@ class TraceWriter:
 
     Arguments:
         overwrite: replace the trace that is there.
-        header: its weights may be a dictionary that still grows: the mark has what is in it then.
+        header: everything but the files.
+        hashes: tensor name -> what is known of it; may still grow: the mark has what is in it then.
         planned: every (stage, layer) that there is to be, for the mark.
         kept: files of an interrupted trace in the same directory that stay, and count as added.
 
@@ -116,15 +113,17 @@ class TraceWriter:
         self,
         directory: Path,
         header: Manifest,
+        hashes: Mapping[str, WeightEntry],
         overwrite: bool = False,
         kept: Collection[FileEntry] = (),
-        planned: Iterable[tuple[str, int | None]] = (),
+        planned: Iterable[Key] = (),
     ) -> None:
         self.directory = directory
         self.header = header
+        self.hashes = hashes
         self._sizes = {entry.path: (directory / entry.path).stat().st_size for entry in kept}
         self._entries = {(entry.stage, entry.layer): entry for entry in kept}
-        self._planned = [list(each) for each in planned]
+        self._planned = tuple(planned)
         self._noted = time.monotonic()
         self._error: Exception | None = None
         self._queue: queue.Queue = queue.Queue(WAITING)
@@ -178,12 +177,13 @@ class TraceWriter:
 
     def _mark(self) -> None:
         files = tuple(self._entries.copy().values())  # other threads add to it
-        model = self.header.model | {"planned": self._planned}
-        model["weights"] = model["weights"].copy()
-        marked = replace(self.header, model=model, files=files)
+        marked = replace(self.header, model=self._model(), files=files, planned=self._planned)
         manifest.write(self.directory, marked, manifest.PARTIAL)
 
-    def finish(self, model: dict, order: list[tuple[str, int | None]]) -> Manifest:
+    def _model(self) -> Model:
+        return replace(self.header.model, weights=dict(sorted(self.hashes.items())))
+
+    def finish(self, order: list[Key]) -> Manifest:
         """Wait for the files, then write the manifest that makes the directory a trace.
 
         ``order`` is every (stage, layer) that must have been added, in computation order.
@@ -194,7 +194,7 @@ class TraceWriter:
         if missing := [each for each in order if each not in self._entries]:
             raise RuntimeError(f"stages that were never added: {missing[:3]}")
         files = tuple(self._entries[each] for each in order)
-        whole = replace(self.header, model=model, files=files)
+        whole = replace(self.header, model=self._model(), files=files)
         try:
             manifest.write(self.directory, whole)
             (self.directory / manifest.PARTIAL).unlink()
@@ -232,18 +232,23 @@ class TraceWriter:
         chunks, digest = encode(array, stage, layer, self.header.format)
         path = self.directory / relative
         path.parent.mkdir(exist_ok=True)
-        with open(path, "wb", buffering=0) as file:
+        path.unlink(missing_ok=True)  # whatever stands there, a link too, is not written through
+        with open(path, "xb", buffering=0) as file:
             for chunk in chunks:
                 view = memoryview(chunk).cast("B") if len(chunk) else b""
                 while len(view):  # an unbuffered write may be short, 2 GiB at most
                     view = view[file.write(view) :]
             self._sizes[relative] = file.tell()
+        row = self.header.tables.stage[stage]
+        axes = row.stored_axes(self.header.logits)
+        rows = array.shape[axes.index("T")] if "T" in axes else None
         self._entries[stage, layer] = FileEntry(
             path=relative,
             stage=stage,
             layer=layer,
-            axes=stage_axes(STAGE[stage], self.header.logits),
+            axes=axes,
             shape=array.shape,
             dtype=str(array.dtype),
             xxh3=digest,
+            rows=None if rows == len(self.header.tokens) else rows,
         )

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from qwen_jax.weights.huggingface import HuggingFaceWeights
 
 from qwen_jax import runtime, source
-from qwen_jax.checkpoint import Checkpoint
-from stages import cli
+from qwen_jax import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 USER_ENVIRONMENT = dict(os.environ)  # a command that a user starts knows nothing of our flags
@@ -41,9 +41,9 @@ def stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def demo() -> Checkpoint:
+def demo() -> HuggingFaceWeights:
     """The embedded demo model, freshly opened: a checkpoint remembers what was read from it."""
-    return source.open_model(None)
+    return open_model(None)
 
 
 @pytest.fixture

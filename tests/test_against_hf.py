@@ -8,15 +8,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from qwen_jax.weights.huggingface import HuggingFaceWeights
+from stages.table import NAMES, computation_order
 from transformers import Qwen2ForCausalLM
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.qwen2 import modeling_qwen2
 
 from oracle.recorder import ATTENTION, Recorder, TorchEngine, to_numpy
 from qwen_jax import source
-from qwen_jax.checkpoint import Checkpoint
 from stages.errors import UserError
-from stages.table import NAMES, computation_order
 from tests.tiny import hf_config, random_tensors, write_checkpoint, write_json, write_tensors
 from tests.traces import check_stages, collect, jax_trace, torch_trace, ulps, visible
 
@@ -138,7 +138,7 @@ def test_random_architectures(config, length, seed, bias, stored, backend) -> No
         directory = write_model(Path(scratch), config, seed, bias, stored)
         reference = torch_trace(directory, tokens)
         trace = jax_trace(directory, tokens, backend=backend)
-        check_stages(Checkpoint(directory).config, trace, reference, F32)
+        check_stages(HuggingFaceWeights(directory).config, trace, reference, F32)
     check_argmax(trace["lm_head", None], reference["lm_head", None])
 
 
@@ -146,7 +146,7 @@ def test_random_architectures(config, length, seed, bias, stored, backend) -> No
 
 
 @pytest.fixture
-def prompt(demo: Checkpoint) -> tuple[int, ...]:
+def prompt(demo: HuggingFaceWeights) -> tuple[int, ...]:
     return tuple(source.load_tokenizer(demo).encode((source.DEMO / "prompt.txt").read_text()).ids)
 
 

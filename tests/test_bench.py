@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from tools.bench import measure, report, worker
+from tools.bench.measure import Case, Figure
 
 from qwen_jax import command
 from stages.errors import UserError
@@ -10,8 +12,6 @@ from stages.trace import open_trace
 from tests.tiny import write_checkpoint
 from tools import bench
 from tools.diff import compare_traces
-from tools.timing import measure, report, worker
-from tools.timing.measure import Case, Figure
 
 
 @pytest.fixture

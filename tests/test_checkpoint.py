@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import xxhash
+from qwen_jax.checkpoint import INDEX, SINGLE, Checkpoint
 from safetensors.numpy import load_file, save_file
 
 from qwen_jax import source
-from qwen_jax.checkpoint import INDEX, SINGLE, Checkpoint
 from qwen_jax.config import from_hf
 from qwen_jax.weights import HEAD, expected_shapes
 from stages.errors import UserError
@@ -438,7 +438,7 @@ def fake_hub(monkeypatch, answer):
 def test_a_download_that_fails(monkeypatch, error):
     fake_hub(monkeypatch, error)
     with pytest.raises(UserError) as caught:
-        source.open_model("a/b--c")
+        open_model("a/b--c")
     message = str(caught.value)
     assert len(message.splitlines()) == 1 and "second" not in message
     assert (str(error).splitlines() or ["ConnectionError"])[0] in message
@@ -447,7 +447,7 @@ def test_a_download_that_fails(monkeypatch, error):
 def test_a_download(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "0123abcd", shards=2)
     asked = fake_hub(monkeypatch, tmp_path / "0123abcd")
-    model = source.open_model("Qwen/Qwen2.5-0.5B")
+    model = open_model("Qwen/Qwen2.5-0.5B")
     assert model.name == "Qwen2.5-0.5B" and model.read(NORM).shape == (24,)
     ((repo, options),) = asked
     assert repo == "Qwen/Qwen2.5-0.5B"
@@ -461,13 +461,13 @@ def test_a_directory_here_goes_before_the_hub(tmp_path, monkeypatch):
     asked = fake_hub(monkeypatch, RuntimeError("must not be asked"))
     monkeypatch.chdir(tmp_path)
     write_checkpoint(tmp_path / "Qwen" / "tiny")
-    assert source.open_model("Qwen/tiny").name == "tiny"
+    assert open_model("Qwen/tiny").name == "tiny"
     for spec in ("./Qwen/none", "/Qwen/none", "Qwen", "a/b/c", "../Qwen/tiny", ""):
         with pytest.raises(UserError):
-            source.open_model(spec)
+            open_model(spec)
     assert asked == []
 
 
 @pytest.mark.parametrize("spec", [None, "demo"])
 def test_the_demo_model(spec):
-    assert source.open_model(spec).name == "demo"
+    assert open_model(spec).name == "demo"

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qwen_jax.checkpoint import INDEX, SINGLE, Checkpoint
+from qwen_jax.orbax_weights import MARK, PARAMS, OrbaxWeights
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from qwen_jax import checkpoint, orbax_weights, source, trace
-from qwen_jax.checkpoint import INDEX, SINGLE, Checkpoint
 from qwen_jax.config import from_hf
-from qwen_jax.orbax_weights import MARK, PARAMS, OrbaxWeights
 from qwen_jax.weights import EMBEDDING, HEAD, NORM, Weights, expected_shapes
 from stages.errors import UserError
 from stages.manifest import NAME as MANIFEST
@@ -45,7 +45,7 @@ def bits(model):
 
 def refusal(directory):
     with pytest.raises(UserError) as error:
-        source.open_model(str(directory))
+        open_model(str(directory))
     message = str(error.value)
     assert len(message.splitlines()) == 1 and str(directory) in message
     return message
@@ -107,7 +107,7 @@ def test_there_and_back(tmp_path, dtype, tied, shards):
     assert convert.main([str(there), str(tmp_path / "orbax")]) == 0
     assert convert.main([str(tmp_path / "orbax"), str(tmp_path / "back")]) == 0
     first, second, third = (
-        source.open_model(str(tmp_path / name)) for name in ("there", "orbax", "back")
+        open_model(str(tmp_path / name)) for name in ("there", "orbax", "back")
     )
     assert type(second) is OrbaxWeights and type(third) is Checkpoint
     assert bits(first) == bits(second) == bits(third)
@@ -125,10 +125,10 @@ def test_there_and_back(tmp_path, dtype, tied, shards):
 def test_a_synthetic_model_becomes_files(tmp_path, monkeypatch):
     monkeypatch.setattr("qwen_jax.synthetic.SIZES", {"0.5b": (64, 3, 2, 1, 96, 50, True, 1e-6, 99)})
     assert convert.main(["synthetic:0.5b:2", str(tmp_path / "hf")]) == 0
-    model, made = Checkpoint(tmp_path / "hf"), source.open_model("synthetic:0.5b:2")
+    model, made = Checkpoint(tmp_path / "hf"), open_model("synthetic:0.5b:2")
     assert bits(model) == bits(made) and model.config == made.config
     assert convert.main(["synthetic:0.5b:2", str(tmp_path / "orbax"), "--to", "orbax"]) == 0
-    assert bits(source.open_model(str(tmp_path / "orbax"))) == bits(made)
+    assert bits(open_model(str(tmp_path / "orbax"))) == bits(made)
 
 
 @settings(deadline=None, max_examples=25)
@@ -212,7 +212,7 @@ def test_traces_do_not_depend_on_the_form(pair, tmp_path):
 
 
 def test_the_tokenizer_is_found(pair):
-    tokenizers = [source.load_tokenizer(source.open_model(str(pair / form))) for form in FORMATS]
+    tokenizers = [source.load_tokenizer(open_model(str(pair / form))) for form in FORMATS]
     assert tokenizers[0].encode("the cat").ids == tokenizers[1].encode("the cat").ids == [1, 3]
 
 
@@ -222,7 +222,7 @@ def test_rows_are_the_same_however_they_are_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(orbax_weights, "WRITE", 15 * 24 * 4)
     directory = write_checkpoint(tmp_path / "hf", vocab_size=48)
     assert convert.main([str(directory), str(tmp_path / "orbax")]) == 0
-    model, orbax = (source.open_model(str(tmp_path / form)) for form in FORMATS)
+    model, orbax = (open_model(str(tmp_path / form)) for form in FORMATS)
     chunk = orbax._open(EMBEDDING).chunk_layout.read_chunk.shape
     assert chunk == (7, 24)
     for start in range(48):
@@ -241,7 +241,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 from qwen_jax import source
-model = source.open_model(sys.argv[1])
+model = open_model(sys.argv[1])
 devices = jax.devices()
 assert len(devices) == 8
 mesh = Mesh(np.array(devices).reshape(2, 4), ("a", "b"))
@@ -348,7 +348,7 @@ def test_a_training_checkpoint(tmp_path, where):
 def test_an_orbax_folder_in_a_hugging_face_directory_is_no_matter(pair, tmp_path):
     model = write_checkpoint(tmp_path / "m")
     shutil.copytree(pair / "orbax" / PARAMS, model / "training")
-    assert type(source.open_model(str(model))) is Checkpoint
+    assert type(open_model(str(model))) is Checkpoint
 
 
 def test_the_params_alone(pair):
@@ -367,7 +367,7 @@ def test_every_file_matters(orbax):
         path.unlink()
         assert f"{path.name}) missing or cut short" in refusal(orbax)
         path.write_bytes(content)
-    source.open_model(str(orbax))
+    open_model(str(orbax))
 
 
 def test_a_damaged_bit(orbax, pair):
@@ -382,7 +382,7 @@ def test_a_damaged_bit(orbax, pair):
             damaged[place] ^= 1
             path.write_bytes(damaged)
             try:
-                assert bits(source.open_model(str(orbax))) == right
+                assert bits(open_model(str(orbax))) == right
             except UserError as error:
                 refused.append(path)
                 assert "cannot be read: " in str(error) and len(str(error).splitlines()) == 1
@@ -486,7 +486,7 @@ def test_killed(pair, tmp_path, to):
     assert [path.name for path in tmp_path.iterdir()] == ["x.partial"]
     refusal(tmp_path / "x.partial")
     assert convert.main([str(pair / "hf"), str(tmp_path / "x"), "--to", to]) == 0
-    assert bits(source.open_model(str(tmp_path / "x"))) == bits(Checkpoint(pair / "hf"))
+    assert bits(open_model(str(tmp_path / "x"))) == bits(Checkpoint(pair / "hf"))
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 

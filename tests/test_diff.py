@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stages.table import LAYER_STAGES
 
 from qwen_jax import model, trace
 from stages import aprt, cli
 from stages.compare import _largest, compare, compare_logits
 from stages.errors import NotComparable, UserError
 from stages.mask import causal_mask
-from stages.table import LAYER_STAGES
 from stages.trace import open_trace
 from tests.tiny import write_checkpoint
 from tools import diff, reference

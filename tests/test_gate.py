@@ -3,6 +3,7 @@
 import re
 
 from stages.table import NAMES
+
 from tests.conftest import ROOT
 from tests.test_readme import blocks, commands, normal
 

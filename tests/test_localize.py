@@ -8,19 +8,20 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from qwen_jax.model import make_env
+from stages.table import LAYER_INPUT, LAYER_STAGES, STAGE, stage_shape
+from tools.localize import case
+from tools.localize.report import faults as faulty
+from tools.localize.report import sentence
 
 from qwen_jax import params, replay, source
-from qwen_jax.model import make_env
 from stages import aprt
-from stages.table import LAYER_INPUT, LAYER_STAGES, STAGE, stage_shape
 from stages.trace import open_trace
 from stages.verdict import class_of
-from tests.planted import checkpoints, engine, faults
+from tests.planted import checkpoints
+from tools.numpy_engine import engine, faults
 from tests.planted.matrix import Bench, cosine, make_bench, markdown, rows, summary
 from tools import localize
-from tools.localizer import case
-from tools.localizer.report import faults as faulty
-from tools.localizer.report import sentence
 
 SETTINGS = [("f32", "one"), ("f32", "all"), ("bf16", "one"), ("bf16", "all")]
 
@@ -35,7 +36,7 @@ def test_fault_matrix(directory, mode, which):
     """Every fault that is larger than rounding is placed, and nine in ten are named.
 
     A quarter of the faults in each setting, all of them over the four: the whole matrix on larger
-    models is ``python -m tests.planted.matrix``.
+    models is ``python -m tools.numpy_engine.matrix``.
     """
     bench = make_bench("small", mode, directory, length=24)
     share = SETTINGS.index((mode, which))
@@ -279,7 +280,7 @@ def test_a_linear_stage_in_slices_of_its_weight_is_the_same(directory, tmp_path,
 
 def test_weights_are_widened_one_after_the_other():
     """A layer of the 7B is 1.7 GiB in float64; its largest weight 0.5."""
-    model = source.open_model("synthetic:7b:1")
+    model = open_model("synthetic:7b:1")
     shapes = {s.name: stage_shape(s, model.config.dims(8)) for s in LAYER_STAGES}
     shapes[LAYER_INPUT] = shapes["ffn_out"]
     dumps = {n: jax.ShapeDtypeStruct((1, *shape), np.float32) for n, shape in shapes.items()}

@@ -15,16 +15,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
-from qwen_jax import mesh, params, source, trace
-from qwen_jax.checkpoint import Checkpoint
-from qwen_jax.config import from_hf
+from qwen_jax.weights.huggingface import HuggingFaceWeights
 from qwen_jax.model import make_env
-from qwen_jax.replay import Replay
-from qwen_jax.weights import expected_shapes
-from stages import verdict
-from stages.errors import UserError
 from stages.table import (
     END_STAGES,
     LAYER_INPUT,
@@ -37,6 +29,13 @@ from stages.table import (
     axis_size,
     stage_shape,
 )
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from qwen_jax import mesh, params, source, trace
+from qwen_jax.config import from_hf
+from qwen_jax.replay import Replay
+from stages import verdict
+from stages.errors import UserError
 from stages.trace import numpy_dtype, open_trace
 from tests.conftest import user_environment
 from tests.test_config import PUBLISHED
@@ -128,8 +127,8 @@ class World:
     folder: Path
     notes: dict[str, dict]
 
-    def model(self, name: str) -> Checkpoint:
-        return source.open_model("demo") if name == "demo" else Checkpoint(self.folder / name)
+    def model(self, name: str) -> HuggingFaceWeights:
+        return open_model("demo") if name == "demo" else HuggingFaceWeights(self.folder / name)
 
 
 def arguments(model: str, dtype: str, size: int | None, *more: str) -> list[str]:
@@ -249,7 +248,7 @@ def port() -> int:
 DYING = """
 import os, sys
 from qwen_jax import mesh, trace
-from stages import cli
+from qwen_jax import cli
 seen = []
 def host(self, stage, value):
     seen.append(stage)

@@ -7,17 +7,17 @@ import jax
 import numpy as np
 import pytest
 import torch
+from qwen_jax.weights.huggingface import HuggingFaceWeights
+from qwen_jax.model import Env, Stages, forward, make_env
+from stages.table import STAGE, computation_order, stage_shape
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from oracle.recorder import to_numpy
 from qwen_jax import params, rope
-from qwen_jax.checkpoint import Checkpoint
 from qwen_jax.config import from_hf
 from qwen_jax.engine import JaxEngine
-from qwen_jax.model import Env, Stages, forward, make_env
-from stages.table import STAGE, computation_order, stage_shape
 from stages.trace import numpy_dtype
 from tests.test_config import PUBLISHED
 from tests.tiny import hf_config, write_checkpoint
@@ -42,7 +42,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def environments(model: Checkpoint, length: int) -> dict[bool, Env]:
+def environments(model: HuggingFaceWeights, length: int) -> dict[bool, Env]:
     positions = np.arange(length)[None]
     valid = np.ones((1, length), bool)
     return {s: make_env(model.config, positions, valid, s) for s in (False, True)}
@@ -62,7 +62,7 @@ def flat(stages: Stages) -> Trace:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forward_is_the_engine_unjitted(tiny: Path, dtype: str) -> None:
-    model = Checkpoint(tiny)
+    model = HuggingFaceWeights(tiny)
     ids = jax.numpy.array([TOKENS], np.int32)
     weights = jax.tree.map(jax.numpy.asarray, params.load(model))
     envs = environments(model, len(TOKENS))
@@ -76,7 +76,7 @@ def test_forward_is_the_engine_unjitted(tiny: Path, dtype: str) -> None:
 def test_forward_is_the_engine_compiled(tiny: Path) -> None:
     """One program of three layers against one layer run three times. Identical where this was
     written; XLA may fuse across layers, which reorders sums."""
-    model = Checkpoint(tiny)
+    model = HuggingFaceWeights(tiny)
     program = jax.jit(partial(forward, model.config, dtype=np.float32))
     ids = np.array([TOKENS], np.int32)
     whole = flat(program(params.load(model), ids, environments(model, len(TOKENS))))
@@ -89,7 +89,7 @@ def test_forward_is_the_engine_compiled(tiny: Path) -> None:
 def test_batches_and_left_padding(tiny: Path) -> None:
     """Each sequence of a batch is what it is alone, padded on the left or not, at every stage; and
     the logits are those of Hugging Face for the same batch."""
-    model = Checkpoint(tiny)
+    model = HuggingFaceWeights(tiny)
     sequences = [TOKENS, TOKENS[3:17], TOKENS[:1]]
     tokens, valid = np.zeros((3, len(TOKENS)), np.int32), np.zeros((3, len(TOKENS)), bool)
     for row, sequence in enumerate(sequences):
@@ -126,7 +126,7 @@ def test_batches_and_left_padding(tiny: Path) -> None:
 # --- against a forward that shares no code with it
 
 
-def plain_forward(model: Checkpoint, tokens: tuple[int, ...]) -> Trace:
+def plain_forward(model: HuggingFaceWeights, tokens: tuple[int, ...]) -> Trace:
     """Qwen2 in NumPy and float64, one head and one query at a time, as in the papers.
 
     The RoPE tables are the model's own float32 ones: tests of their own hold those."""
@@ -187,15 +187,15 @@ def _layer_tensors() -> list[str]:
     return ["input_layernorm.weight", "post_attention_layernorm.weight", *linear]
 
 
-def _tensors(model: Checkpoint) -> list[str]:
+def _tensors(model: HuggingFaceWeights) -> list[str]:
     layers = range(model.config.num_hidden_layers)
     inner = [f"model.layers.{layer}.{name}" for layer in layers for name in _layer_tensors()]
     return ["model.embed_tokens.weight", *inner, "model.norm.weight", "lm_head.weight"]
 
 
 @pytest.mark.parametrize("backend", ["xla", "eager"])
-def test_float64_against_plain_numpy(demo: Checkpoint, tiny: Path, backend: str) -> None:
-    for model in (Checkpoint(tiny), demo):
+def test_float64_against_plain_numpy(demo: HuggingFaceWeights, tiny: Path, backend: str) -> None:
+    for model in (HuggingFaceWeights(tiny), demo):
         trace = jax_trace(model.directory, TOKENS, "float64", backend)
         check_stages(model.config, trace, plain_forward(model, TOKENS), 1e-12)
 

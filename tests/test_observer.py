@@ -9,12 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-
-from qwen_jax import params
-from qwen_jax.checkpoint import Checkpoint
-from qwen_jax.engine import JaxEngine
+from qwen_jax.weights.huggingface import HuggingFaceWeights
 from qwen_jax.model import UNROUNDED, make_env, run_stages
 from stages.table import LAYER_INPUT, LAYER_STAGES, NAMES, STAGE
+
+from qwen_jax import params
+from qwen_jax.engine import JaxEngine
 from stages.trace import numpy_dtype
 from tests.conftest import ROOT, user_environment
 from tests.tiny import write_checkpoint
@@ -47,7 +47,7 @@ def test_what_is_captured_changes_no_byte(tiny: Path, backend: str, dtype: str) 
     as among all others."""
 
     def engine() -> JaxEngine:
-        return JaxEngine(Checkpoint(tiny), dtype, backend, jax.devices("cpu")[0])
+        return JaxEngine(HuggingFaceWeights(tiny), dtype, backend, jax.devices("cpu")[0])
 
     first = engine()
     everything = observe(first, lambda stage, layer: True)
@@ -77,7 +77,7 @@ def test_a_new_process_computes_the_same_bytes(
     assert file == here.astype(np.float32).tobytes()
 
 
-def recompute(model: Checkpoint, trace: Trace, layer: int, stage: str, dtype: str) -> np.ndarray:
+def recompute(model: HuggingFaceWeights, trace: Trace, layer: int, stage: str, dtype: str) -> np.ndarray:
     """One stage of one layer, un-jitted, from the inputs that were captured."""
     rows = [STAGE[stage]]
     rows = [STAGE[name] for name in rows[0].inputs if (stage, name) in UNROUNDED] + rows
@@ -99,13 +99,13 @@ def recompute(model: Checkpoint, trace: Trace, layer: int, stage: str, dtype: st
 
 @pytest.mark.parametrize(("dtype", "differing"), [("bfloat16", 1e-3), ("float16", 8e-3)])
 def test_a_captured_value_is_the_consumed_one(
-    demo: Checkpoint, tiny: Path, dtype: str, differing: float
+    demo: HuggingFaceWeights, tiny: Path, dtype: str, differing: float
 ) -> None:
     """Each captured stage follows from the captured stages before it. The float32 arithmetic may
     come out a few 2**-24 apart (fused multiply-add, order of a sum), which moves an element to the
     neighbouring 16-bit number once in some 2**16 (bfloat16) or 2**13 (float16) elements. Where a
     value is consumed without the rounding that its capture shows, 20 % of its readers differ."""
-    for model in (demo, Checkpoint(tiny)):
+    for model in (demo, HuggingFaceWeights(tiny)):
         trace = jax_trace(model.directory, TOKENS, dtype)
         for layer in range(model.config.num_hidden_layers):
             for stage in LAYER_STAGES:
@@ -133,7 +133,7 @@ for directory, dtype, length in cases:
 """
 
 
-def test_reference_mode_compiles_to_what_unjitted_computes(demo: Checkpoint, tiny: Path) -> None:
+def test_reference_mode_compiles_to_what_unjitted_computes(demo: HuggingFaceWeights, tiny: Path) -> None:
     """Byte for byte, every stage. Un-jitted, a stage is a function of what is captured because
     nothing else exists; so here the same holds of the compiled layer. In a process of its own:
     the flags of reference mode are read once."""

@@ -10,17 +10,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from qwen_jax.weights.huggingface import HuggingFaceWeights
+from tools.parity import grid, measure, programs, report, variants
+from tools.parity.grid import Point
+from tools.parity.memory import sequences
 
 from qwen_jax import source
-from qwen_jax.checkpoint import Checkpoint
 from stages import aprt
 from stages.errors import NotComparable, UserError
 from tests.conftest import user_environment
 from tests.tiny import write_checkpoint
 from tools import parity
-from tools.sweep import grid, measure, programs, report, variants
-from tools.sweep.grid import Point
-from tools.sweep.memory import sequences
 from tools.testing import assert_traces_agree, trace_model, trace_of  # noqa: F401 -- a fixture
 
 TOKENS = tuple(int(n) for n in np.random.default_rng(1).integers(48, size=20))
@@ -96,7 +96,7 @@ def test_the_shipped_grids_load_and_cover_the_axes() -> None:
     assert {p.batch for p in full} == {1, 3} and {p.excess for p in full} == {False, True}
 
 
-def test_every_impossible_point_has_its_reason(demo: Checkpoint) -> None:
+def test_every_impossible_point_has_its_reason(demo: HuggingFaceWeights) -> None:
     for changed, device, reason in [
         ({"device": "gpu"}, "cpu", "needs --device gpu"),
         ({"flags": "no-fma"}, "gpu", "CPU"),
@@ -295,7 +295,7 @@ def test_no_gpu_is_one_line_and_exit_2(run_cli) -> None:
 
 
 def test_padding_reaches_nothing(tiny: Path) -> None:
-    model, device = Checkpoint(tiny), jax.devices("cpu")[0]
+    model, device = HuggingFaceWeights(tiny), jax.devices("cpu")[0]
     engine = programs.Layers(model, "float32", "xla", device, variants.variant("stages", ""))
     batch = programs.make_batch(TOKENS, 9, 3)
     assert batch.lengths == [9, 5, 9]
@@ -309,7 +309,7 @@ def test_padding_reaches_nothing(tiny: Path) -> None:
 
 @pytest.mark.parametrize("form", ["program", "scan", "unobserved"])
 def test_whole_programs_compute_the_same_model(tiny: Path, form: str) -> None:
-    model, device = Checkpoint(tiny), jax.devices("cpu")[0]
+    model, device = HuggingFaceWeights(tiny), jax.devices("cpu")[0]
     batch = programs.make_batch(TOKENS, 6, 2)
     layers = programs.Layers(model, "float32", "xla", device, variants.variant("stages", ""))
     whole = programs.Whole(model, "float32", device, form)
@@ -377,5 +377,5 @@ def test_a_model_without_tokenizer_is_swept_with_drawn_ids(tmp_path: Path) -> No
     directory = write_checkpoint(tmp_path / "bare")
     (directory / "tokenizer.json").unlink()
     args = parity.parser().parse_args([])
-    tokens = parity.read_tokens(args, source.open_model(str(directory)))
+    tokens = parity.read_tokens(args, open_model(str(directory)))
     assert len(tokens) == 64 and max(tokens) < 48

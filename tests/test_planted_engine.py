@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from stages import aprt
-from tests.planted import checkpoints, engine, faults
-from tests.planted.engine import ARITHMETIC, STAGES, Engine, Run
+from tests.planted import checkpoints
+from tools.numpy_engine import engine, faults
+from tools.numpy_engine.engine import ARITHMETIC, STAGES, Engine, Run
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "qwen_jax" / "demo"

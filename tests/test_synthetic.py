@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qwen_jax.synthetic import MASSIVE_DAMP, SIZES, STEP, Synthetic, _fill, _quantiles
 
 from qwen_jax import runtime, source
 from qwen_jax.engine import JaxEngine
-from qwen_jax.synthetic import MASSIVE_DAMP, SIZES, STEP, Synthetic, _fill, _quantiles
 from qwen_jax.weights import EMBEDDING, HEAD, NORM
 from stages.errors import UserError
 
@@ -34,7 +34,7 @@ def rms(array):
 )  # fmt: skip
 def test_the_published_sizes(size, billions):
     """The parameter counts of the model cards."""
-    model = source.open_model(f"synthetic:{size}")
+    model = open_model(f"synthetic:{size}")
     count = sum(int(np.prod(shape)) for shape in model.shapes.values())
     assert count / 1e9 == pytest.approx(billions, rel=0.005)
     assert model.config.head_dim == (64 if size == "0.5b" else 128)
@@ -43,9 +43,9 @@ def test_the_published_sizes(size, billions):
 
 
 def test_the_first_layers_of_a_size():
-    model = source.open_model("synthetic:7b:2")
+    model = open_model("synthetic:7b:2")
     assert model.config.num_hidden_layers == 2 and model.name == "synthetic-7b-2"
-    whole = source.open_model("synthetic:7B")
+    whole = open_model("synthetic:7B")
     for name in model.shapes:
         assert model.rows(name, 3, 5).tobytes() == whole.rows(name, 3, 5).tobytes()
 
@@ -65,7 +65,7 @@ def test_the_first_layers_of_a_size():
 )
 def test_what_is_no_size(spec, says):
     with pytest.raises(UserError) as error:
-        source.open_model(spec)
+        open_model(spec)
     assert says in str(error.value) and spec in str(error.value)
 
 
@@ -108,7 +108,7 @@ def test_no_two_tensors_are_alike():
 
 def test_the_numbers_never_change():
     """A literal: a trace made last year is compared with one made today."""
-    model = source.open_model("synthetic:0.5b:1")
+    model = open_model("synthetic:0.5b:1")
     for name in (NORM, K_BIAS.format(0)):
         model.read(name)
     assert [model.hashes[name]["xxh3"] for name in (NORM, K_BIAS.format(0))] == [
@@ -136,7 +136,7 @@ def test_the_statistics():
 
 def test_the_k_biases_of_the_first_and_the_last_layer():
     """https://github.com/ggml-org/llama.cpp/issues/21385: norms 605 and 921, 22 elsewhere."""
-    whole = source.open_model("synthetic:7b")
+    whole = open_model("synthetic:7b")
     norms = [float(np.linalg.norm(wide(whole.read(K_BIAS.format(n))))) for n in (0, 1, 26, 27)]
     assert norms == pytest.approx([605, 22, 22, 921], rel=0.1)
 
@@ -144,7 +144,7 @@ def test_the_k_biases_of_the_first_and_the_last_layer():
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_activations_stay_sane(dtype):
     """No overflow, no collapse, a few channels far above the rest: through all 24 layers."""
-    model = source.open_model("synthetic:0.5b")
+    model = open_model("synthetic:0.5b")
     found = {}
 
     def emit(stage, layer, value):

@@ -3,9 +3,6 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from stages import table
-from stages.errors import UserError
 from stages.table import (
     ALIASES,
     LAYER_INPUT,
@@ -21,6 +18,9 @@ from stages.table import (
     stage_axes,
     stage_shape,
 )
+
+from stages import table
+from stages.errors import UserError
 
 # The stages in computation order, as people and foreign engines know them. A literal: renaming or
 # reordering one changes every trace that there is.

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from stages.table import LAYER_STAGES, NAMES, computation_order, stage_shape
 
 from qwen_jax import command, source, trace
 from stages import cli, manifest
 from stages.errors import UserError
-from stages.table import LAYER_STAGES, NAMES, computation_order, stage_shape
 from stages.trace import numpy_dtype, open_trace
 from tests.conftest import Result, user_environment
 from tests.tiny import hf_config, write_checkpoint, write_json

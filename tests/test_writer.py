@@ -300,7 +300,7 @@ CHILD = """
 import sys
 import numpy as np
 from pathlib import Path
-from stages import cli
+from qwen_jax import cli
 from stages.manifest import Manifest
 from stages.writer import TraceWriter
 

@@ -10,7 +10,6 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from qwen_jax.config import from_hf
-from qwen_jax.weights import expected_shapes
 
 # What a published config.json holds, at sizes that are all different, so that no two axes can be
 # taken for each other: D 24, N*H 32, K*H 16, (N+2K)*H 64, F 40, V 48.

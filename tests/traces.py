@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from qwen_jax.weights.huggingface import HuggingFaceWeights
+from stages.table import computation_order
 
-from qwen_jax.checkpoint import Checkpoint
 from qwen_jax.config import Config
 from qwen_jax.engine import JaxEngine
 from stages.mask import causal_mask
-from stages.table import computation_order
 
 Trace = dict[tuple[str, int | None], np.ndarray]  # (stage, layer) -> value without batch axis
 
@@ -41,7 +41,7 @@ def jax_trace(
     logits: str = "all",
 ) -> Trace:
     """All stages of the JAX forward."""
-    engine = JaxEngine(Checkpoint(directory), dtype, backend, jax.devices("cpu")[0])
+    engine = JaxEngine(HuggingFaceWeights(directory), dtype, backend, jax.devices("cpu")[0])
     return collect(engine, tokens, logits)
 
 
@@ -51,7 +51,7 @@ def torch_trace(
     """All stages of the Hugging Face forward."""
     from oracle.recorder import TorchEngine  # seconds to import, and not every test needs it
 
-    return collect(TorchEngine(Checkpoint(directory), dtype, "cpu"), tokens, logits)
+    return collect(TorchEngine(HuggingFaceWeights(directory), dtype, "cpu"), tokens, logits)
 
 
 def visible(config: Config, stage: str, layer: int | None, value: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ and compared before DESTINATION gets its name; config.json and the tokenizer go 
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -15,12 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qwen_jax import checkpoint, orbax_weights, source
-from qwen_jax.checkpoint import COMPANIONS, Checkpoint
-from qwen_jax.orbax_weights import OrbaxWeights
-from qwen_jax.synthetic import Synthetic
-from qwen_jax.weights import Weights
-from stages import cli
+from qwen_jax import cli
+from qwen_jax.weights import huggingface, open_model, orbax
+from qwen_jax.weights.base import Weights
 from stages.errors import UserError
 from stages.lock import lock
 
@@ -42,8 +38,8 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     began = time.perf_counter()
     refuse_existing(args.destination)
-    model = source.open_model(args.source)
-    to = args.to or ("orbax" if isinstance(model, Checkpoint) else "hf")
+    model = open_model(args.source)
+    to = args.to or ("orbax" if isinstance(model, huggingface.HuggingFaceWeights) else "hf")
     size = sum(math.prod(s) * model.dtype(name).itemsize for name, s in model.shapes.items())
     check_space(args.destination, size)
     with unfinished(args.destination) as directory, cli.progress("MB") as bar:
@@ -129,19 +125,11 @@ def _clear(directory: Path) -> None:
 
 def convert(model: Weights, to: str, directory: Path, wrote: Callable[[int], None]) -> None:
     """Write weights and companions; config.json last, for without it nothing is a model."""
-    write = orbax_weights.write if to == "orbax" else checkpoint.write
+    write = orbax.write if to == "orbax" else huggingface.write
     for count in write(directory, model):
         wrote(count)
-    for name, content in reversed(companions(model).items()):
+    for name, content in reversed(model.companions().items()):
         (directory / name).write_bytes(content)
-
-
-def companions(model: Weights) -> dict[str, bytes]:
-    """The files that go with the weights, config.json first."""
-    if isinstance(model, Synthetic):
-        return {"config.json": (json.dumps(model.hf_config, indent=2) + "\n").encode()}
-    paths = [model.directory / name for name in COMPANIONS]
-    return {path.name: path.read_bytes() for path in paths if path.exists()}
 
 
 def read_back(model: Weights, to: str, directory: Path, read: Callable[[int], None]) -> None:
@@ -150,7 +138,7 @@ def read_back(model: Weights, to: str, directory: Path, read: Callable[[int], No
     Raises:
         UserError: it is not what was read from the source.
     """
-    written: Weights = OrbaxWeights(directory) if to == "orbax" else Checkpoint(directory)
+    written = open_model(directory)
     for name in model.shapes:
         if written.hash(name) != model.hash(name):
             raise UserError(f"{directory}: {name} reads back otherwise than it was written")

@@ -5,25 +5,30 @@ This is *accumulated* error: what arrived at a stage together with what was crea
 """
 
 import argparse
+import io
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+import numpy as np
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from qwen_jax import source
-from stages import cli, preflight
+from qwen_jax import arguments, cli
+from qwen_jax.weights import open_model
+from stages import preflight
+from stages.architecture import Key, Stage
 from stages.compare import BLOCK, Difference, LogitsDifference, coarser, compare, compare_logits
 from stages.errors import NotComparable
 from stages.mask import layer_mask
-from stages.slices import head_count
-from stages.table import parse_layers, parse_stages
-from stages.trace import Trace
+from stages.preflight import Preflight
+from stages.selection import parse_layers, parse_stages
+from stages.trace import Trace, open_trace
 
-Key = tuple[str, int | None]
+SCHEMA = 2
 
 # Relative L2 that correct engines of one precision stay below, end to end. Measured on the demo
 # model (5 layers, 207 tokens), worst stage, ours against the oracle: 1.1e-6 (float32), 2.2e-3
@@ -32,33 +37,105 @@ Key = tuple[str, int | None]
 TOLERANCE = {"float64": 1e-6, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 
 
-def parser() -> argparse.ArgumentParser:
-    result = cli.Parser(prog="python -m tools.diff", description=__doc__)
-    result.add_argument("a", type=Path, metavar="A", help="a trace directory")
-    result.add_argument("b", type=Path, metavar="B", help="the trace it is compared with")
-    source.add_model_arguments(result)
-    result.add_argument("--stages", default="all", metavar="LIST", help="compare only these")
-    result.add_argument("--layers", default="all", metavar="LIST", help="compare only these")
-    result.add_argument(
-        "--tolerance",
-        type=_tolerance,
-        metavar="X",
-        help="relative L2 that still agrees; default: by dtype, "
-        + ", ".join(f"{k} {v:g}" for k, v in TOLERANCE.items()),
-    )
-    result.add_argument("--every-layer", action="store_true", help="a row for every layer")
-    cli.add_json(result)
-    return result
+@dataclass(frozen=True)
+class TraceDifference:
+    """How far trace ``a`` has come from ``b``, stage by stage. Prints as the command does.
+
+    Attributes:
+        ready: what was made sure of before anything was compared.
+        rows: every stage that was compared, in computation order.
+        logits: what the difference means for the next token; None where a side has no logits.
+        tolerance: the relative L2 that still agrees.
+    """
+
+    a: Trace
+    b: Trace
+    ready: Preflight
+    rows: dict[Key, Difference]
+    logits: LogitsDifference | None
+    tolerance: float
+    every_layer: bool = False
+
+    @property
+    def parting(self) -> Key | None:
+        """The first stage, in computation order, that is further apart than the tolerance."""
+        return next((k for k, row in self.rows.items() if not row.within(self.tolerance)), None)
+
+    @property
+    def agree(self) -> bool:
+        return self.parting is None
+
+    @property
+    def smallest_tolerance(self) -> float | None:
+        """The smallest tolerance with which all would agree; None where none would do."""
+        if any(row.unmatched for row in self.rows.values()):
+            return None
+        return max(row.relative_l2 for row in self.rows.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of ``--json``."""
+        parting, ready = self.parting, self.ready
+        return {
+            "schema": SCHEMA,
+            "verdict": "agree" if self.agree else "differ",
+            "a": str(self.a.path),
+            "b": str(self.b.path),
+            "notes": ready.notes,
+            "tolerance": self.tolerance,
+            "smallest_tolerance": self.smallest_tolerance,
+            "parting": parting and {"stage": parting[0], "layer": parting[1]},
+            "only_a": [{"stage": s, "layer": n} for s, n in ready.only_a],
+            "only_b": [{"stage": s, "layer": n} for s, n in ready.only_b],
+            "rows": [{"stage": s, "layer": n} | asdict(row) for (s, n), row in self.rows.items()],
+            "logits": self.logits and asdict(self.logits),
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        show_difference(console, self)
+        return ()
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=120, highlight=False, emoji=False, soft_wrap=True).print(self)
+        return text.getvalue()
 
 
-def _tolerance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value < float("inf"):  # NaN would let everything pass or nothing
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a relative L2 such as 1e-5")
-    return value
+def diff(
+    a: Trace | str | Path,
+    b: Trace | str | Path,
+    *,
+    stages: str = "all",
+    layers: str = "all",
+    tolerance: float | None = None,
+) -> TraceDifference:
+    """Compare two traces, or their directories; ``b`` is the reference.
+
+    Arguments:
+        stages, layers: compare only these, as ``--stages`` and ``--layers``.
+        tolerance: relative L2 that still agrees; None is that of the coarser dtype.
+
+    Raises:
+        NotComparable: other tokens, positions, config or weights, or nothing in common.
+        UserError: no such trace, stage or layer, or a file is damaged.
+    """
+    a, b = (each if isinstance(each, Trace) else open_trace(Path(each)) for each in (a, b))
+    ready = preflight.check(a, b)
+    names = parse_stages(stages, b.tables)
+    numbers = parse_layers(layers, b.config["num_hidden_layers"])
+    keys = [(s, n) for s, n in ready.common if s in names and (n is None or n in numbers)]
+    if not keys:
+        raise NotComparable("not comparable: none of the selected stages is in both traces")
+    rows, logits = compare_traces(a, b, keys)
+    usual = TOLERANCE[coarser(a.dtype, b.dtype)]
+    return TraceDifference(a, b, ready, rows, logits, usual if tolerance is None else tolerance)
+
+
+def _common_rows(row: Stage, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The last rows that both sides have of a stage, in the axes of the stage table."""
+    axis = row.axes.index("T")
+    count = min(x.shape[axis], y.shape[axis])
+    place = (slice(None),) * axis + (slice(-count, None),)
+    return x[place], y[place]
 
 
 def compare_traces(
@@ -70,23 +147,25 @@ def compare_traces(
         NotComparable: a stage has another shape on each side.
     """
     dtype = coarser(a.dtype, b.dtype)
-    config = b.config
+    dims = {"N": b.config["num_attention_heads"], "K": b.config["num_key_value_heads"]}
     logits: list[LogitsDifference] = []
 
     def one(key: Key) -> Difference:
         stage, layer = key
-        x, y, axes = a.read(*key), b.read(*key), b.entries[key].axes
-        if stage == "lm_head":
-            if x.ndim != y.ndim:  # last position on one side, all on the other
-                x, y, axes = x.reshape(-1, x.shape[-1])[-1], y.reshape(-1, y.shape[-1])[-1], ("V",)
-            if x.shape == y.shape:
-                logits.append(compare_logits(x, y))
+        row = b.row(stage)
+        x, y = _common_rows(row, a.read_rows(*key), b.read_rows(*key))
+        if x.shape == y.shape and row is b.tables.head:
+            logits.append(compare_logits(x, y))
         if x.shape != y.shape:
             raise NotComparable(
                 f"not comparable: {stage} of layer {layer} is {list(x.shape)} / {list(y.shape)}"
             )
-        mask = layer_mask(config, layer, len(b.tokens)) if stage == "attn_scores" else None
-        return compare(x, y, axes, dtype, mask, head_count(axes, config))
+        mask = None
+        if row.kind.masked and layer is not None:
+            mask = layer_mask(b.config, layer, b.positions)[-x.shape[1] :]
+        found = compare(x, y, row, dtype, mask, row.heads(dims))
+        # of the one row that is usually kept, its place goes without saying
+        return replace(found, at=found.at[1:]) if row.last and len(x) == 1 else found
 
     # Two threads hand Python's lock to each other at every call into NumPy, which takes longer than
     # a small stage does.
@@ -96,76 +175,12 @@ def compare_traces(
     return {key: found.get(key) or one(key) for key in keys}, logits[0] if logits else None
 
 
-def main(argv: list[str]) -> int:
-    args = parser().parse_args(argv)
-    told = args.model is not None or source.tokens_given(args)
-    model = source.open_model(args.model) if told else None
-    a, b = (source.open_given(args, path, model) for path in (args.a, args.b))
-    if model and a.manifest and b.manifest:
-        source.check_tokens(args, a, model)
-    try:
-        ready = preflight.check(a, b)
-        keys = _select(args, ready.common, b)
-        with cli.progress() as bar:
-            bar.add_task(f"comparing {len(keys)} stages", total=None)
-            rows, logits = compare_traces(a, b, keys)
-    except NotComparable as error:
-        if args.json:
-            cli.report(args.json, {"schema": 1, "verdict": "not_comparable", "why": str(error)})
-        raise
-    default = TOLERANCE[coarser(a.dtype, b.dtype)]
-    tolerance = default if args.tolerance is None else args.tolerance
-    parting = next((key for key in keys if not rows[key].within(tolerance)), None)
-    verdict = "agree" if parting is None else "differ"
-    data = {
-        "schema": 1,
-        "verdict": verdict,
-        "a": str(args.a),
-        "b": str(args.b),
-        "notes": ready.notes,
-        "tolerance": tolerance,
-        "smallest_tolerance": _smallest(rows),
-        "parting": parting and {"stage": parting[0], "layer": parting[1]},
-        "only_a": [{"stage": s, "layer": n} for s, n in ready.only_a],
-        "only_b": [{"stage": s, "layer": n} for s, n in ready.only_b],
-        "rows": [{"stage": s, "layer": n} | asdict(row) for (s, n), row in rows.items()],
-        "logits": logits and asdict(logits),
-    }
-    show = cli.report(args.json, data)
-    _print_preflight(show, a, b, ready)
-    show_comparison(show, b, rows, logits, tolerance, args.every_layer)
-    return 0 if parting is None else 1
-
-
-def show_comparison(
-    show: Console,
-    b: Trace,
-    rows: dict[Key, Difference],
-    logits: LogitsDifference | None,
-    tolerance: float,
-    every_layer: bool = False,
-) -> None:
-    """Print the table of ``compare_traces``, what it means for the next token, and the verdict."""
-    parting = next((key for key in rows if not rows[key].within(tolerance)), None)
-    show.print(_table(rows, parting, every_layer, b))
-    _print_logits(show, logits)
-    _print_verdict(show, rows, parting, tolerance)
-
-
-def _select(args: argparse.Namespace, common: list[Key], b: Trace) -> list[Key]:
-    stages = parse_stages(args.stages)
-    layers = parse_layers(args.layers, b.config["num_hidden_layers"])
-    keys = [(s, n) for s, n in common if s in stages and (n is None or n in layers)]
-    if not keys:
-        raise NotComparable("not comparable: none of the selected stages is in both traces")
-    return keys
-
-
-def _smallest(rows: dict[Key, Difference]) -> float | None:
-    """The smallest tolerance with which everything would agree; None where none would do."""
-    if any(row.unmatched for row in rows.values()):
-        return None
-    return max(row.relative_l2 for row in rows.values())
+def show_difference(show: Console, found: TraceDifference) -> None:
+    """Print what was compared, the table, what it means for the next token, and the verdict."""
+    _print_preflight(show, found.a, found.b, found.ready)
+    show.print(_table(found))
+    _print_logits(show, found.logits)
+    _print_verdict(show, found)
 
 
 def _print_preflight(show: Console, a: Trace, b: Trace, ready: preflight.Preflight) -> None:
@@ -195,8 +210,9 @@ def where(stage: str, layer: int | None) -> str:
     return stage if layer is None else f"layer {layer} {stage}"
 
 
-def _table(rows: dict[Key, Difference], parting: Key | None, every_layer: bool, b: Trace) -> Table:
+def _table(found: TraceDifference) -> Table:
     """A row a stage with the layer where its relative L2 is largest, or a row a layer."""
+    rows, parting, every_layer = found.rows, found.parting, found.every_layer
     if every_layer:
         shown = list(rows)
     else:
@@ -251,10 +267,9 @@ def _print_logits(show: Console, logits: LogitsDifference | None) -> None:
     )
 
 
-def _print_verdict(
-    show: Console, rows: dict[Key, Difference], parting: Key | None, tolerance: float
-) -> None:
-    smallest = _smallest(rows)
+def _print_verdict(show: Console, found: TraceDifference) -> None:
+    rows, parting, tolerance = found.rows, found.parting, found.tolerance
+    smallest = found.smallest_tolerance
     needed = (
         "no tolerance would pass" if smallest is None else f"smallest that passes {smallest:.1e}"
     )
@@ -279,6 +294,59 @@ def _print_verdict(
             "error arrives at a stage from before as well as being created there: "
             "python -m tools.localize tells which"
         )
+
+
+# --- command
+
+
+def parser() -> argparse.ArgumentParser:
+    result = cli.Parser(prog="python -m tools.diff", description=__doc__)
+    result.add_argument("a", type=Path, metavar="A", help="a trace directory")
+    result.add_argument("b", type=Path, metavar="B", help="the trace it is compared with")
+    arguments.add_model_arguments(result)
+    result.add_argument("--stages", default="all", metavar="LIST", help="compare only these")
+    result.add_argument("--layers", default="all", metavar="LIST", help="compare only these")
+    result.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        metavar="X",
+        help="relative L2 that still agrees; default: by dtype, "
+        + ", ".join(f"{k} {v:g}" for k, v in TOLERANCE.items()),
+    )
+    result.add_argument("--every-layer", action="store_true", help="a row for every layer")
+    cli.add_json(result)
+    return result
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value < float("inf"):  # NaN would let everything pass or nothing
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a relative L2 such as 1e-5")
+    return value
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    prompt = arguments.prompt_of(args)
+    model = open_model(args.model) if args.model is not None or prompt.given else None
+    a, b = (arguments.open_given(path, prompt, model) for path in (args.a, args.b))
+    if model and a.manifest and b.manifest:
+        arguments.check_tokens(prompt, a, model)
+    try:
+        with cli.progress() as bar:
+            bar.add_task("comparing", total=None)
+            found = diff(a, b, stages=args.stages, layers=args.layers, tolerance=args.tolerance)
+    except NotComparable as error:
+        if args.json:
+            why = {"schema": SCHEMA, "verdict": "not_comparable", "why": str(error)}
+            cli.report(args.json, why)
+        raise
+    show = cli.report(args.json, found.to_json())
+    show_difference(show, replace(found, every_layer=args.every_layer))
+    return 0 if found.agree else 1
 
 
 if __name__ == "__main__":

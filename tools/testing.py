@@ -10,76 +10,37 @@ file then
         assert_traces_agree("path/to/my/dump", reference, bits=16, stages="attn_norm,lm_head")
 """
 
-import argparse
-import io
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rich.console import Console
 
-from qwen_jax import source
+import qwen_jax
 from qwen_jax.config import Config
-from stages import manifest, preflight
-from stages.compare import coarser
+from stages import manifest
+from stages.architecture import Key
 from stages.errors import NotComparable, UserError
-from stages.table import computation_order, parse_layers, parse_stages
+from stages.selection import parse_layers, parse_stages
 from stages.trace import Layout, Trace, open_trace
-from tools import diff
-from tools.diff import compare_traces
-from tools.sweep.measure import name_of
-
-
-def trace_of(
-    model: str | None = None,
-    tokens: Iterable[int] | None = None,
-    dtype: str = "float32",
-    backend: str = "xla",
-    device: str = "cpu",
-) -> Trace:
-    """Every stage of one sequence, in memory.
-
-    JAX is set up for the whole process (``qwen_jax.runtime.configure``): 64-bit types are on.
-
-    Arguments:
-        model: as ``--model``; None is the demo model.
-        tokens: None is the embedded prompt.
-        backend: "xla" as it is traced, or "eager": un-jitted.
-
-    Raises:
-        UserError: no such model, or tokens outside its vocabulary.
-    """
-    import numpy as np
-
-    from qwen_jax import runtime
-    from qwen_jax.engine import JaxEngine
-    from tools.sweep.memory import MemoryTrace
-
-    parser = argparse.ArgumentParser()
-    source.add_model_arguments(parser)
-    checkpoint = source.open_model(model)
-    given = [] if tokens is None else ["--tokens=" + ",".join(map(str, tokens))]
-    ids = source.read_tokens(parser.parse_args(given), checkpoint)
-    engine = JaxEngine(checkpoint, dtype, backend, runtime.configure(device))
-    values: dict[tuple[str, int | None], np.ndarray] = {}
-    engine.run(ids, "all", lambda *key: True, lambda s, n, value: values.update({(s, n): value}))
-    return MemoryTrace(f"{backend} trace of {checkpoint.name}", checkpoint, ids, dtype, values)
+from tools.diff import diff
 
 
 @pytest.fixture(scope="session")
 def trace_model() -> Callable[..., Trace]:
-    """``trace_of`` that remembers: the same model, tokens and dtype are traced once a session."""
-    kept: dict[tuple, Trace] = {}
+    """``qwen_jax.trace`` that remembers: the same model, tokens and more are traced once a
+    session."""
+    kept: dict[tuple[Any, ...], Trace] = {}
 
     def trace(
-        model: str | Path | None = None, tokens: Iterable[int] | None = None, **more: str
+        model: str | Path | None = None, tokens: Iterable[int] | None = None, **more: Any
     ) -> Trace:
         ids = None if tokens is None else tuple(tokens)
         spec = None if model is None else str(model)
         key = (spec, ids, *sorted(more.items()))
         if key not in kept:
-            kept[key] = trace_of(spec, ids, **more)
+            kept[key] = qwen_jax.trace(spec, ids, **more)
         return kept[key]
 
     return trace
@@ -108,22 +69,17 @@ def assert_traces_agree(
         UserError: no such trace, stage or layer.
     """
     __tracebackhide__ = True
+    allowed = None if bits is None else 0.0 if math.isinf(bits) else 2.0**-bits
     try:
         a, b = _open(a, b), _open(b, a)
-        keys = preflight.check(a, b).common
-        keys = _asked(keys, stages, layers, b.config["num_hidden_layers"])
-        rows, logits = compare_traces(a, b, keys)
+        found = diff(a, b, stages=stages, layers=layers, tolerance=allowed)
+        _check_asked(list(found.rows), stages, layers, b)
     except NotComparable as error:
         raise AssertionError(str(error)) from None
     except UserError as error:
         raise type(error)(str(error)) from None  # without where in this project it came from
-    default = diff.TOLERANCE[coarser(a.dtype, b.dtype)]
-    tolerance = default if bits is None else 0.0 if math.isinf(bits) else 2.0**-bits
-    if all(row.within(tolerance) for row in rows.values()):
-        return
-    table = Console(file=io.StringIO(), width=110, highlight=False, emoji=False, soft_wrap=True)
-    diff.show_comparison(table, b, rows, logits, tolerance)
-    raise AssertionError(f"{a.name} against {b.name}\n\n{table.file.getvalue()}")
+    if not found.agree:
+        raise AssertionError(f"{a.name} against {b.name}\n\n{found}")
 
 
 def _open(this: Trace | str | Path, other: Trace | str | Path) -> Trace:
@@ -133,32 +89,33 @@ def _open(this: Trace | str | Path, other: Trace | str | Path) -> Trace:
     if path.is_dir() and not (path / manifest.NAME).exists():
         known = other if isinstance(other, Trace) else open_trace(Path(other))
         dims = Config.from_json(known.config).dims(len(known.tokens))
-        layout = Layout(config=known.config, dims=dims, tokens=known.tokens)
+        layout = Layout(
+            config=known.config, dims=dims, tokens=known.tokens, positions=known.positions
+        )
     return open_trace(path, layout)
 
 
-def _asked(common: list[diff.Key], stages: str, layers: str, count: int) -> list[diff.Key]:
-    """Those of ``common`` that are asked for.
+def _check_asked(found: list[Key], stages: str, layers: str, trace: Trace) -> None:
+    """What is asked for by name must have been compared.
 
     Raises:
-        AssertionError: some that are asked for by name are not there.
+        AssertionError: some of it was not.
     """
     __tracebackhide__ = True
-    names, numbers = parse_stages(stages), parse_layers(layers, count)
+    count = trace.config["num_hidden_layers"]
+    names, numbers = parse_stages(stages, trace.tables), parse_layers(layers, count)
     asked = [
         (stage.name, layer)
-        for stage, layer in computation_order(count)
+        for stage, layer in trace.tables.computation_order(count)
         if stage.name in names and (layer is None or layer in numbers)
     ]
-    found = [key for key in asked if key in common]
     every_stage, every_layer = (text.strip().lower() == "all" for text in (stages, layers))
     if not every_stage:
-        missing = [name_of(*key) for key in asked if key not in common]
+        missing = [f"{s} {n}" if n is not None else s for s, n in asked if (s, n) not in found]
     else:
         there = {layer for _, layer in found}
         missing = [f"layer {n}" for n in numbers if not every_layer and n not in there]
-    if missing or not found:
+    if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        lacking = (", ".join(missing[:3]) or "any of them") + more
+        lacking = ", ".join(missing[:3]) + more
         raise AssertionError(f"not compared, because not on both sides: {lacking}")
-    return found

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tests.planted.engine import BLOCK, Array, Engine, Run, Weights, f16
+from tools.numpy_engine.engine import BLOCK, Array, Engine, Run, Weights, f16
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

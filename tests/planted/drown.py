@@ -1,4 +1,4 @@
-"""``python -m tests.planted.drown``: how small a fault may be and still be found.
+"""``python -m tools.numpy_engine.drown``: how small a fault may be and still be found.
 
 Each row is one kind of fault at growing size, planted in layer 2 of the demo model; a cell is the
 smallest size that the localizer places at the right stage and layer.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.planted.engine import OPERATIONS, Array, Context, Engine, rms_norm, softmax
+from tools.numpy_engine.engine import OPERATIONS, Array, Context, Engine, rms_norm, softmax
 from tests.planted.matrix import ONE_LAYER, Bench, make_bench
 
 SIZES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -64,7 +64,7 @@ FAULTS: list[tuple[str, str, Plant]] = [
 
 def smallest(bench: Bench, stage: str, plant: Plant) -> float | None:
     """The smallest size at which this stage of this layer, and nothing else, is accused."""
-    from tools.localizer.report import faults as reported
+    from tools.localize.report import faults as reported
 
     for size in SIZES:
         engine = Engine(*bench.loaded, bench.mode)

@@ -1,6 +1,6 @@
 """The fault matrix: every planted fault against the localizer, as a table.
 
-    python -m tests.planted.matrix --checkpoint demo hard --mode f32 bf16 --layers one all
+    python -m tools.numpy_engine.matrix --checkpoint demo hard --mode f32 bf16 --layers one all
 
 A row a fault: where it was planted, what the localizer accused, what it called it, and the cosine
 that a comparison with the right trace would have seen at that stage.
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.planted import checkpoints, engine, faults
+from tests.planted import checkpoints
+from tools.numpy_engine import engine, faults
 
 ONE_LAYER = 2
 
@@ -45,10 +46,11 @@ class Bench:
     """One checkpoint, prompt and arithmetic to plant faults in."""
 
     def __init__(self, directory: Path, tokens: list[int], mode: str) -> None:
-        from qwen_jax.checkpoint import Checkpoint
+        from qwen_jax.weights.huggingface import HuggingFaceWeights
+
         from stages.trace import Layout
 
-        self.model = Checkpoint(directory)
+        self.model = HuggingFaceWeights(directory)
         self.loaded = engine.load(directory)
         self.tokens, self.mode = tokens, mode
         config = self.model.config
@@ -76,7 +78,7 @@ class Bench:
 
     def try_fault(self, fault: faults.Fault, which: str, judge: Callable | None = None) -> Row:
         """Plant one fault and judge what the localizer (or ``judge``) says of it."""
-        from tools.localizer.report import faults as reported
+        from tools.localize.report import faults as reported
 
         run = self.plant(fault, which)
         found = (judge or (lambda r: reported(self.localize(r))))(run)

@@ -1,0 +1,57 @@
+"""The arguments that every command has: a model, and the tokens of one sequence."""
+
+import argparse
+from pathlib import Path
+
+from qwen_jax.prompt import Prompt
+from qwen_jax.weights import FORMS
+from qwen_jax.weights.base import Weights
+from stages import manifest
+from stages.errors import UserError
+from stages.trace import Trace, open_trace
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model and the ways to give tokens; the same in every command."""
+    forms = "; ".join(dict.fromkeys(form.says for form in FORMS[1:]))
+    parser.add_argument(
+        "--model",
+        metavar="|".join(dict.fromkeys(form.spec for form in FORMS[1:] if form.spec != "DIR")),
+        help=f"{forms}; default: the embedded demo model",
+    )
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="default: the embedded prompt")
+    prompt.add_argument("--prompt-file", metavar="FILE", type=Path, help="prompt text, UTF-8")
+    prompt.add_argument("--tokens", metavar="1,2,3|random:N", help="token ids instead of text")
+    parser.add_argument(
+        "--first-position",
+        type=int,
+        default=0,
+        metavar="P",
+        help="the position of the first token; default: 0",
+    )
+
+
+def prompt_of(args: argparse.Namespace) -> Prompt:
+    """What the command line says the tokens are."""
+    return Prompt(args.prompt, args.prompt_file, args.tokens, args.first_position)
+
+
+def open_given(path: Path, prompt: Prompt, model: Weights | None) -> Trace:
+    """Open a trace. ``model`` and the tokens are needed, and used, where it has no manifest."""
+    needed = prompt.given or not (path / manifest.NAME).exists()
+    layout = prompt.layout(model) if model is not None and needed else None
+    return open_trace(path, layout)
+
+
+def check_tokens(prompt: Prompt, trace: Trace, model: Weights) -> None:
+    """Tokens on the command line must not contradict a manifest.
+
+    Raises:
+        UserError: they do.
+    """
+    if prompt.given and trace.manifest and trace.tokens != prompt.read(model):
+        raise UserError(
+            f"{trace.path}: was made with other tokens than the command line gives; its manifest "
+            "knows them, so leave --tokens and --prompt away"
+        )

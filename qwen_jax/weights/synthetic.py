@@ -1,0 +1,198 @@
+"""Random models of published sizes, made up as they are read: for memory and speed.
+
+Value number i of a tensor is 16 bits of a random stream of that tensor's own, looked up in a table
+of normal quantiles in bfloat16. So any rows can be made alone, always the same, without a download
+and as fast as a disk reads. Imports neither jax nor torch.
+
+What the numbers are like, and why:
+
+- Projections have a standard deviation of 1/sqrt(inputs) (LeCun et al. 1998, "Efficient BackProp",
+  section 4.6): every stage has the size of its input, whatever the model's size. For 0.5B to 72B
+  that is 0.005 to 0.033, around the ``initializer_range`` of 0.02 in the published configs, which
+  the embedding and the head have.
+- K biases as in Qwen2.5-7B: norm 605 at the first layer, 921 at the last, 22 elsewhere over 512
+  channels (https://github.com/ggml-org/llama.cpp/issues/21385). Of the other biases, and of the
+  norms' weights, nothing published was found; theirs are chosen so that the scores have a standard
+  deviation of a few, and the logits too.
+- A few residual channels are tens of times the rest in every layer and at most tokens, and the
+  norms' weights at these channels are small (arXiv 2601.22966, 2402.17762): there the rows of
+  ``down_proj`` are 32 times as large, the norms' weights a sixteenth.
+"""
+
+import json
+import re
+from functools import cache
+from statistics import NormalDist
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from qwen_jax.config import from_hf
+from qwen_jax.weights.base import Weights
+from stages.architecture import NORM, Architecture, Parameter
+from stages.architectures import ARCHITECTURES, QWEN2
+from stages.errors import UserError
+
+PREFIX = "synthetic:"
+DTYPE = np.dtype(ml_dtypes.bfloat16)
+
+EMBEDDING_STD = 0.02
+BIASES = {"q_bias": 1.0, "k_bias": 1.0, "v_bias": 0.1}
+K_BIAS_FIRST, K_BIAS_LAST = 27.0, 41.0  # 605 and 921 over sqrt(512); elsewhere it is 22
+LAYER_NORM, FINAL_NORM, NORM_SPREAD = 2.0, 4.0, 1 / 8
+MASSIVE = 3  # channels
+MASSIVE_GAIN, MASSIVE_DAMP = 32.0, 1 / 16  # powers of two: exact in bfloat16
+STEP = 1 << 16  # values that are looked up at once: numbers, indices and table stay in the cache
+
+
+class SyntheticWeights(Weights):
+    """A model of a published size whose weights are random.
+
+    Arguments:
+        tables: the architecture.
+        size: of its published sizes.
+        layers: only the first so many of its layers; all by default.
+    """
+
+    directory = None
+
+    def __init__(self, tables: Architecture, size: str, layers: int | None = None) -> None:
+        super().__init__()
+        # Streams are named after the size; what Qwen2's are named after dates from before Qwen3.
+        self.size = size if tables is QWEN2 else f"{tables.name} {size}"
+        self.published_layers = tables.published[size]["num_hidden_layers"]
+        called = size if tables is QWEN2 else f"{tables.name}-{size}"
+        self.name = f"synthetic-{called}" + (f"-{layers}" if layers else "")
+        self.hf_config = hf_config(tables, size, layers or self.published_layers)
+        self.config = from_hf(self.hf_config)
+        self.tensors = tables.tensors(
+            self.config.num_hidden_layers, self.config.tie_word_embeddings
+        )
+        bits = np.random.PCG64DXSM(_seed(self.size, "massive channels")).random_raw(MASSIVE)
+        self.massive = np.unique(bits % np.uint64(self.config.hidden_size)).astype(int)
+
+    def companions(self) -> dict[str, bytes]:
+        return {"config.json": (json.dumps(self.hf_config, indent=2) + "\n").encode()}
+
+    def dtype(self, name: str) -> np.dtype:
+        return DTYPE
+
+    def fill(self, name: str, start: int, out: np.ndarray) -> None:
+        parameter, layer = self.tensors[name]
+        columns = int(np.prod(out.shape[1:]))
+        stream = _seed(self.size, name)
+        table = _quantiles(*self._statistics(parameter, layer))
+        _fill(out.reshape(-1), stream, int(start) * columns, table)
+        if parameter.axes[0] != "D":
+            return
+        # What a massive channel gains where it is written, norms take away where it is read.
+        massive = self.massive[(start <= self.massive) & (self.massive < start + len(out))] - start
+        if parameter.name == "down_proj":
+            out[massive] *= DTYPE.type(MASSIVE_GAIN)
+        elif parameter.axes == ("D",):
+            out[massive] *= DTYPE.type(MASSIVE_DAMP)
+
+    def _statistics(self, parameter: Parameter, layer: int | None) -> tuple[float, float]:
+        """Mean and standard deviation of a tensor."""
+        tables = self.config.tables
+        if tables.used_by(parameter.name).kind is NORM:
+            mean = FINAL_NORM if layer is None else LAYER_NORM
+            return mean, mean * NORM_SPREAD
+        if parameter.axes[0] == "V":
+            return 0.0, EMBEDDING_STD
+        if parameter.name in BIASES:
+            ends = {0: K_BIAS_FIRST, self.published_layers - 1: K_BIAS_LAST}
+            usual = BIASES[parameter.name]
+            return 0.0, ends.get(layer, usual) if parameter.name == "k_bias" else usual
+        return 0.0, tables.parameter_shape(parameter.name, self.config.dims(1))[1] ** -0.5
+
+
+def open_synthetic(spec: str) -> SyntheticWeights:
+    """The model that ``synthetic:<size>`` or ``synthetic:<size>:<layers>`` names.
+
+    A size that two architectures have is that of the first; ``qwen3-14b`` is that of Qwen3.
+
+    Raises:
+        UserError: no such size, or not so many layers.
+    """
+    given, _, layers = spec.removeprefix(PREFIX).partition(":")
+    known = _sizes()
+    if given.lower() not in known:
+        raise UserError(f"{spec}: no size {given!r}; choose one of {', '.join(size_names())}")
+    tables, size = known[given.lower()]
+    most = tables.published[size]["num_hidden_layers"]
+    if ":" not in spec.removeprefix(PREFIX):
+        return SyntheticWeights(tables, size)
+    if not re.fullmatch("[0-9]{1,3}", layers) or not 1 <= int(layers) <= most:
+        raise UserError(f"{spec}: {layers!r} layers; {given} can be cut to 1 up to {most}")
+    return SyntheticWeights(tables, size, int(layers))
+
+
+@cache
+def _sizes() -> dict[str, tuple[Architecture, str]]:
+    """Whatever may stand after ``synthetic:`` -> architecture and size."""
+    found: dict[str, tuple[Architecture, str]] = {}
+    for tables in ARCHITECTURES.values():
+        for size in tables.published:
+            found.setdefault(size, (tables, size))
+            found[f"{tables.name}-{size}"] = tables, size
+    return found
+
+
+def size_names() -> list[str]:
+    """One name for every size, the shortest."""
+    shortest: dict[tuple[Architecture, str], str] = {}
+    for name, what in _sizes().items():
+        shortest.setdefault(what, name)
+    return list(shortest.values())
+
+
+def hf_config(tables: Architecture, size: str, layers: int) -> dict[str, Any]:
+    """The ``config.json`` of a size, as it is published but for the number of layers."""
+    return {
+        "architectures": [tables.hf_class],
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_window_layers": layers,
+        "model_type": tables.name,
+        "rope_theta": 1000000.0,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        **tables.published[size],
+        "num_hidden_layers": layers,
+    }
+
+
+def _seed(size: str, name: str) -> int:
+    return int.from_bytes(f"{size} {name}".encode(), "little")
+
+
+def _fill(values: np.ndarray, seed: int, first: int, table: np.ndarray) -> None:
+    """``values`` becomes the values from number ``first`` on of one random stream.
+
+    PCG64DXSM gives 64 bits, and so four values, a step, and can be set to any step.
+    """
+    stream, skip = np.random.PCG64DXSM(seed).advance(first // 4), first % 4
+    done = 0
+    while done < len(values):
+        part = values[done : done + STEP - skip]
+        words = stream.random_raw(-(-(skip + len(part)) // 4))
+        bits = words.view(np.uint16)[skip : skip + len(part)]
+        table.take(bits, out=part.view(np.uint16), mode="clip")  # no index is outside: no check
+        done, skip = done + len(part), 0
+
+
+@cache
+def _quantiles(mean: float, std: float) -> np.ndarray:
+    """The bits of 65536 bfloat16 that lie as a normal distribution does, by the 16 random bits."""
+    return (mean + std * _standard_quantiles()).astype(DTYPE).view(np.uint16)
+
+
+@cache
+def _standard_quantiles() -> np.ndarray:
+    quantile = NormalDist().inv_cdf
+    upper = np.array([quantile(0.5 + (i + 0.5) / 65536) for i in range(32768)])
+    return np.concatenate([-upper[::-1], upper])

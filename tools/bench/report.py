@@ -1,0 +1,56 @@
+"""The tables of ``tools.bench``, for people and as Markdown."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from tools.bench.measure import Figure
+
+TITLES = {
+    "cold": "Cold: whole processes",
+    "warm": "Warm: everything loaded and compiled",
+    "tools": "diff and localize",
+    "memory": "Memory: a fresh process, all stages of all layers, weights on disk in bfloat16",
+}
+HEADINGS = ("model", "measured", "median", "range", "wanted", "reached")
+
+
+def _cells(figure: Figure) -> tuple[str, ...]:
+    unit = figure.unit
+    digits = 3 if unit == "s" and figure.value < 1 else 2
+    spread = "" if figure.low is None else f"{figure.low:.{digits}f} - {figure.high:.{digits}f}"
+    wanted = "" if figure.bar is None else f"{'<=' if figure.most else '>='} {figure.bar:g} {unit}"
+    reached = {None: "", True: "yes", False: "no"}[figure.reached]
+    return figure.of, figure.what, f"{figure.value:.{digits}f} {unit}", spread, wanted, reached
+
+
+def tables(figures: list[Figure]) -> Iterator[tuple[str, Table]]:
+    """(part, table) of every part that was measured."""
+    for part in TITLES:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for name in HEADINGS:
+            table.add_column(name, justify="left" if name in HEADINGS[:2] else "right")
+        last = None
+        for figure in figures:
+            if figure.part == part:
+                of, *cells = _cells(figure)
+                table.add_row("" if of == last else of, *cells)
+                last = of
+        if table.row_count:
+            yield part, table
+
+
+def markdown(figures: list[Figure], machine: dict[str, Any], repeat: int) -> str:
+    """The same as a page."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']} when it began; "
+        f"{versions}. Medians of {repeat} runs, contenders in turn."
+    ]
+    for part, title in TITLES.items():
+        rows = [_cells(figure) for figure in figures if figure.part == part]
+        if rows:
+            lines += ["", f"## {title}", "", "| " + " | ".join(HEADINGS) + " |", "|---" * 6 + "|"]
+            lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,115 @@
+"""One contender in a process of its own: ``python -m tools.bench.worker``, a job as JSON on stdin.
+
+It loads its model, runs twice to be warm (the first run compiles; with the second, memory stops
+growing), and says so. Then every further line on stdin is one run, and every line on stdout the
+seconds that it took; contenders take turns, so that a busy machine hits all of them alike.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qwen_jax import trace_command, tracing
+from qwen_jax.tracing import Engine, Plan
+
+Run = Callable[[], None]
+
+
+def trace(plan: Plan, out: Path) -> Run:
+    """The JAX forward, every stage to disk; weights stay in memory, as in the others."""
+    engine = _jax_engine(plan)
+    return lambda: _written(plan, out, engine)
+
+
+def bare(plan: Plan, out: Path) -> Run:
+    """The same compiled forward with nothing captured."""
+    engine = _jax_engine(plan)
+    return lambda: engine.run(
+        plan.tokens, plan.positions, plan.logits, lambda *key: False, lambda *stage: None
+    )
+
+
+def oracle(plan: Plan, out: Path) -> Run:
+    """transformers with hooks, every stage to disk."""
+    from oracle.recorder import TorchEngine
+
+    engine = TorchEngine(plan.model, plan.dtype, "cpu")
+    return lambda: _written(plan, out, engine)
+
+
+def nnsight(plan: Plan, out: Path) -> Run:
+    """nnsight on the same network, its module outputs saved in memory. It has no access to
+    q_post_rope, k_post_rope, attn_scores and attn_softmax."""
+    import nnsight
+    import torch
+
+    from oracle import recorder
+
+    network = nnsight.NNsight(recorder.load(plan.model, plan.dtype, "eager"))
+    ids = torch.tensor([plan.tokens])
+
+    def run() -> None:
+        saved = []
+        with torch.inference_mode(), network.trace(ids, use_cache=False, logits_to_keep=1):
+            saved.append(network.model.embed_tokens.output.save())
+            for layer in network.model.layers:
+                saved.append(layer.input_layernorm.output.save())
+                saved.append(layer.self_attn.q_proj.output.save())
+                saved.append(layer.self_attn.k_proj.output.save())
+                saved.append(layer.self_attn.v_proj.output.save())
+                saved.append(layer.self_attn.o_proj.input.save())
+                saved.append(layer.self_attn.o_proj.output.save())
+                saved.append(layer.post_attention_layernorm.input.save())
+                saved.append(layer.post_attention_layernorm.output.save())
+                saved.append(layer.mlp.gate_proj.output.save())
+                saved.append(layer.mlp.act_fn.output.save())
+                saved.append(layer.mlp.up_proj.output.save())
+                saved.append(layer.mlp.down_proj.input.save())
+                saved.append(layer.mlp.down_proj.output.save())
+                saved.append(layer.output.save())
+            saved.append(network.model.norm.output.save())
+            saved.append(network.lm_head.output.save())
+        assert len(saved) == 14 * plan.model.config.num_hidden_layers + 3
+
+    return run
+
+
+CONTENDERS = {each.__name__: each for each in (trace, bare, oracle, nnsight)}
+
+
+def _jax_engine(plan: Plan) -> Any:
+    from qwen_jax import engine, runtime
+
+    runtime.for_a_command("cpu")
+    return engine.JaxEngine(plan.model, plan.dtype, "xla", runtime.pick_device("cpu"), keep=True)
+
+
+def _written(plan: Plan, out: Path, engine: Engine) -> None:
+    tracing.to_disk(engine, plan, out)
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.readline())
+    replies = os.fdopen(os.dup(1), "w")  # a library that prints must not break the lines
+    os.dup2(2, 1)
+    parser = trace_command.parser("trace", "", ("xla",))
+    plan = trace_command.plan_of(parser.parse_args(job["arguments"]))
+    run = CONTENDERS[job["contender"]](plan, Path(job["out"]))
+    for _ in range(2):
+        shutil.rmtree(Path(job["out"]), ignore_errors=True)
+        run()
+    print("warm", file=replies, flush=True)
+    for _ in sys.stdin:
+        shutil.rmtree(Path(job["out"]), ignore_errors=True)
+        began = time.perf_counter()
+        run()
+        print(time.perf_counter() - began, file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

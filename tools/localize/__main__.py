@@ -1,0 +1,81 @@
+"""``python -m tools.localize TRACE --model M``: where error is created, and what the mistake is.
+
+Every dumped stage is replayed alone, in float64, on its own dumped inputs. What differs from the
+dump was created at that stage; what arrived there from before cannot show.
+"""
+
+import argparse
+from pathlib import Path
+
+from qwen_jax import arguments, cli
+from qwen_jax.prompt import Prompt
+from qwen_jax.weights import open_model
+from qwen_jax.weights.base import Weights
+from stages.errors import NotComparable, UserError
+from tools.localize.core import check_model, localize
+from tools.localize.report import SCHEMA, Localization, to_json
+
+
+def parser() -> argparse.ArgumentParser:
+    result = cli.Parser(prog="python -m tools.localize", description=__doc__)
+    result.add_argument("trace", type=Path, metavar="TRACE", help="a trace directory")
+    arguments.add_model_arguments(result)
+    result.add_argument(
+        "--against", type=Path, metavar="OTHER", help="a second trace, judged side by side"
+    )
+    result.add_argument(
+        "--against-model", metavar="DIR|HUB_ID", help="the weights of OTHER; default: --model"
+    )
+    cli.add_json(result)
+    return result
+
+
+def run(path: Path, model: Weights, prompt: Prompt) -> Localization:
+    """Localize one trace with a progress bar."""
+    trace = arguments.open_given(path, prompt, model)
+    arguments.check_tokens(prompt, trace, model)
+    check_model(trace, model)
+    with cli.progress() as bar:
+        task = bar.add_task(f"replaying {trace.name}", total=len(trace.entries))
+        return localize(trace, model, advance=lambda measured: bar.advance(task))
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    if args.against_model and not args.against:
+        raise UserError("--against-model is the model of --against; give that too")
+    model, prompt = open_model(args.model), arguments.prompt_of(args)
+
+    from qwen_jax import runtime
+    from tools.localize.show import show_localization
+
+    runtime.for_a_command("cpu")
+    try:
+        reports = [run(args.trace, model, prompt)]
+        if args.against:
+            other = open_model(args.against_model) if args.against_model else model
+            reports.append(run(args.against, other, prompt))
+    except NotComparable as error:
+        if args.json:
+            nothing = {"faults": [], "precision": {}, "skipped": []}
+            why = {"schema": SCHEMA, "verdict": "not_comparable", "why": str(error)}
+            cli.report(args.json, why | nothing)
+        raise
+    data = to_json(reports[0])
+    if args.against:
+        from tools.localize import against
+
+        data["against"] = to_json(reports[1])
+        data["right"] = against.judgements(*reports)
+        data["same_weights"] = against.same_weights(*reports)
+    show = cli.report(args.json, data)
+    show_localization(show, reports[0])
+    if args.against:
+        show.print()
+        show_localization(show, reports[1])
+        against.show(show, *reports)
+    return 1 if any(report.verdict == "fault" for report in reports) else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,139 @@
+"""Localizing one trace: measure every stage, judge the measurements, explain what is odd."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.prompt import Prompt
+from qwen_jax.weights import open_model
+from qwen_jax.weights.base import Weights
+from stages import verdict
+from stages.errors import NotComparable
+from stages.manifest import NAME
+from stages.trace import Trace, coarsest_dtype, numpy_dtype, open_trace
+from stages.verdict import LocalError
+from tools.localize.report import Localization
+
+
+def localize(
+    trace: Trace | str | Path,
+    model: Weights | str | Path | None = None,
+    tokens: str | tuple[int, ...] | None = None,
+    *,
+    prompt: str | None = None,
+    first_position: int = 0,
+    advance: Callable[[LocalError], None] = lambda measured: None,
+) -> Localization:
+    """Where error is created in a trace, and what the mistakes are.
+
+    Changes no setting of the process.
+
+    Arguments:
+        trace: a trace, or its directory.
+        model: the weights that made it, or what ``open_model`` takes; None is the demo model.
+        tokens, prompt, first_position: of a dump without a manifest, as of ``qwen_jax.trace``.
+        advance: is called after every stage.
+
+    Raises:
+        NotComparable: nothing in the trace can be replayed, or another model made it.
+        UserError: no such trace or model, or a file is damaged.
+    """
+    from qwen_jax.replay import Replay
+    from tools.localize import diagnose
+
+    weights = model if isinstance(model, Weights) else open_model(model)
+    if not isinstance(trace, Trace):
+        given, path = Prompt(text=prompt, tokens=tokens, first_position=first_position), Path(trace)
+        trace = open_trace(path, None if (path / NAME).exists() else given.layout(weights))
+    check_model(trace, weights)
+    dtype = trace_dtype(trace)
+    replay = Replay(trace, weights, numpy_dtype(dtype))
+    dims = weights.config.dims(1)
+    items = []
+    for m in replay:
+        heads, before = m.stage.heads(dims), len(trace.tokens) - m.rows
+        items.append(verdict.judge(m.stage, m.layer, m.sums, m.segment, heads, before, dtype))
+        advance(items[-1])
+    if not items:
+        raise NotComparable(f"not comparable: {trace.path} holds no stage that can be replayed")
+    _check_weights(trace, weights)
+    with replay.numerics():
+        findings = diagnose.findings(replay, items, dtype)
+        formats = diagnose.formats(replay, items, dtype, findings)
+    skipped = _skipped(trace, weights.config.num_hidden_layers, items)
+    return Localization(trace, weights.name, dtype, items, findings, skipped, formats)
+
+
+def trace_dtype(trace: Trace) -> str:
+    """The precision that a trace was computed in: its manifest's, or the coarsest format that
+    holds all values of its first dumped stages exactly."""
+    if trace.dtype:
+        return trace.dtype
+    # not the embedding, which has the weights' format, nor scores, where a mask's fill may stand
+    first = trace.tables.first.name
+    telling = [k for k in trace.entries if k[0] != first and not trace.row(k[0]).kind.masked]
+    values = [trace.read(*key).ravel()[:65536] for key in telling[:6]]
+    return coarsest_dtype(np.concatenate(values)) if values else "float32"
+
+
+def check_model(trace: Trace, weights: Weights) -> None:
+    """The weights must be those that made the trace, or every number would be about the wrong
+    model.
+
+    Raises:
+        NotComparable: the configuration is another one.
+    """
+    if trace.config != weights.config.to_json():
+        raise NotComparable(
+            f"not comparable: {trace.path} was made with another config than {weights.name}"
+            f"{_how(trace.config, weights.config.to_json())}; give its own model with --model"
+        )
+
+
+def _how(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    differing = [k for k in ours if theirs.get(k) != ours[k] and k != "sliding_layers"]
+    return "".join(f" ({k} {theirs.get(k)!r} / {ours[k]!r})" for k in differing[:1])
+
+
+def _check_weights(trace: Trace, weights: Weights) -> None:
+    """Called when the replay has read, and so hashed, every weight.
+
+    Raises:
+        NotComparable: the trace was made with other weights, so nothing it shows is a fault.
+    """
+    if trace.manifest is None:
+        return
+    stated = trace.manifest.model.weights
+    other = [n for n, w in weights.hashes.items() if n in stated and stated[n] != w]
+    if other:
+        raise NotComparable(
+            f"not comparable: {trace.path} was made with other weights than {weights.name} "
+            f"({len(other)} of {len(weights.hashes)} tensors differ, first {other[0]}); "
+            "give its own model with --model"
+        )
+
+
+def _skipped(trace: Trace, layers: int, items: list[LocalError]) -> list[dict[str, Any]]:
+    """What was not checked alone: stages that are not in the trace, or that cannot be replayed from
+    what is, by stage."""
+    measured = {item.key for item in items}
+    rows: dict[tuple[str, str], list[int | None]] = {}
+    for stage, layer in trace.tables.computation_order(layers):
+        if (stage.name, layer) not in trace.entries:
+            rows.setdefault((stage.name, "not in the trace"), []).append(layer)
+        elif (stage.name, layer) not in measured:
+            why = "what it is computed from has too few rows"
+            rows.setdefault((stage.name, why), []).append(layer)
+    covered = {link: item.stage for item in items for link in item.segment}
+    result = []
+    for (name, why), found in rows.items():
+        entry: dict[str, Any] = {"stage": name, "why": why}
+        if trace.row(name).scope == "layer" and len(found) < layers:
+            entry["layers"] = found
+        through = {covered.get((name, layer)) for layer in found}
+        if None not in through:
+            entry["checked_through"] = sorted(t for t in through if t)
+        result.append(entry)
+    return result

@@ -1,0 +1,124 @@
+"""The shape of an error that no entry of the catalogue explains, or that any stage can have.
+
+Fits with few parameters: a constant factor, an additive constant, saturation, zeros, rounding to
+a format; over the slices that are wrong, or over everything.
+"""
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import Array
+
+from stages.verdict import ranges
+from tools.localize.stage_replay import StageReplay
+
+Fit = tuple[str, str, Array]  # name, what it says, candidate
+
+
+def fits(case: StageReplay, masks: dict[str, np.ndarray], focus: Array | None) -> Iterator[Fit]:
+    """Candidates for the dump; ``focus`` is where the error is, None for everywhere."""
+    exact, dump = case.exact, case.dump
+    here = jnp.ones(dump.shape, bool) if focus is None else focus
+    finite = here & case.finite & jnp.isfinite(exact)
+    d, y = jnp.where(finite, dump, 0.0), jnp.where(finite, exact, 0.0)
+    place = _place(masks)
+    confined = [axis for axis, mask in masks.items() if mask.any() and not mask.all()]
+
+    name = "dead_head" if "head" in confined or _dead_heads(case) is not None else "zeros"
+    dead = _dead_heads(case)
+    if dead is not None:
+        heads = ranges(dead)
+        yield "dead_head", f"head {heads} is zero", _zero_heads(case, dead)
+    yield name, f"zero{place}", jnp.where(here, 0.0, exact)
+
+    one = "channel" in confined and "position" not in confined
+    for name, says, candidate in _linear_fits(case, d, y, finite, here):
+        if name == "constant_factor":
+            renamed = "row_scaled" if one else name
+            yield renamed, f"{_subject(masks)} multiplied by {says}", candidate
+        else:
+            yield name, f"{says} added{place}", candidate
+    high, low = float(d.max()), float(d.min())
+    if float(y.max()) > high or float(y.min()) < low:
+        limit = max(high, -low)
+        for bottom, top in ((low, high), (-limit, limit), (-np.inf, high), (low, np.inf)):
+            says = f"clamped to {bottom:.6g} .. {top:.6g}"
+            yield "saturation", says, jnp.clip(exact, bottom, top)
+    for dtype in (ml_dtypes.bfloat16, np.float16):
+        name = np.dtype(dtype).name
+        yield f"rounded_to_{name}", f"result rounded to {name}{place}", _rounded(exact, dtype)
+        if case.stage.kind.sums_products and case.inputs is not None:
+            inputs = [_rounded(x, dtype) for x in case.inputs]
+            value = case.run(*inputs)
+            yield f"computed_in_{name}", f"computed on {name} inputs{place}", value
+            yield f"computed_in_{name}", f"computed in {name}{place}", _rounded(value, dtype)
+
+
+def uniform(case: StageReplay) -> Iterator[Fit]:
+    """One factor, or one offset, for the whole stage."""
+    here = jnp.ones(case.dump.shape, bool)
+    finite = case.finite & jnp.isfinite(case.exact)
+    d, y = jnp.where(finite, case.dump, 0.0), jnp.where(finite, case.exact, 0.0)
+    yield from _linear_fits(case, d, y, finite, here)
+
+
+def _linear_fits(
+    case: StageReplay, d: Array, y: Array, finite: Array, here: Array
+) -> Iterator[Fit]:
+    """The factor and the offset that fit best ``here``; d and y are zero where not ``finite``."""
+    if float((y * y).sum()) == 0 or not bool(d.any()):
+        return
+    factor = float((d * y).sum() / (y * y).sum())
+    yield "constant_factor", f"{factor:.6g}", jnp.where(here, factor * case.exact, case.exact)
+    offset = float((d - y).sum() / finite.sum())
+    yield "additive_constant", f"{offset:.6g}", jnp.where(here, case.exact + offset, case.exact)
+
+
+def _rounded(x: Array, dtype: type) -> Array:
+    return jnp.asarray(np.asarray(x).astype(dtype).astype(np.float64))
+
+
+def _dead_heads(case: StageReplay) -> np.ndarray | None:
+    """Which heads of the dump are zero throughout while they should not be."""
+    heads = case.heads
+    if not heads:
+        return None
+    by_head = case.stage.by_head
+    zero = np.asarray(by_head(heads, case.dump) == 0).all((1, 2))
+    should = np.asarray(by_head(heads, case.exact) != 0).any((1, 2))
+    dead = zero & should
+    return dead if dead.any() else None
+
+
+def _zero_heads(case: StageReplay, dead: np.ndarray) -> Array:
+    return jnp.where(case.stage.spread("head", dead, case.exact.shape), 0.0, case.exact)
+
+
+def _place(masks: dict[str, np.ndarray]) -> str:
+    parts = [
+        f"{axis} {ranges(mask)}" for axis, mask in masks.items() if mask.any() and not mask.all()
+    ]
+    return f" in {', '.join(parts)}" if parts else ""
+
+
+def _subject(masks: dict[str, np.ndarray]) -> str:
+    place = _place(masks).removeprefix(" in ")
+    return place or "everything"
+
+
+def describe(case: StageReplay, masks: dict[str, np.ndarray], focus: Array | None) -> str:
+    """One line on an error that nothing explains: where it is, and how large."""
+    finite = case.finite & jnp.isfinite(case.exact)
+    if focus is not None:
+        finite &= focus
+    d, y = (np.asarray(jnp.where(finite, x, 0.0)) for x in (case.dump, case.exact))
+    size, error = np.sqrt((y**2).sum()), np.sqrt(((d - y) ** 2).sum())
+    wrong = int((np.abs(d - y) > 1e-3 * np.abs(y).max()).sum())
+    correlation = float((d * y).sum() / (np.sqrt((d**2).sum()) * size)) if size and d.any() else 0.0
+    relative = error / size if size else np.inf
+    return (
+        f"no known mistake fits: relative error {relative:.2g}{_place(masks)}, {wrong} elements "
+        f"clearly off, correlation with the right value {correlation:.3f}"
+    )

@@ -1,0 +1,89 @@
+"""What ``localize`` found out, for people."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from stages import verdict
+from stages.verdict import LocalError
+from tools.localize.report import COLOURS, Fault, Localization, faults, place, sentence
+
+
+def _table(report: Localization) -> Table:
+    """Layers down, stages across, significant bits in the cells; faults marked with ``*``."""
+    held = {item.key: item for item in report.items}
+    faulty = {finding.suspect.key for finding in report.findings}
+    rows = report.trace.tables.layer_stages
+    shown = [row.name for row in rows if any(key[0] == row.name for key in held)]
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", justify="right")
+    for name in shown:
+        table.add_column(name.replace("_", "\n"), justify="right")
+    for layer in sorted({n for _, n in held if n is not None}):
+        cells = [_cell(held.get((name, layer)), (name, layer) in faulty) for name in shown]
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _cell(item: LocalError | None, faulty: bool) -> Text:
+    if item is None:
+        return Text("-", style="dim")
+    number = "exact" if item.bits >= verdict.EXACT_BITS else f"{item.bits:.1f}"
+    if faulty:
+        return Text(number + "*", style="bold red")
+    found = verdict.class_of(item.level, item.row) or "lower"
+    return Text(number, style=COLOURS[found])
+
+
+def show_localization(show: Console, report: Localization) -> None:
+    """Print the verdict, the table, every fault, and what was not checked."""
+    show.print(Text(sentence(report), style="bold"))
+    held = {item.key: item for item in report.items}
+    faulty = {finding.suspect.key for finding in report.findings}
+    show.print(
+        f"\n{report.trace.path}: {report.dtype}, {len(report.trace.tokens)} tokens, weights of "
+        f"{report.model}; significant bits of the error created at each stage\n"
+    )
+    show.print(_table(report))
+    whole = Text()
+    ends = [row for row in report.trace.tables.stages if row.scope != "layer"]
+    for key in [(row.name, row.layer_of(0)) for row in ends]:
+        if key in held:
+            whole.append(f"{key[0]} ")
+            whole.append(_cell(held[key], key in faulty))
+            whole.append("   ")
+    if whole:
+        show.print(whole)
+    for number, fault in enumerate(faults(report), 1):
+        _print_fault(show, number, fault)
+    for entry in report.skipped:
+        through = entry.get("checked_through")
+        note = f", checked together with {', '.join(through)}" if through else ": not checked"
+        where = f" of layers {_short(entry['layers'])}" if "layers" in entry else ""
+        show.print(f"{entry['why']}: {entry['stage']}{where}{note}")
+
+
+def _short(layers: Iterable[int]) -> str:
+    mask = np.zeros(max(layers) + 2, bool)
+    mask[list(layers)] = True
+    return verdict.ranges(mask)
+
+
+def _print_fault(show: Console, number: int, fault: Fault) -> None:
+    entry = fault.to_json()
+    where = ", ".join(f"{axis} {place}" for axis, place in entry["where"].items())
+    show.print(f"\nfault {number}: {place(fault)}", style="bold red")
+    if "nonfinite" in entry:
+        show.print(f"  {entry['nonfinite']} elements are NaN or infinite; their inputs are finite")
+    else:
+        show.print(f"  {entry['bits']} bits, {entry['expected_bits']} expected; {where}")
+    for explanation in entry["diagnosis"]:
+        name, says = explanation["name"], explanation["says"]
+        show.print(f"  matches '{says}' to {explanation['bits']} bits ({name})")
+    if "shape" in entry:
+        show.print(f"  {entry['shape']}")
+    if "dump_only" in entry:
+        show.print("  only the dump is wrong: later stages used the right value")

@@ -1,1 +1,0 @@
-"""What ``tools.localize`` is made of: cases, known mistakes, shapes of errors, findings."""

@@ -1,0 +1,160 @@
+"""The programs that a sweep runs: the layer-wise engine that traces, and the whole model at once.
+
+Each gives every stage with its batch axis: ``{(stage, layer): [B, ...]}``.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array, lax
+
+from qwen_jax import runtime
+from qwen_jax.engine import JaxEngine, Want
+from qwen_jax.forward import Params, forward, load, run_stages
+from qwen_jax.models.ops import positional_by_layer
+from qwen_jax.weights.base import Weights
+from stages.architecture import LAYER_INPUT, TOKENS, Key, Stage
+from stages.trace import numpy_dtype
+from tools.parity.variants import Variant
+
+Values = dict[Key, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one or more lengths in one array, padded on the left.
+
+    Attributes:
+        tokens: [B, T] int32.
+        valid: [B, T] bool, False at padding.
+        positions: [B, T] int32, from each sequence's first token on.
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.maximum(np.cumsum(self.valid, axis=1) - 1, 0).astype(np.int32)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [int(n) for n in self.valid.sum(1)]
+
+
+def make_batch(tokens: tuple[int, ...], length: int, batch: int) -> Batch:
+    """``batch`` different sequences cut from ``tokens`` (repeated as often as needed); every second
+    one is half as long, and padded."""
+    stream = np.resize(np.array(tokens, np.int32), length + batch)
+    ids, valid = np.zeros((batch, length), np.int32), np.zeros((batch, length), bool)
+    for row in range(batch):
+        count = -(-length // 2) if row % 2 else length
+        ids[row, length - count :] = stream[row : row + count]  # padding is token 0
+        valid[row, length - count :] = True
+    return Batch(ids, valid)
+
+
+class Layers(JaxEngine):
+    """The engine that traces, with stages replaced as ``variant`` says."""
+
+    def __init__(
+        self, model: Weights, dtype: str, backend: str, device: Any, variant: Variant
+    ) -> None:
+        self.variant = variant
+        # The sweep varies the precision of products, from outside.
+        super().__init__(model, dtype, backend, device, precision=None)
+
+    def _program(self, rows: tuple[Stage, ...]) -> Any:
+        if rows != self.tables.layer_stages:
+            return super()._program(rows)
+        return partial(
+            run_stages,
+            self.variant.rows,
+            self.model.config,
+            dtype=self.dtype,
+            functions=self.variant.functions,
+        )
+
+    def values(self, batch: Batch, want: Want = lambda stage, layer: True) -> Values:
+        """Every wanted stage, and always the logits of all positions."""
+        found: Values = {}
+        self.run_batch(
+            batch.tokens,
+            batch.positions,
+            batch.valid,
+            "all",
+            want,
+            lambda stage, layer, value: found.__setitem__((stage, layer), value),
+        )
+        return found
+
+
+class Whole:
+    """The whole model as one compiled program.
+
+    Arguments:
+        form: "program" (the layers one after another), "scan" (a loop over stacked weights), or
+            "unobserved" (as "program", but only the logits come out, so XLA may fuse at will).
+    """
+
+    def __init__(self, model: Weights, dtype: str, device: Any, form: str) -> None:
+        self.model, self.device, self.form = model, device, form
+        function = {"program": _unrolled, "scan": _scan, "unobserved": _logits}[form]
+        self.program = jax.jit(
+            partial(function, model.config, dtype=numpy_dtype(dtype)),
+            compiler_options=runtime.compiler_options(),
+        )
+
+    def values(self, batch: Batch) -> Values:
+        with runtime.numerics(None):
+            return self._values(batch)
+
+    def _values(self, batch: Batch) -> Values:
+        config, put = self.model.config, partial(jax.device_put, device=self.device)
+        pos = put(positional_by_layer(config, batch.positions, batch.valid))
+        weights = load(self.model)
+        if self.form == "scan":
+            stacked = jax.tree.map(lambda *layers: np.stack(layers), *weights.layers)
+            weights = weights.replace(layers=stacked)
+        found = jax.device_get(self.program(put(weights), put(batch.tokens), pos))
+        if self.form == "unobserved":
+            return {("lm_head", None): found}
+        start, layers, end = found
+        values: Values = {(name, 0): value for name, value in start.items()}
+        for number in range(config.num_hidden_layers):
+            for name in (stage.name for stage in config.tables.layer_stages):
+                stacked = self.form == "scan"
+                values[name, number] = layers[name][number] if stacked else layers[number][name]
+        return values | {(s.name, None): end[s.name] for s in config.tables.end_stages}
+
+
+def _unrolled(config: Any, *args: Any, dtype: Any) -> tuple[Any, Any, Any]:
+    """``forward.forward``: (start, layers, end)."""
+    found = forward(config, *args, dtype)
+    return found.start, found.layers, found.end
+
+
+def _logits(*args: Any, **kwargs: Any) -> Array:
+    return _unrolled(*args, **kwargs)[2]["lm_head"]
+
+
+def _scan(
+    config: Any, weights: Params, tokens: Array, pos: Any, dtype: Any
+) -> tuple[Any, Any, Any]:
+    """``forward.forward`` with ``lax.scan`` over ``weights.layers``, whose leaves are [L, ...]; so
+    are those of the layers' values."""
+    tables, full, layer = config.tables, pos[False], pos[config.sliding_layers[0]]
+    output = tables.layer_output.name
+    start = run_stages(tables.start_stages, config, weights.start, full, {TOKENS: tokens}, dtype)
+
+    def body(x: Array, parameters: Any) -> tuple[Array, dict[str, Array]]:
+        given = {LAYER_INPUT: x}
+        values = run_stages(tables.layer_stages, config, parameters, layer, given, dtype)
+        return values[output], values
+
+    x, layers = lax.scan(body, start[tables.first.name], weights.layers)
+    end = run_stages(tables.end_stages, config, weights.end, full, {output: x}, dtype)
+    return start, layers, end

@@ -1,0 +1,230 @@
+"""The rows of a sweep for people: sections by what is required, in the terminal and in Markdown."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tools.parity.grid import REQUIRE, Point
+
+Row = dict[str, Any]
+Pair = tuple[Point, Row]
+
+POINT = ("dtype", "T", "B", "program", "flags", "second run")
+FOUND = ("differ", "first", "rel. L2", "local bits", "class", "arg-max", "KL", "verdict")
+SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+COLOURS = {"identical": "green", "precision": "cyan", "fault": "bold red", "not run": "dim"}
+SECOND = {
+    "reference": "",
+    "captured": "nothing captured",
+    "stages": "stages one by one",
+    "rerun": "run again",
+    "recompiled": "compiled again",
+    "unobserved": "logits alone",
+    "process": "other process",
+    "threads": "one thread",
+}
+LEGEND = """\
+columns:
+  T, B        T tokens in each of B sequences; every second sequence is half as long, and padded
+  program     layer: one layer compiled, and run for each. program, scan: the whole model as one
+              program. fused: attention by jax.nn.dot_product_attention
+  flags       of XLA on the CPU: reference (no fused multiply-add, no YNNPACK) or its default;
+              excess: XLA may keep more precision than the dtype has
+  second run  what differs from the first; logits alone: a program that returns nothing else
+  differ      stages with other bytes; first: the first of them, and its layer
+  rel. L2     the largest difference of any stage, with all that arrived there from before
+  local bits  significant bits of the least exact stage, each replayed by itself in float64
+  class       the precision that these bits show; where kinds of stages differ, by kind
+  arg-max     positions with the same next token
+  KL          largest divergence of the next token's probabilities, in nats
+
+verdicts:
+  identical   every byte of every stage is the same
+  precision   bytes differ, and every stage is as exact as its dtype allows: rounding, no mistake
+  fault       a stage is less exact than its dtype, or has a NaN of its own: the sweep fails
+  not run     impossible here, for the reason given; neither passes nor fails
+
+exit codes: 0 pass, 1 a fault or a requirement not met, 2 wrong use, 3 nothing could be run"""
+
+
+def failure(point: Point, row: Row) -> str | None:
+    """Why this row fails the sweep; None if it does not."""
+    if row["verdict"] == "not run":
+        return row["why"] if row.get("failed") else None
+    if row["verdict"] == "fault":
+        return _fault(row)
+    if point.require == REQUIRE and not row["identical"]:
+        first = row["first_difference"]
+        return f"required identical; {_place(first)} is the first of {row['stages_differing']} " \
+               "stages that differ"  # fmt: skip
+    bits = row.get("local_bits")
+    if isinstance(point.require, int | float) and bits and bits["worst"] < point.require:
+        return f"required {point.require} bits; {_place(bits)} has {bits['worst']}"
+    return None
+
+
+def _fault(row: Row) -> str:
+    if not row.get("faults"):
+        where = row["relative_l2"]
+        return f"relative L2 {_number(where['worst'])} at {_place(where)}"
+    by_stage: dict[str, list[Row]] = {}
+    for fault in row["faults"]:
+        by_stage.setdefault(fault["stage"], []).append(fault)
+    parts = []
+    for stage, found in by_stage.items():
+        worst = min(found, key=lambda fault: fault["bits"])
+        layers = [str(fault["layer"]) for fault in found if fault["layer"] is not None]
+        place = f" of layer {','.join(layers)}" if layers else ""
+        parts.append(f"{stage}{place}: {worst['bits']} bits, {worst['expected']} expected")
+    return "; ".join(parts)
+
+
+# --- sections
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows of one requirement, or not run for one reason.
+
+    Attributes:
+        names: of the columns; those that would be empty throughout are left out.
+        rows: cells, and last the verdict without what else its cell says.
+    """
+
+    title: str
+    names: list[str]
+    rows: list[tuple[list[str], str]]
+
+
+def sections(pairs: list[Pair]) -> Iterator[Section]:
+    """The whole sweep: compiled against un-jitted, compiled against compiled, and what was not run;
+    the strictest requirement first."""
+    held: dict[tuple, list[Pair]] = {}
+    for point, row in pairs:
+        if row["verdict"] == "not run":
+            key = (2, 0, f"not run: {row['why']}")
+        elif point.trial == "reference":
+            key = (0, _strictness(point), f"compiled against un-jitted; {_required(point)}")
+        else:
+            key = (1, _strictness(point), f"compiled against compiled; {_required(point)}")
+        held.setdefault(key, []).append((point, row))
+    for key in sorted(held, key=lambda key: key[:2]):
+        names = POINT if key[0] == 2 else POINT + FOUND
+        cells = [_point(point) + _found(point, row) for point, row in held[key]]
+        used = [n for n in range(len(names)) if any(row[n] for row in cells)]
+        rows = [
+            ([row[n] for n in used], pair[1]["verdict"])
+            for row, pair in zip(cells, held[key], strict=True)
+        ]
+        yield Section(key[2], [names[n] for n in used], rows)
+
+
+def _strictness(point: Point) -> float:
+    """For sorting: "identical", then more bits before fewer, then nothing."""
+    return float("-inf") if point.require == REQUIRE else -(point.require or 0.0)
+
+
+def _required(point: Point) -> str:
+    if point.require == REQUIRE:
+        return "required: every byte the same"
+    if point.require is not None:
+        return f"required: {point.require} bits in every stage"
+    return "required: no fault"
+
+
+def _point(point: Point) -> list[str]:
+    """The cells of ``POINT``."""
+    program = [point.loop]
+    if point.attention == "fused":
+        program.append("fused")
+    if point.precision != "highest":
+        program.append(f"matmul {point.precision}")
+    if point.plant:
+        program.append(f"planted {point.plant}")
+    if len(program) > 1 and point.loop == "layer":
+        del program[0]
+    return [
+        SHORT[point.dtype],
+        str(point.length),
+        str(point.batch),
+        ", ".join(program),
+        point.flags + (" + excess" if point.excess else ""),
+        SECOND[point.trial],
+    ]
+
+
+def _found(point: Point, row: Row) -> list[str]:
+    """The cells of ``FOUND``."""
+    if row["verdict"] == "not run":
+        return []
+    first, bits = row["first_difference"], row.get("local_bits")
+    fails = row["verdict"] != "fault" and failure(point, row)
+    return [
+        f"{row['stages_differing']}/{row['stages']}",
+        _place(first) if first else "",
+        "0" if row["identical"] else _number(row["relative_l2"]["worst"]),
+        f"{bits['worst']:.1f} {_place(bits)}" if bits else "",
+        _classes(row.get("classes", {})),
+        f"{row['argmax_equal']}/{row['positions']}",
+        _number(row["kl_max"]),
+        row["verdict"] + (": fails" if fails else ""),
+    ]
+
+
+def _place(where: Row) -> str:
+    return where["stage"] + ("" if where["layer"] is None else f" {where['layer']}")
+
+
+def _number(value: float | None) -> str:
+    """None is what JSON made of a number that was not finite."""
+    return "not finite" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def _classes(found: dict[str, str]) -> str:
+    """'f32', or 'f32; tf32/f16 in matmul, scores'. What is exact, by chance or always, says
+    nothing."""
+    kinds: dict[str, list[str]] = {}
+    for kind, name in found.items():
+        if kind != "lookup":
+            kinds.setdefault(name, []).append(kind)
+    if not kinds:
+        return ""
+    usual = max(kinds, key=lambda name: len(kinds[name]))
+    rest = [
+        f"{name} in {', '.join(held)}"
+        for name, held in kinds.items()
+        if name not in (usual, "exact")
+    ]
+    return "; ".join([usual, *rest])
+
+
+def show(console: Console, pairs: list[Pair]) -> None:
+    """The sections, in a terminal. One that is narrower wraps lines; rich would cut words."""
+    console.width = 200
+    for section in sections(pairs):
+        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+        for name in section.names:
+            right = name in ("T", "B", "differ", "arg-max")
+            table.add_column(name, justify="right" if right else "left")
+        for row, verdict in section.rows:
+            style = "bold red" if row[-1].endswith("fails") else COLOURS[verdict]
+            table.add_row(*map(Text, row[:-1]), Text(row[-1], style))
+        console.print(Text(section.title, "bold"))
+        console.print(table)
+        console.print()
+
+
+def markdown(pairs: list[Pair]) -> str:
+    """The same, a Markdown table for each section."""
+    parts = []
+    for section in sections(pairs):
+        title = section.title[0].upper() + section.title[1:]
+        lines = [section.names, ["---"] * len(section.names), *(row for row, _ in section.rows)]
+        cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+        table = "\n".join("| " + " | ".join(line) + " |" for line in cells)
+        parts.append(f"### {title}\n\n{table}\n")
+    return "\n".join(parts)

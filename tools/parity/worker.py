@@ -1,0 +1,275 @@
+"""One process of a sweep: ``python -m tools.parity.worker``, a job as JSON on stdin.
+
+XLA reads its flags once a process, so all points of a worker have the same. It prints JSON lines:
+``{"begin": key}`` before a point and ``{"key": ..., ...}`` with its row after it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.weights import open_model
+from stages.errors import UserError
+from tools.parity.grid import Point
+
+# On the CPU these two make compiled equal to un-jitted byte for byte, at some cost in speed: no
+# fused multiply-add (AVX has none), and one GEMM and reduction library instead of two.
+REFERENCE = ("--xla_cpu_max_isa=AVX", "--xla_cpu_experimental_ynn_fusion_type=")
+
+# What a point's flags add to the user's own.
+CPU_FLAGS = {
+    "reference": REFERENCE,
+    "no-fma": ("--xla_cpu_max_isa=AVX",),
+    "no-ynn": ("--xla_cpu_experimental_ynn_fusion_type=",),
+    "default": (),
+}
+
+
+def environment(flags: str, excess: bool) -> dict[str, str]:
+    """The environment of a worker: the user's, with the flags that the sweep varies its own."""
+    ours = [*CPU_FLAGS[flags], f"--xla_allow_excess_precision={str(excess).lower()}"]
+    varied = ("--xla_cpu_max_isa=", "--xla_cpu_experimental_ynn_fusion_type=",
+              "--xla_allow_excess_precision=")  # fmt: skip
+    kept = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(varied)]
+    changed = {
+        "XLA_FLAGS": " ".join([*kept, *ours]),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # two processes share a GPU
+    }
+    gone = ("JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION")
+    return {k: v for k, v in os.environ.items() if k not in gone} | changed
+
+
+class Worker:
+    """Runs points of one flag set on one device.
+
+    Arguments:
+        job: {"device", "flags", "excess", "model", "tokens", "points"}.
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from qwen_jax import runtime
+
+        self.job = job
+        runtime.for_a_command(job["device"])
+        self.device = runtime.pick_device(job["device"])
+        if job["device"] == "cpu":
+            self.cpu = self.device
+        else:
+            import jax
+
+            self.cpu = jax.devices("cpu")[0]
+        self.model = open_model(job["model"])
+        self.kept: tuple[Any, Any] = (None, None)
+        self.local: dict[tuple, dict[str, Any]] = {}
+
+    def describe(self) -> dict[str, Any]:
+        from qwen_jax import runtime
+
+        return runtime.describe(self.device)
+
+    def batch(self, point: Point) -> Any:
+        from tools.parity.programs import make_batch
+
+        return make_batch(tuple(self.job["tokens"]), point.length, point.batch)
+
+    def candidate(self, point: Point) -> Callable[..., Any]:
+        """A fresh program for a point; called with a batch it gives the values."""
+        import jax
+
+        from tools.parity import programs, variants
+
+        if point.loop == "layer":
+            variant = variants.variant(self.model.config.tables, point.attention, point.plant)
+            made = programs.Layers(self.model, point.dtype, "xla", self.device, variant)
+        else:
+            form = "unobserved" if point.trial == "unobserved" else point.loop
+            made = programs.Whole(self.model, point.dtype, self.device, form)
+
+        def run(*args: Any) -> Any:
+            with jax.default_matmul_precision(point.precision):
+                return made.values(*args)
+
+        return run
+
+    def traces(self, values: Any, point: Point) -> list[Any]:
+        from tools.parity.memory import sequences
+
+        return sequences(values, self.batch(point), self.model, point.dtype)
+
+    def reference(self, point: Point) -> list[Any]:
+        """The un-jitted run on the CPU; the last one is kept, as points come sorted by it."""
+        import jax
+
+        from tools.parity import programs, variants
+
+        key = point.dtype, point.length, point.batch
+        if self.kept[0] != key:
+            self.kept = (None, None)
+            variant = variants.variant(self.model.config.tables, "stages", "")
+            engine = programs.Layers(self.model, point.dtype, "eager", self.cpu, variant)
+            with jax.default_matmul_precision("highest"):
+                self.kept = key, self.traces(engine.values(self.batch(point)), point)
+        return self.kept[1]
+
+    def measured(self, traces: list[Any], point: Point, digest: str) -> dict[str, Any]:
+        """Local error; the same bytes are replayed once."""
+        from tools.parity.measure import local
+
+        key = digest, point.precision
+        if key not in self.local:
+            self.local[key] = local(traces, self.model, point, self.job["device"]).to_json()
+        return self.local[key]
+
+    def row(self, point: Point) -> dict[str, Any]:
+        """What is found out about one point."""
+        if point.trial != "reference":
+            return getattr(self, f"trial_{point.trial}")(point)
+        from tools.parity.measure import agreement, hashes
+
+        found = self.traces(self.candidate(point)(self.batch(point)), point)
+        both = agreement(found, self.reference(point))
+        digest = str(sorted(hashes(found).items()))
+        local = self.measured(found, point, digest)
+        result = both.to_json() | local
+        if local["faults"] or both.unmatched:  # what un-jitted does as well can be a fault too
+            verdict = "fault"
+        else:
+            verdict = "identical" if result["identical"] else "precision"
+        return {"verdict": verdict} | result
+
+    def against(self, first: Any, second: Any, point: Point) -> dict[str, Any]:
+        """Two runs of a trial compared; the first is the reference."""
+        from tools.parity.measure import agreement
+
+        both = agreement(self.traces(second, point), self.traces(first, point))
+        return self.judged(both, point)
+
+    @staticmethod
+    def judged(both: Any, point: Point) -> dict[str, Any]:
+        sound = "precision" if both.within(point.dtype) else "fault"
+        found = both.to_json()
+        return {"verdict": "identical" if found["identical"] else sound} | found
+
+    def trial_rerun(self, point: Point) -> dict[str, Any]:
+        run, batch = self.candidate(point), self.batch(point)
+        return self.against(run(batch), run(batch), point)
+
+    def trial_recompiled(self, point: Point) -> dict[str, Any]:
+        import jax
+
+        batch = self.batch(point)
+        first = self.candidate(point)(batch)
+        jax.clear_caches()
+        return self.against(first, self.candidate(point)(batch), point)
+
+    def trial_captured(self, point: Point) -> dict[str, Any]:
+        run, batch = self.candidate(point), self.batch(point)
+        return self.against(run(batch), run(batch, lambda stage, layer: False), point)
+
+    def trial_stages(self, point: Point) -> dict[str, Any]:
+        """Each stage captured alone: its values and the logits against those of one full run."""
+        run, batch = self.candidate(point), self.batch(point)
+        full, alone = run(batch), {}
+        tables = self.model.config.tables
+        for name in tables.names:
+            found = run(batch, lambda stage, layer, name=name: stage == name)
+            if name != tables.head.name:
+                row = self.against({k: v for k, v in full.items() if k in found}, found, point)
+                if not row["identical"]:
+                    return row | {"captured": name}
+            alone |= found
+        return self.against(full, alone, point)
+
+    def trial_unobserved(self, point: Point) -> dict[str, Any]:
+        from tools.parity.programs import Whole
+
+        batch = self.batch(point)
+        observed = Whole(self.model, point.dtype, self.device, "program").values(batch)
+        return self.against(observed, self.candidate(point)(batch), point)
+
+    def trial_process(self, point: Point) -> dict[str, Any]:
+        return self._elsewhere(point, None)
+
+    def trial_threads(self, point: Point) -> dict[str, Any]:
+        if not hasattr(os, "sched_setaffinity"):
+            return {"verdict": "not run", "why": "this system cannot bind a process to one core"}
+        here = len(os.sched_getaffinity(0))
+        if here < 2:
+            return {"verdict": "not run", "why": "this process has only one core"}
+        return self._elsewhere(point, 1) | {"threads": [here, 1]}
+
+    def _elsewhere(self, point: Point, cores: int | None) -> dict[str, Any]:
+        """The same point in a second process, bound to ``cores`` cores."""
+        values = self.candidate(point)(self.batch(point))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "values.npz"
+            job = self.job | {"points": [vars(point)], "save": str(path), "cores": cores}
+            done = subprocess.run(
+                [sys.executable, "-m", "tools.parity.worker"],
+                input=json.dumps(job),
+                capture_output=True,
+                encoding="utf-8",
+            )
+            if done.returncode:
+                raise RuntimeError(f"the second process failed: {last_line(done.stderr)}")
+            with np.load(path) as file:
+                there = {
+                    key: file[f"{n}"].view(value.dtype).reshape(value.shape)
+                    for n, (key, value) in enumerate(values.items())
+                }
+        return self.against(values, there, point)
+
+    def save(self, point: Point, path: str) -> None:
+        """Leave the values of a point's candidate for the process that asked."""
+        values = self.candidate(point)(self.batch(point)).values()
+        arrays = [np.ascontiguousarray(v).reshape(-1).view(np.uint8) for v in values]
+        np.savez(path, **{str(n): array for n, array in enumerate(arrays)})
+
+
+def last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1][:300] if lines else "it said nothing"
+
+
+def main() -> int:
+    job = json.load(sys.stdin)
+    out = os.fdopen(os.dup(1), "w")  # a library that prints must not break the lines
+    os.dup2(2, 1)
+    if job.get("cores"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["cores"]])
+    try:
+        worker = Worker(job)
+    except UserError as error:
+        print(json.dumps({"refused": str(error)}), file=out, flush=True)
+        return 2
+    points = [Point(**each) for each in job["points"]]
+    if "save" in job:
+        worker.save(points[0], job["save"])
+        return 0
+    print(json.dumps({"machine": worker.describe()}), file=out, flush=True)
+    for point in points:
+        print(json.dumps({"begin": point.key}), file=out, flush=True)
+        began = time.perf_counter()
+        try:
+            row = worker.row(point)
+        except UserError as error:
+            row = {"verdict": "not run", "why": str(error), "failed": True}
+        except Exception as error:  # one point that XLA refuses must not end the sweep
+            first, *_ = str(error).strip().splitlines() or ["it said nothing"]
+            why = f"{type(error).__name__}: {first}"
+            row = {"verdict": "not run", "why": why[:300], "failed": True}
+        row |= {"key": point.key, "seconds": round(time.perf_counter() - began, 2)}
+        print(json.dumps(row), file=out, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
