@@ -1,4 +1,4 @@
-"""JAX set up once, before any test imports it, and what many tests need."""
+"""The device of the tests, chosen before any of them imports JAX, and what many of them need."""
 
 import os
 import subprocess
@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from qwen_jax.weights.huggingface import HuggingFaceWeights
 
-from qwen_jax import runtime, source
 from qwen_jax import cli
+from qwen_jax.weights import open_model
+from qwen_jax.weights.base import Weights
 
 ROOT = Path(__file__).resolve().parent.parent
-USER_ENVIRONMENT = dict(os.environ)  # a command that a user starts knows nothing of our flags
+USER_ENVIRONMENT = dict(os.environ)  # a command that a user starts knows nothing of ours
 
-runtime.configure("cpu")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 class Result(NamedTuple):
@@ -41,9 +41,9 @@ def stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def demo() -> HuggingFaceWeights:
-    """The embedded demo model, freshly opened: a checkpoint remembers what was read from it."""
-    return open_model(None)
+def demo() -> Weights:
+    """The embedded demo model, freshly opened: a model remembers what was read from it."""
+    return open_model()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A Qwen2 checkpoint that is made in milliseconds: random weights of a trained model's sizes."""
+"""A Qwen2 or Qwen3 checkpoint made in milliseconds: random weights of a trained model's sizes."""
 
 import json
 from pathlib import Path
@@ -39,19 +39,27 @@ CONFIG = {
     "use_sliding_window": False,
     "vocab_size": 48,
 }
+# What differs in that of a Qwen3: its head size is never D/N, and no projection has a bias.
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "transformers_version": "4.51.0",
+}
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "over", "mat", "hill", "and", "then"]
 
 
 def hf_config(**overrides: Any) -> dict[str, Any]:
-    """The content of a ``config.json``; an override of ``...`` leaves the attribute out."""
-    return {name: v for name, v in (CONFIG | overrides).items() if v is not ...}
+    """The content of a ``config.json``, a Qwen3's where ``model_type`` says so; an override of
+    ``...`` leaves the attribute out."""
+    base = CONFIG | (QWEN3 if overrides.get("model_type") == "qwen3" else {})
+    return {name: v for name, v in (base | overrides).items() if v is not ...}
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0, dtype: Any = "float32") -> dict:
     """Tensor name -> values: norms near one, biases and projections of order one in effect."""
     random = np.random.default_rng(seed)
     tensors = {}
-    for name, shape in expected_shapes(from_hf(config)).items():
+    for name, shape in from_hf(config).shapes.items():
         values = random.standard_normal(shape, np.float32)
         if name.endswith("norm.weight"):
             values = 1 + values / 8
@@ -66,7 +74,8 @@ def write_checkpoint(
 ) -> Path:
     """Write config, weights and a word-level tokenizer as Hugging Face lays them out.
 
-    ``overrides`` are attributes of the config. Returns ``directory``.
+    ``overrides`` are attributes of the config: ``model_type="qwen3"`` writes a Qwen3. Returns
+    ``directory``.
     """
     config = hf_config(**overrides)
     directory.mkdir(parents=True, exist_ok=True)

@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from qwen_jax.weights.huggingface import HuggingFaceWeights
-from stages.table import computation_order
 
 from qwen_jax.config import Config
 from qwen_jax.engine import JaxEngine
-from stages.mask import causal_mask
+from qwen_jax.weights.huggingface import HuggingFaceWeights
+from stages.architecture import Key
+from stages.mask import layer_mask
 
-Trace = dict[tuple[str, int | None], np.ndarray]  # (stage, layer) -> value without batch axis
+Trace = dict[Key, np.ndarray]  # (stage, layer) -> value without batch axis
 
 
 def collect(
@@ -21,15 +21,18 @@ def collect(
     tokens: tuple[int, ...],
     logits: str = "all",
     want: Callable[[str, int | None], bool] = lambda stage, layer: True,
+    positions: tuple[int, ...] | None = None,
 ) -> Trace:
-    """The wanted stages of one run, in the order in which the engine emitted them."""
+    """The wanted stages of one run, in the order in which the engine emitted them. ``positions``
+    None is from 0 on."""
     values: Trace = {}
 
     def emit(stage: str, layer: int | None, value: np.ndarray) -> None:
         assert (stage, layer) not in values, f"{stage} of layer {layer} was emitted twice"
         values[stage, layer] = value
 
-    engine.run(tokens, logits, want, emit)
+    given = tuple(range(len(tokens))) if positions is None else positions
+    engine.run(tokens, given, logits, want, emit)
     return values
 
 
@@ -39,27 +42,33 @@ def jax_trace(
     dtype: str = "float32",
     backend: str = "xla",
     logits: str = "all",
+    positions: tuple[int, ...] | None = None,
 ) -> Trace:
     """All stages of the JAX forward."""
     engine = JaxEngine(HuggingFaceWeights(directory), dtype, backend, jax.devices("cpu")[0])
-    return collect(engine, tokens, logits)
+    return collect(engine, tokens, logits, positions=positions)
 
 
 def torch_trace(
-    directory: Path, tokens: tuple[int, ...], dtype: str = "float32", logits: str = "all"
+    directory: Path,
+    tokens: tuple[int, ...],
+    dtype: str = "float32",
+    logits: str = "all",
+    positions: tuple[int, ...] | None = None,
 ) -> Trace:
     """All stages of the Hugging Face forward."""
     from oracle.recorder import TorchEngine  # seconds to import, and not every test needs it
 
-    return collect(TorchEngine(HuggingFaceWeights(directory), dtype, "cpu"), tokens, logits)
+    engine = TorchEngine(HuggingFaceWeights(directory), dtype, "cpu")
+    return collect(engine, tokens, logits, positions=positions)
 
 
 def visible(config: Config, stage: str, layer: int | None, value: np.ndarray) -> np.ndarray:
-    """The elements of a stage that are part of the computation: all but the masked scores."""
-    if stage != "attn_scores":
+    """The elements of a stage that are part of the computation: all but the masked scores. The
+    positions are one after the other."""
+    if not config.tables.stage[stage].kind.masked or layer is None:
         return value
-    window = config.sliding_window if config.sliding_layers[layer] else None
-    return value[:, causal_mask(value.shape[1], window)]
+    return value[:, layer_mask(config.to_json(), layer, range(value.shape[1]))]
 
 
 def relative_l2(value: np.ndarray, reference: np.ndarray) -> float:
@@ -74,7 +83,8 @@ def check_stages(config: Config, trace: Trace, reference: Trace, bound: float) -
 
     Fails with a table of all stages and layers, the first of them over the bound marked.
     """
-    order = [(s.name, layer) for s, layer in computation_order(config.num_hidden_layers)]
+    every = config.tables.computation_order(config.num_hidden_layers)
+    order = [(stage.name, layer) for stage, layer in every]
     assert set(trace) == set(order) == set(reference)
     lines, over = [], 0
     for key in order:
