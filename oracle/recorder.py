@@ -25,7 +25,8 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from qwen_jax.weights.base import Weights
 from qwen_jax.weights.huggingface import HuggingFaceWeights
 from stages.architecture import ACTIVATION, Architecture, Key, Stage
-from stages.errors import UserError
+from stages.errors import UserError, called
+from stages.version import NAME, version
 
 Want = Callable[[str, int | None], bool]
 Emit = Callable[[str, int | None, np.ndarray], None]
@@ -180,7 +181,7 @@ class TorchEngine:
             "flags": "",
             "matmul_precision": torch.get_float32_matmul_precision(),
             "versions": {name: importlib.metadata.version(name) for name in packages}
-            | {"python": platform.python_version()},
+            | {"python": platform.python_version(), NAME: version()},
         }
 
     def run(
@@ -232,7 +233,7 @@ def load(model: Weights, dtype: str, attention: str) -> PreTrainedModel:
     if not isinstance(model, HuggingFaceWeights):
         raise UserError(
             f"{model.name}: transformers reads Hugging Face directories only; write one first with "
-            "python -m tools.convert"
+            f"{called('tools.convert')}"
         )
     network = getattr(modeling(model.config.tables), model.config.tables.hf_class)
     return network.from_pretrained(

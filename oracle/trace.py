@@ -6,7 +6,7 @@ from qwen_jax import cli, trace_command
 from qwen_jax.estimate import whole_memory
 from qwen_jax.tracing import Engine, Plan
 from qwen_jax.weights.huggingface import HuggingFaceWeights
-from stages.errors import UserError
+from stages.errors import UserError, called
 
 
 def make_engine(spec: str | None, device: str | None, resume: bool, plan: Plan) -> Engine:
@@ -18,7 +18,7 @@ def make_engine(spec: str | None, device: str | None, resume: bool, plan: Plan) 
     if not isinstance(plan.model, HuggingFaceWeights):
         raise UserError(
             f"--model {spec}: transformers reads Hugging Face directories only; write one "
-            f"first: python -m tools.convert {spec} DIR"
+            f"first: {called('tools.convert')} {spec} DIR"
         )
     if resume:
         raise UserError("--resume: Hugging Face runs a model in one go; use --overwrite")
@@ -30,7 +30,7 @@ def make_engine(spec: str | None, device: str | None, resume: bool, plan: Plan) 
 
 
 def main(argv: list[str]) -> int:
-    parser = trace_command.parser("python -m oracle.trace", __doc__ or "", ("eager",))
+    parser = trace_command.parser("oracle.trace", __doc__ or "", ("eager",))
     args = parser.parse_args(argv)
     make = partial(make_engine, args.model, args.device, args.resume)
     return trace_command.main(args, "oracle", make, whole_memory)

@@ -5,6 +5,7 @@ Exit codes: 0 agree or clean, 1 differ or fault, 2 wrong use or bad input, 3 not
 
 import argparse
 import atexit
+import io
 import json
 import math
 import os
@@ -18,11 +19,24 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stages.errors import UserError
+from stages.errors import UserError, called
+from stages.version import NAME, version
+
+
+class _Version(argparse.Action):
+    """Print the project's version and end. Looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> NoReturn:
+        print(f"{NAME} {version()}")
+        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the project's errors: one line, exit code 2."""
+    """argparse with the project's errors: one line, exit code 2. ``prog`` is a module."""
+
+    def __init__(self, prog: str, description: str | None, **more: Any) -> None:
+        super().__init__(prog=called(prog), description=description, **more)
+        self.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -33,7 +47,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 -- for as long as we live
-    sys.stdout.reconfigure(errors="backslashreplace")  # a token's text, in an ASCII terminal
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a token's text, in an ASCII terminal
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()

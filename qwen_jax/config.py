@@ -110,7 +110,7 @@ _IGNORED = {
     "id2label", "label2id", "task_specific_params", "name_or_path", "auto_map",
     "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset", "problem_type",
 }  # fmt: skip
-_MUST_EQUAL = {
+_MUST_EQUAL: dict[str, Any] = {
     "mlp_bias": False,
     "is_decoder": False,
     "is_encoder_decoder": False,
@@ -201,7 +201,7 @@ def _size(raw: dict[str, Any], name: str, default: int | None, where: str) -> in
 
 
 def _number(raw: dict[str, Any], name: str, default: float | None, where: str) -> float:
-    value = raw.get(name, default)
+    value: Any = raw.get(name, default)
     if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise UserError(f"{where}: {name} is {value!r}; expected a positive number")
     return float(value)

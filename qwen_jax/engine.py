@@ -192,7 +192,7 @@ class JaxEngine:
         """A stage's value in host memory."""
         return np.asarray(value)
 
-    def _fetch(self, values: list, want: Want, emit: Emit) -> None:
+    def _fetch(self, values: list[tuple[str, int | None, Any]], want: Want, emit: Emit) -> None:
         for stage, layer, value in values:
             if want(stage, layer):
                 emit(stage, layer, self._host(stage, value))
@@ -229,7 +229,7 @@ class JaxEngine:
         for layer in numbers:
             yield self._keep(layer, load)
 
-    def _keep(self, key: Any, load: Callable) -> Any:
+    def _keep(self, key: Any, load: Callable[[Any], dict[str, np.ndarray]]) -> Any:
         """The weights ``load(key)`` on the device; if weights are kept, from the second time on as
         they lie there."""
         if self._kept is None:
@@ -282,12 +282,12 @@ def _even_step(count: int, most: int) -> int:
 
 
 @contextmanager
-def _ahead(items: Iterator) -> Iterator[Iterator]:
+def _ahead(items: Iterator[Any]) -> Iterator[Iterator[Any]]:
     """The same items, each made while the one before it is in use, the first from now on."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, items, None)
 
-        def each() -> Iterator:
+        def each() -> Iterator[Any]:
             nonlocal following
             while (item := following.result()) is not None:
                 following = pool.submit(next, items, None)

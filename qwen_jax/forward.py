@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
@@ -21,8 +22,7 @@ from stages.architecture import LAYER_INPUT, TOKENS, Scope, Stage
 Parameters = Mapping[str, Any]  # parameter name -> jax.Array, np.ndarray or jax.ShapeDtypeStruct
 
 
-@struct.dataclass
-class Params:
+class Params(struct.PyTreeNode):
     """All weights of a model.
 
     Attributes:
@@ -35,8 +35,7 @@ class Params:
     end: dict[str, Array]
 
 
-@struct.dataclass
-class Stages:
+class Stages(struct.PyTreeNode):
     """Every named sub-stage of one forward pass. Values carry the batch axis in front.
 
     Attributes:
@@ -98,7 +97,7 @@ def run_stages(
     Returns the stages alone, each rounded to ``dtype``, with a batch axis in front.
     """
     functions = FUNCTIONS[config.architecture] if functions is None else functions
-    values, unrounded = dict(given), {}
+    values, unrounded = dict(given), dict[str, Array]()
     for stage in rows:
         inputs = [
             unrounded[name] if name in stage.unrounded else values[name] for name in stage.inputs
@@ -122,7 +121,7 @@ def forward(
     ``pos`` is of ``ops.positional_by_layer``.
     """
     arch, full = config.tables, pos[False]
-    start = run_stages(arch.start_stages, config, params.start, full, {TOKENS: tokens}, dtype)
+    start = run_stages(arch.start_stages, config, params.start, full, {TOKENS: jnp.asarray(tokens)}, dtype)
     x, layers = start[arch.first.name], []
     for weights, sliding in zip(params.layers, config.sliding_layers, strict=True):
         given = {LAYER_INPUT: x}

@@ -140,8 +140,7 @@ def _square(arrays: Sequence[Array]) -> list[Array]:
     return [x * x for x in arrays]
 
 
-@struct.dataclass
-class ErrorSums:
+class ErrorSums(struct.PyTreeNode):
     """What one stage of one layer leaves behind: squares added up over rows and over columns of its
     matrix, see ``stages.architecture.Stage``.
 
@@ -281,9 +280,8 @@ def run(
         size = size_squared(stage, config, here, inputs, weights, exact)
         count = min(count, dumps[stage.name].shape[_rows(tables, stage.name)])
         cut = partial(last_rows, tables, stage.name, rows=count)
-        measured[stage.name] = error_sums(
-            stage, *map(cut, (dumps[stage.name], exact, size)), pos.last(count), cut(expected)
-        )
+        found, exact, size, expected = map(cut, (dumps[stage.name], exact, size, expected))
+        measured[stage.name] = error_sums(stage, found, exact, size, pos.last(count), expected)
     return measured, {s.name: computed[s.name] for s in rows if s.name in computed}
 
 

@@ -109,5 +109,5 @@ def cos_sin(config: Config, positions: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """
     frequencies, factor = inverse_frequencies(config)
     angles = (positions.astype(np.float32)[..., None] * frequencies).astype(np.float64)
-    factor = np.float32(factor)
-    return np.cos(angles).astype(np.float32) * factor, np.sin(angles).astype(np.float32) * factor
+    scale = np.float32(factor)
+    return np.cos(angles).astype(np.float32) * scale, np.sin(angles).astype(np.float32) * scale

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from stages.errors import UserError
+from stages.version import NAME, version
 
 # Without this XLA keeps float32 precision inside bfloat16 fusions: a captured stage could be a
 # value that the model never consumed, and compiled differs from un-jitted by whole bf16 steps.
@@ -52,10 +53,10 @@ def for_a_command(device: str | None = None, cpu_devices: int | None = None) -> 
     _keep_freed_memory()
     if device == "cpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        if jax.config.jax_platforms is None:  # JAX has read the environment already
-            jax.config.update("jax_platforms", "cpu")
+        with suppress(RuntimeError):  # JAX has read the environment already, and may have started
+            jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
     flags = os.environ.get("XLA_FLAGS", "")
-    counted = jax.config.jax_num_cpu_devices >= 0 or "host_platform_device_count" in flags
+    counted = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in flags
     if cpu_devices and not counted:
         with suppress(RuntimeError):  # JAX has started already, with the devices that it has
             jax.config.update("jax_num_cpu_devices", cpu_devices)
@@ -107,5 +108,5 @@ def describe(device: jax.Device, precision: str = "highest") -> dict[str, Any]:
         "flags": " ".join(flags),
         "matmul_precision": precision,
         "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": platform.python_version()},
+        | {"python": platform.python_version(), NAME: version()},
     }

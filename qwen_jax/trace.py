@@ -117,7 +117,7 @@ def follow(args: argparse.Namespace, group: Group) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = trace_command.parser("python -m qwen_jax.trace", __doc__ or "", ("xla", "eager"))
+    parser = trace_command.parser("qwen_jax.trace", __doc__ or "", ("xla", "eager"))
     parser.add_argument(
         "--no-compile-cache", action="store_true", help="compile anew; keep nothing of it on disk"
     )

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from qwen_jax.weights.base import Weights
 from stages import aprt, resume
 from stages.architecture import Key
 from stages.errors import UserError
-from stages.manifest import FileEntry, Manifest, Model
+from stages.manifest import DType, FileEntry, Format, Logits, Manifest, Model
 from stages.selection import parse_layers, parse_stages
 from stages.trace import MemoryTrace, Trace, numpy_dtype, open_trace
 from stages.writer import TraceWriter, replaceable
@@ -83,9 +83,9 @@ class Plan:
         config = self.model.config
         return Manifest(
             architecture=config.architecture,
-            format=self.format,  # type: ignore[arg-type] -- checked by make_plan
-            dtype=self.dtype,  # type: ignore[arg-type]
-            logits=self.logits,  # type: ignore[arg-type]
+            format=cast(Format, self.format),
+            dtype=cast(DType, self.dtype),
+            logits=cast(Logits, self.logits),
             tokens=self.tokens,
             positions=self.positions,
             steps=(len(self.tokens),),

@@ -52,10 +52,10 @@ def read(path: Path, layer: int | None) -> np.ndarray:
         with open(path, "rb") as file:
             # Mapped, not copied: three times as fast, and what is read once needs no memory.
             whole = os.fstat(file.fileno()).st_size
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if whole else b""
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if whole else b""
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    data = np.frombuffer(data, np.uint8)
+    data = np.frombuffer(content, np.uint8)
     if bytes(data[:4]) != MAGIC:
         raise UserError(f"{path}: not an APRT file; it starts with {bytes(data[:4])!r}")
     if data.size < HEADER.size:

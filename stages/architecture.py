@@ -163,7 +163,7 @@ class Stage:
         """
         lead = rows.shape[:-1]
         if self.heads_lead:
-            grid = rows.reshape(*lead, heads, -1)
+            grid = rows.reshape(*lead, heads or 1, -1)
             return {"position": grid.sum(-2), "head": grid.sum(-1), "channel": columns}
         found = {"position": rows}
         if heads:

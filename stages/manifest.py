@@ -27,6 +27,8 @@ FORMATS = {"aprt": ".bin", "safetensors": ".safetensors"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
+Format = Literal["aprt", "safetensors"]
+Logits = Literal["last", "all"]
 Whole = Annotated[int, Meta(ge=0, lt=2**31)]
 Hash = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 
@@ -87,9 +89,9 @@ class Manifest(Struct, frozen=True, kw_only=True):
     """
 
     architecture: str
-    format: Literal["aprt", "safetensors"]
+    format: Format
     dtype: DType
-    logits: Literal["last", "all"]
+    logits: Logits
     tokens: tuple[Whole, ...]
     positions: tuple[Whole, ...]
     steps: tuple[Annotated[int, Meta(ge=1)], ...]

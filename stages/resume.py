@@ -1,5 +1,6 @@
 """Going on with an interrupted trace: what of it is whole, and from which layer to compute."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from stages import manifest
@@ -9,7 +10,7 @@ from stages.manifest import Manifest
 from stages.trace import Trace
 
 
-def open_interrupted(directory: Path, header: Manifest, planned: list[Key]) -> Trace | None:
+def open_interrupted(directory: Path, header: Manifest, planned: Sequence[Key]) -> Trace | None:
     """What an interrupted trace in ``directory`` has finished; None where nothing was begun.
 
     ``planned`` is every (stage, layer) that the whole trace is to have.
@@ -55,7 +56,7 @@ def open_interrupted(directory: Path, header: Manifest, planned: list[Key]) -> T
     return Trace(directory, found, entries, found.model.config, found.tokens, found.positions)
 
 
-def first_layer(trace: Trace, wanted: list[Key]) -> int:
+def first_layer(trace: Trace, wanted: Sequence[Key]) -> int:
     """The layer to go on from: every wanted file of the layers before it is there and undamaged,
     and so is its input. 0 is to start anew."""
     whole: set[Key] = set()

@@ -289,7 +289,8 @@ def _foreign_entry(
 
 def tensor_hash(array: np.ndarray) -> str:
     """XXH3-64 of a C-contiguous array's bytes."""
-    return xxhash.xxh3_64_hexdigest(array.reshape(-1).view(np.uint8))
+    raw = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    return xxhash.xxh3_64_hexdigest(raw)
 
 
 def numpy_dtype(name: str) -> np.dtype:

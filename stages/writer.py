@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 import ml_dtypes  # noqa: F401 -- teaches NumPy and safetensors bfloat16
 import numpy as np
@@ -19,7 +20,7 @@ from stages.architecture import Key
 from stages.architectures import ALL_NAMES
 from stages.errors import UserError
 from stages.lock import lock
-from stages.manifest import FORMATS, FileEntry, Manifest, Model, WeightEntry
+from stages.manifest import FORMATS, DType, FileEntry, Manifest, Model, WeightEntry
 from stages.trace import tensor_hash
 
 THREADS = 2
@@ -126,7 +127,7 @@ class TraceWriter:
         self._planned = tuple(planned)
         self._noted = time.monotonic()
         self._error: Exception | None = None
-        self._queue: queue.Queue = queue.Queue(WAITING)
+        self._queue: queue.Queue[tuple[str, int | None, np.ndarray] | None] = queue.Queue(WAITING)
         with ExitStack() as undo:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,7 @@ class TraceWriter:
     def _model(self) -> Model:
         return replace(self.header.model, weights=dict(sorted(self.hashes.items())))
 
-    def finish(self, order: list[Key]) -> Manifest:
+    def finish(self, order: Iterable[Key]) -> Manifest:
         """Wait for the files, then write the manifest that makes the directory a trace.
 
         ``order`` is every (stage, layer) that must have been added, in computation order.
@@ -191,6 +192,7 @@ class TraceWriter:
         self._stop()
         if self._error:
             raise self._failure()
+        order = tuple(order)
         if missing := [each for each in order if each not in self._entries]:
             raise RuntimeError(f"stages that were never added: {missing[:3]}")
         files = tuple(self._entries[each] for each in order)
@@ -235,7 +237,7 @@ class TraceWriter:
         path.unlink(missing_ok=True)  # whatever stands there, a link too, is not written through
         with open(path, "xb", buffering=0) as file:
             for chunk in chunks:
-                view = memoryview(chunk).cast("B") if len(chunk) else b""
+                view = memoryview(chunk).cast("B") if len(chunk) else memoryview(b"")  # type: ignore[arg-type]
                 while len(view):  # an unbuffered write may be short, 2 GiB at most
                     view = view[file.write(view) :]
             self._sizes[relative] = file.tell()
@@ -248,7 +250,7 @@ class TraceWriter:
             layer=layer,
             axes=axes,
             shape=array.shape,
-            dtype=str(array.dtype),
+            dtype=cast(DType, str(array.dtype)),
             xxh3=digest,
             rows=None if rows == len(self.header.tokens) else rows,
         )

@@ -25,7 +25,7 @@ NOTE = "CONVERTING"  # the file that says whose a directory is, and that it is u
 
 
 def parser() -> argparse.ArgumentParser:
-    result = cli.Parser(prog="python -m tools.convert", description=__doc__)
+    result = cli.Parser(prog="tools.convert", description=__doc__)
     add = result.add_argument
     add("source", metavar="SOURCE", help="as --model of the other commands")
     add("destination", metavar="DESTINATION", type=Path, help="a directory that does not exist yet")

@@ -22,7 +22,7 @@ from qwen_jax.weights import open_model
 from stages import preflight
 from stages.architecture import Key, Stage
 from stages.compare import BLOCK, Difference, LogitsDifference, coarser, compare, compare_logits
-from stages.errors import NotComparable
+from stages.errors import NotComparable, called
 from stages.mask import layer_mask
 from stages.preflight import Preflight
 from stages.selection import parse_layers, parse_stages
@@ -292,7 +292,7 @@ def _print_verdict(show: Console, found: TraceDifference) -> None:
             show.print(f"worst there: {places}")
         show.print(
             "error arrives at a stage from before as well as being created there: "
-            "python -m tools.localize tells which"
+            f"{called('tools.localize')} tells which"
         )
 
 
@@ -300,7 +300,7 @@ def _print_verdict(show: Console, found: TraceDifference) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = cli.Parser(prog="python -m tools.diff", description=__doc__)
+    result = cli.Parser(prog="tools.diff", description=__doc__)
     result.add_argument("a", type=Path, metavar="A", help="a trace directory")
     result.add_argument("b", type=Path, metavar="B", help="the trace it is compared with")
     arguments.add_model_arguments(result)

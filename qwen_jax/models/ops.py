@@ -16,8 +16,7 @@ from qwen_jax.config import Config
 from stages.mask import attention_mask
 
 
-@struct.dataclass
-class Positional:
+class Positional(struct.PyTreeNode):
     """What the positions of a run decide, and all layers of one kind of attention share.
 
     Attributes:
@@ -78,15 +77,13 @@ def rounded(x: Array, dtype: Any) -> Array:
     found = jnp.finfo(dtype)
     if found.bits >= jnp.finfo(x.dtype).bits:
         return x
-    kept = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=found.nmant)
+    kept = lax.reduce_precision(x, exponent_bits=found.nexp, mantissa_bits=found.nmant)
     if found.nexp == 8:
         return kept
-    # float16 below its normal numbers is a grid of 2^-24: adding what has that as its last place
-    # rounds to it.
-    magnitude, last = lax.abs(x), np.float32(2.0**-1 + 2.0**-2)
-    tiny = lax.sign(x) * ((magnitude + last) - last)
-    kept = jnp.where(magnitude < np.float32(found.smallest_normal), tiny, kept)
-    return jnp.where(lax.abs(kept) > np.float32(found.max), lax.sign(x) * np.float32(np.inf), kept)
+    # ``reduce_precision`` makes zero of what float16 holds below its normal numbers, on a grid.
+    grid = np.float32(found.smallest_subnormal)
+    tiny = lax.round(x * (1 / grid), lax.RoundingMethod.TO_NEAREST_EVEN) * grid
+    return lax.select(lax.abs(x) < np.float32(found.smallest_normal), tiny, kept)
 
 
 def contract(a: Array, b: Array, axes: tuple[Any, Any], batch: Any = ((), ())) -> Array:

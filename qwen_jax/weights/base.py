@@ -125,7 +125,7 @@ class Weights(ABC):
         following, digest = self._hashing.pop(name, (0, None)) if start else (0, xxhash.xxh3_64())
         if digest is None or start != following:
             return  # not in order; the next pass from the start will do
-        digest.update(rows.reshape(-1).view(np.uint8))
+        digest.update(raw_bytes(rows))
         shape = self.shapes[name]
         if start + len(rows) < shape[0]:
             self._hashing[name] = start + len(rows), digest
@@ -171,6 +171,11 @@ class Weights(ABC):
             first, last = np.searchsorted(rows, (start, start + len(block)))
             found[first:last] = block[rows[first:last] - start]
         return found
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of a C-contiguous array, of whatever dtype."""
+    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

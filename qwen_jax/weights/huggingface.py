@@ -12,13 +12,14 @@ import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 import xxhash
 
 from qwen_jax.config import from_hf, read_json
-from qwen_jax.weights.base import BLOCK, COMPANIONS, Weights, misfits, some
+from qwen_jax.weights.base import BLOCK, COMPANIONS, Weights, misfits, raw_bytes, some
 from stages.errors import UserError
 from stages.trace import numpy_dtype
 
@@ -33,6 +34,8 @@ class HuggingFaceWeights(Weights):
     Raises:
         UserError: nothing there, unreadable, or tensors that do not fit the config.
     """
+
+    directory: Path
 
     def __init__(self, directory: Path, name: str | None = None) -> None:
         super().__init__()
@@ -120,7 +123,7 @@ class HuggingFaceWeights(Weights):
         for start in range(0, shape[0], step):
             rows = np.empty((min(step, shape[0] - start), *shape[1:]), self.dtype(name))
             self.fill(name, start, rows)
-            digest.update(rows.reshape(-1).view(np.uint8))
+            digest.update(raw_bytes(rows))
         return digest.hexdigest()
 
     def _headers(self, names: Collection[str]) -> Iterator[tuple[str, tuple[int, ...], str]]:
@@ -138,7 +141,7 @@ class HuggingFaceWeights(Weights):
         """Read straight into ``out``: a mapped file would be copied from, and count as memory."""
         path = self._files[name]
         at = self._places[name] + start * (out.nbytes // len(out))
-        left = memoryview(out.reshape(-1).view(np.uint8))
+        left = raw_bytes(out)
         try:
             if path not in self._opened:  # once, not for every row of the embedding
                 self._opened[path] = os.open(path, os.O_RDONLY)
@@ -220,7 +223,7 @@ def _write_file(path: Path, model: Weights, names: Collection[str]) -> Iterator[
     of them in memory."""
     names = sorted(names, key=lambda name: -model.dtype(name).itemsize)  # so that all are aligned
     stored = {dtype: name for name, dtype in FLOATS.items()}
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0
     for name in names:
         shape, dtype = model.shapes[name], model.dtype(name)
@@ -232,7 +235,7 @@ def _write_file(path: Path, model: Weights, names: Collection[str]) -> Iterator[
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             for _, rows in model.blocks(name):
-                file.write(rows.reshape(-1).view(np.uint8))
+                file.write(raw_bytes(rows))
                 yield rows.nbytes
         file.flush()
         os.fsync(file.fileno())

@@ -53,6 +53,8 @@ class OrbaxWeights(Weights):
         UserError: another orbax checkpoint, damaged files, or tensors that do not fit the config.
     """
 
+    directory: Path
+
     def __init__(self, directory: Path, name: str | None = None) -> None:
         super().__init__()
         self.directory = directory

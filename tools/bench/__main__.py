@@ -23,7 +23,7 @@ PARTS = ("speed", "tools", "memory")
 
 
 def parser() -> argparse.ArgumentParser:
-    result = cli.Parser(prog="python -m tools.bench", description=__doc__)
+    result = cli.Parser(prog="tools.bench", description=__doc__)
     add = result.add_argument
     models = " and ".join(DEFAULT_MODELS)
     add("--model", action="append", metavar="M", help=f"may be repeated; default: {models}")

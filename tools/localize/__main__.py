@@ -6,6 +6,7 @@ dump was created at that stage; what arrived there from before cannot show.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from qwen_jax import arguments, cli
 from qwen_jax.prompt import Prompt
@@ -17,7 +18,7 @@ from tools.localize.report import SCHEMA, Localization, to_json
 
 
 def parser() -> argparse.ArgumentParser:
-    result = cli.Parser(prog="python -m tools.localize", description=__doc__)
+    result = cli.Parser(prog="tools.localize", description=__doc__)
     result.add_argument("trace", type=Path, metavar="TRACE", help="a trace directory")
     arguments.add_model_arguments(result)
     result.add_argument(
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
             reports.append(run(args.against, other, prompt))
     except NotComparable as error:
         if args.json:
-            nothing = {"faults": [], "precision": {}, "skipped": []}
+            nothing: dict[str, Any] = {"faults": [], "precision": {}, "skipped": []}
             why = {"schema": SCHEMA, "verdict": "not_comparable", "why": str(error)}
             cli.report(args.json, why | nothing)
         raise

@@ -21,9 +21,10 @@ def judgements(a: Localization, b: Localization) -> list[dict[str, Any]]:
     """
     rows = []
     for name in ALL_NAMES:
-        worst = [min((i.level for i in r.items if i.stage == name), default=None) for r in (a, b)]
-        if None in worst:
+        levels = [[item.level for item in r.items if item.stage == name] for r in (a, b)]
+        if not all(levels):
             continue
+        worst = [min(each) for each in levels]
         layers = [_faulty_layers(report, name) for report in (a, b)]
         faulty = [bool(found) for found in layers]
         if all(faulty):

@@ -217,11 +217,29 @@ def _(case: StageReplay) -> Candidates:
         yield "", x / jnp.sqrt(mean) * _norm_weight(case)
 
 
-@mistake("rope_before_norm", "RoPE applied before the norm", NORMS)
+@mistake("rope_before_norm", "RoPE applied before the norm", f"{NORMS} {ROPES}")
 def _(case: StageReplay) -> Candidates:
-    if case.stage.axes[-1] == "H":
-        x = _rotated(case, _normed(case))
-        yield "", x / jnp.sqrt(_mean_square(case, x)) * _norm_weight(case)
+    norm = _head_norm(case)
+    heads = None if norm is None else _projected(case)
+    if norm is not None and heads is not None:
+        x = _rotated(case, heads)
+        yield "", x / jnp.sqrt(_mean_square(case, x)) * case.parameter(norm.parameters[0])
+
+
+def _head_norm(case: StageReplay) -> Stage | None:
+    """The norm over H of the heads that a norm or a rotated stage is made of, if it has one."""
+    stage = case.stage
+    row = stage if stage.kind is NORM else case.tables.stage[stage.inputs[0]]
+    return row if row.kind is NORM and row.axes[-1] == "H" else None
+
+
+def _projected(case: StageReplay) -> Array | None:
+    """The same heads before any norm."""
+    value = case.computed(_head_norm(case).inputs[0])
+    if value is None:
+        return None
+    q, k, _ = split_heads(case.config, value)
+    return q if case.stage.axes[1] == "N" else k
 
 
 @mistake("norm_sum_not_mean", "divided by the root of the sum of squares, not of the mean", NORMS)
@@ -231,7 +249,7 @@ def _(case: StageReplay) -> Candidates:
     yield "", x / jnp.sqrt(total) * _norm_weight(case)
 
 
-@mistake("norm_skipped", "not normalised: {}", NORMS)
+@mistake("norm_skipped", "not normalised: {}", NORMS, None)
 def _(case: StageReplay) -> Candidates:
     x = _normed(case)
     yield "the input itself", x
@@ -489,6 +507,12 @@ def _(case: StageReplay) -> Candidates:
     yield "", turned.reshape(x.shape)
 
 
+@mistake("input_not_normed", "RoPE of the projection instead of the norm of it", ROPES)
+def _(case: StageReplay) -> Candidates:
+    if _head_norm(case) and (heads := _projected(case)) is not None:
+        yield "", _rotated(case, heads)
+
+
 @mistake("rope_theta", "RoPE with theta {}", ROPES, near=True)
 def _(case: StageReplay) -> Candidates:
     for theta in (10000.0, 1e6, 5e5, 1e5, 1e7):
@@ -738,9 +762,10 @@ def _(case: StageReplay) -> Candidates:
 @mistake("v_from_k", "k used in the place of v", "attention")
 def _(case: StageReplay) -> Candidates:
     yield "", _mixed(case, split_heads(case.config, case.inputs[1])[1])
-    rotated = case.at_keys("k_post_rope")
-    if rotated is not None:
-        yield "", _mixed(case, rotated)
+    rotated = ROPES.split()[1]
+    for k in (case.at_keys(rotated), _before_rope(case, rotated, keys=True)):
+        if k is not None:
+            yield "", _mixed(case, k)
 
 
 @mistake("v_shifted", "v of the position {}", "attention")
@@ -933,7 +958,7 @@ def _(case: StageReplay) -> Candidates:
     count = case.config.num_hidden_layers
     for layer in {(case.layer - 1) % count, (case.layer + 1) % count} - {case.layer}:
         other = StageReplay(case.replay, case.stage, layer)
-        if other.exact is not None:
+        if other.replayable:
             yield str(layer), other.exact
 
 
@@ -942,7 +967,7 @@ def _(case: StageReplay) -> Candidates:
     for row in case.tables.layer_stages if case.layer is not None else ():
         if row is not case.stage and row.axes == case.stage.axes:
             other = case.other(row.name)
-            if other.exact is not None:
+            if other.replayable:
                 yield row.name, other.exact
 
 

@@ -80,16 +80,16 @@ def _clear(
         ]
         if not readers:
             continue
-        exact = _case(replay, item, overrides, without=suspect.key).exact
-        if exact is None:
+        case = _case(replay, item, overrides, without=suspect.key)
+        if not case.replayable:
             continue
         # as the engine would have handed it on: scores in the hundreds make a rounding matter
-        exact = exact.astype(replay.dtype).astype(exact.dtype)
+        exact = case.exact.astype(replay.dtype).astype(case.exact.dtype)
         for key in readers:
             reader = by_key[key]
             row = replay.tables.stage[key[0]]
             case = StageReplay(replay, row, key[1], overrides | {suspect.key: exact})
-            if case.exact is None:
+            if not case.replayable:
                 continue
             focus = focus_of(case, reader.masks) if reader.why == "slice" else None
             if case.scored(case.exact, focus) >= min(reader.expected, 24.0) - SLACK:
@@ -103,6 +103,8 @@ def _clear(
         vague = _vague_inputs(replay, suspect, items, by_key)
         if vague:
             case = _case(replay, suspect.item, overrides | vague, without=key)
+            if not case.replayable:
+                continue
             focus = focus_of(case, suspect.masks) if suspect.why == "slice" else None
             if case.scored(case.exact, focus) >= min(suspect.expected, 24.0) - SLACK:
                 cleared.add(key)
@@ -122,9 +124,9 @@ def _vague_inputs(
         key = replay.tables.stored_as(name, suspect.key[1], replay.config.num_hidden_layers)
         item = held.get(key)
         if item and key not in suspects and item.level < verdict.NOMINAL[replay.dtype.name] - VAGUE:
-            exact = StageReplay(replay, item.row, key[1]).exact
-            if exact is not None:
-                vague[key] = exact
+            case = StageReplay(replay, item.row, key[1])
+            if case.replayable:
+                vague[key] = case.exact
     return vague
 
 
@@ -133,7 +135,7 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     suspect = finding.suspect
     if suspect.why == "nan":
         finding.shape = _nonfinite(case, suspect)
-    if case.exact is None:
+    if not case.replayable:
         return
     sound = min(suspect.expected, 24.0) - SLACK
     if suspect.why != "nan":
@@ -179,7 +181,9 @@ def _entries(case: StageReplay, dump_only: bool) -> list[Mistake]:
     ]
 
 
-def _confined(case: StageReplay, finding: Finding, found: list) -> None:
+def _confined(
+    case: StageReplay, finding: Finding, found: list[tuple[int, Explanation]]
+) -> None:
     """A linear layer whose error lies in a few output channels has that many wrong rows of its
     weight: nothing else of it can confine an error so."""
     masks = finding.suspect.masks
@@ -200,7 +204,7 @@ def _confined(case: StageReplay, finding: Finding, found: list) -> None:
 
 def _nonfinite(case: StageReplay, suspect: Suspect) -> str:
     places = ", ".join(f"{axis} {where}" for axis, where in suspect.where.items())
-    largest = 0.0 if case.exact is None else float(jnp.abs(jnp.nan_to_num(case.exact)).max())
+    largest = float(jnp.abs(jnp.nan_to_num(case.exact)).max()) if case.replayable else 0.0
     if case.replay.dtype == np.float16 and largest > 65504:
         return f"overflow: {largest:.3g} should be here, and float16 ends at 65504; {places}"
     return f"NaN or infinity is born here: {places}"

@@ -39,7 +39,7 @@ def _formats(width: int) -> Iterator[tuple[str, str, Callable[[Array], Array]]]:
 def detect(case: StageReplay) -> tuple[str, str] | None:
     """(precision class, description) of the format that a linear stage's input was rounded to, or
     None where none of the known ones explains its error."""
-    if not case.stage.linear or case.exact is None or case.inputs is None:
+    if not case.stage.linear or not case.replayable:
         return None
     x = case.inputs[0]
     base = case.scored(case.exact)

@@ -130,7 +130,7 @@ def faults(report: Localization) -> list[Fault]:
     for finding in report.findings:
         name = finding.diagnosis[0].name if finding.diagnosis else finding.suspect.why
         groups.setdefault((finding.suspect.item.stage, name), []).append(finding)
-    measured: dict[str, set] = {}
+    measured: dict[str, set[int | None]] = {}
     for item in report.items:
         measured.setdefault(item.stage, set()).add(item.layer)
     result: list[Fault] = []
@@ -158,7 +158,7 @@ def _same_cause(first: Fault, second: Fault, name: str) -> bool:
     return named and related and layers
 
 
-def _layers(found: list[int | None], measured: set) -> int | str | None:
+def _layers(found: list[int | None], measured: set[int | None]) -> int | str | None:
     if len(found) == 1:
         return "all" if measured == {found[0]} and len(measured) > 1 else found[0]
     if set(found) == measured:

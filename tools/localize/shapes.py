@@ -49,7 +49,7 @@ def fits(case: StageReplay, masks: dict[str, np.ndarray], focus: Array | None) -
     for dtype in (ml_dtypes.bfloat16, np.float16):
         name = np.dtype(dtype).name
         yield f"rounded_to_{name}", f"result rounded to {name}{place}", _rounded(exact, dtype)
-        if case.stage.kind.sums_products and case.inputs is not None:
+        if case.stage.kind.sums_products:
             inputs = [_rounded(x, dtype) for x in case.inputs]
             value = case.run(*inputs)
             yield f"computed_in_{name}", f"computed on {name} inputs{place}", value

@@ -71,13 +71,13 @@ class StageReplay:
         return self.replay.positions[:, -self.rows :]
 
     @cached_property
-    def weights(self) -> dict[str, Array]:
+    def weights(self) -> dict[str, Array | np.ndarray]:
         """The stage's parameters: vectors in float64, matrices as they are stored."""
         if self.stage is self.tables.first:
             return {name: _exact(w) for name, w in self.replay.start_parameters()[0].items()}
         return {name: self.parameter(name) for name in self.stage.parameters}
 
-    def parameter(self, name: str, layer: int | None = None) -> Array:
+    def parameter(self, name: str, layer: int | None = None) -> Array | np.ndarray:
         """A parameter of this layer, or of another; vectors in float64, matrices as stored."""
         row = self.tables.parameter[name]
         number = self.layer if layer is None else layer
@@ -85,14 +85,14 @@ class StageReplay:
         found = self.model.read(tensor)
         return _exact(found) if found.ndim == 1 else found
 
-    def parameters_of(self, layer: int) -> dict[str, Array]:
+    def parameters_of(self, layer: int) -> dict[str, Array | np.ndarray]:
         """What ``weights`` has, of another layer."""
         return {name: self.parameter(name, layer) for name in self.stage.parameters}
 
     def _stored(self, name: str) -> Array | None:
         """The dump of any value as seen from this layer, or None where there is none."""
         if name == TOKENS:
-            return self.replay.start_parameters()[1]
+            return jnp.asarray(self.replay.start_parameters()[1])
         key = self.tables.stored_as(name, self.layer, self.config.num_hidden_layers)
         if key in self.overrides:
             return self.overrides[key]
@@ -107,7 +107,8 @@ class StageReplay:
         row = self.tables.stage[name]
         if row.scope == "layer" and self.layer is None:
             return None
-        return StageReplay(self.replay, row, row.layer_of(self.layer), self.overrides).exact
+        case = StageReplay(self.replay, row, row.layer_of(self.layer), self.overrides)
+        return case.exact if case.replayable else None
 
     @cached_property
     def _ready(self) -> tuple[int, list[Array]] | None:
@@ -130,9 +131,16 @@ class StageReplay:
         return self._ready[0]
 
     @property
-    def inputs(self) -> Sequence[Array] | None:
-        """The stage's inputs; None where one can be had neither from the dump nor by computing."""
-        return None if self._ready is None else self._ready[1]
+    def replayable(self) -> bool:
+        """Whether its inputs are to be had, from the dump or by computing them. Nothing but the
+        dump is without that."""
+        return self._ready is not None
+
+    @property
+    def inputs(self) -> Sequence[Array]:
+        """The stage's inputs, if it is ``replayable``."""
+        assert self._ready is not None
+        return self._ready[1]
 
     def value(self, name: str) -> Array | None:
         """The dump of any value as seen from this layer, in this stage's rows."""
@@ -158,31 +166,27 @@ class StageReplay:
         return last_rows(self.tables, self.stage.name, found, self.rows)
 
     @cached_property
-    def exact(self) -> Array | None:
-        """What the stage should be; None where its inputs are not to be had."""
-        return None if self.inputs is None else self.run()
+    def exact(self) -> Array:
+        """What the stage should be, if it is ``replayable``."""
+        return self.run()
 
     @cached_property
     def size(self) -> Array:
-        assert self.inputs is not None
-        inputs = self.inputs
-
         def squared(weights: Sequence[Array]) -> Array:
-            value = stage_value(self.stage, self.config, self.pos, inputs, weights)
-            return size_squared(self.stage, self.config, self.pos, inputs, weights, value)
+            value = stage_value(self.stage, self.config, self.pos, self.inputs, weights)
+            return size_squared(self.stage, self.config, self.pos, self.inputs, weights, value)
 
         return _applied(self.stage, squared, self.weights).astype(jnp.float64)
 
     def run(
         self,
         *inputs: Array | None,
-        weights: Mapping[str, Array] | None = None,
+        weights: Mapping[str, Array | np.ndarray] | None = None,
         pos: Positional | None = None,
         config: Config | None = None,
     ) -> Array:
         """The stage's own function in float64 with anything changed. Any of the inputs may be
         changed by position, None keeps it; ``weights`` are those that are changed."""
-        assert self.inputs is not None
         changed = [*inputs, *[None] * (len(self.inputs) - len(inputs))]
         given = [old if new is None else new for old, new in zip(self.inputs, changed, strict=True)]
 

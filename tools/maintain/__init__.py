@@ -1,0 +1,1 @@
+"""Scripts for maintainers: what is made once and committed. Not in the wheel."""

@@ -1,4 +1,4 @@
-"""``python -m tools.maintain.reference``: write docs/reference.md from the tables that the code runs on."""
+"""``python -m tools.maintain.reference``: write docs/reference.md from the tables of the code."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def render() -> str:
     lines = [
         "# Reference",
         "",
-        "Made by `python -m tools.maintain.reference` from the tables that the code itself runs on.",
+        "Made by `python -m tools.maintain.reference` from the tables that the code runs on.",
         "",
         "Axis letters: B batch, T query position, S key position, N query heads, K key/value "
         "heads, H head size, D hidden, F intermediate, V vocabulary. Files hold one sequence, "
@@ -93,7 +93,7 @@ def _tables(tables: Architecture) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    cli.Parser(prog="python -m tools.maintain.reference", description=__doc__).parse_args(argv)
+    cli.Parser(prog="tools.maintain.reference", description=__doc__).parse_args(argv)
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(render(), encoding="utf-8")
     print(f"wrote {FILE}")

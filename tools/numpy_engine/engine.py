@@ -1,4 +1,4 @@
-"""A small Qwen2 engine in plain NumPy, as the author of another engine would write one.
+"""A small engine for Qwen2 and Qwen3 in plain NumPy, as the author of another one would write it.
 
 It reads a Hugging Face directory, runs one sequence and dumps every sub-stage as APRT files
 without a manifest: a foreign trace. It shares no code with the project's forward pass.
@@ -6,6 +6,9 @@ without a manifest: a foreign trace. It shares no code with the project's forwar
     engine = Engine.open("qwen_jax/demo", mode="bf16")
     engine.replace("attn_norm", 2, lambda c: c["layer_input"])  # plant a fault by hand
     engine.run([1, 2, 3]).dump("build/foreign")
+
+Qwen3 differs in the attention alone: q and k have no bias but an RMSNorm over every head, before
+RoPE, v has no bias either, and a head has a size of its own: N*H need not be D.
 
 Axis letters: T query position, S key position, N query heads, K key/value heads, G = N/K, H head
 size, D hidden, F intermediate, V vocabulary.
@@ -125,6 +128,7 @@ ARITHMETIC: dict[str, Arithmetic] = {
 class Shape:
     """The sizes and constants of one model; ``theta`` and ``eps`` are dimensionless."""
 
+    architecture: str  # "qwen2" or "qwen3"
     layers: int
     hidden: int
     heads: int
@@ -135,9 +139,19 @@ class Shape:
     theta: float
     tied: bool
 
+    @property
+    def layer_stages(self) -> tuple[str, ...]:
+        """The stages of a layer, in the order of computation."""
+        return LAYER_STAGES[self.architecture]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """All stages, in the order of computation."""
+        return ("embedding", *self.layer_stages, *END_STAGES)
+
 
 def load(directory: str | Path) -> tuple[Shape, Weights]:
-    """The shape and the float32 weights of a Hugging Face Qwen2 directory (one safetensors file).
+    """The shape and the float32 weights of a Hugging Face directory (one safetensors file).
 
     Raises:
         ValueError: another architecture, scaled RoPE or sliding windows, which are not written.
@@ -145,17 +159,20 @@ def load(directory: str | Path) -> tuple[Shape, Weights]:
     directory = Path(directory)
     raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if raw["model_type"] != "qwen2":
-        raise ValueError(f"{directory}: model_type is {raw['model_type']!r}, not 'qwen2'")
+    architecture = raw["model_type"]
+    if architecture not in LAYER_STAGES:
+        raise ValueError(f"{directory}: model_type {architecture!r} is none of {[*LAYER_STAGES]}")
     if rope.get("rope_type", "default") != "default" or raw.get("use_sliding_window"):
         raise ValueError(f"{directory}: scaled RoPE and sliding windows are not supported")
     heads = raw["num_attention_heads"]
+    head = raw["hidden_size"] // heads if architecture == "qwen2" else 128
     shape = Shape(
+        architecture=architecture,
         layers=raw["num_hidden_layers"],
         hidden=raw["hidden_size"],
         heads=heads,
         kv_heads=raw.get("num_key_value_heads", heads),
-        head=raw.get("head_dim") or raw["hidden_size"] // heads,
+        head=raw.get("head_dim") or head,
         vocabulary=raw["vocab_size"],
         eps=raw["rms_norm_eps"],
         theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
@@ -187,8 +204,8 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 class Context:
     """What an operation reads: earlier values by stage name, weights, and the engine's arithmetic.
 
-    ``c["layer_input"]`` is the layer's input; ``c["tokens"]`` the ids. Outside the layers
-    ``layer`` is None and ``c["post_ffn_residual"]`` is the last layer's output.
+    ``c["layer_input"]`` is the layer's input; ``c["tokens"]`` the ids and ``c["positions"]`` theirs.
+    Outside the layers ``layer`` is None and ``c["post_ffn_residual"]`` the last layer's output.
     """
 
     engine: "Engine"
@@ -205,8 +222,8 @@ class Context:
 
     @property
     def positions(self) -> Array:
-        """[T] int: 0, 1, 2, ..."""
-        return np.arange(len(self["tokens"]))
+        """[T] int, one apart."""
+        return self["positions"]
 
     def weight(self, name: str, layer: int | None = None) -> Array:
         """A weight by its Hugging Face name; inside a layer, without ``model.layers.N.``."""
@@ -239,6 +256,18 @@ class Context:
         s = self.shape
         x = qkv.reshape(len(qkv), -1, s.head)
         return x[:, : s.heads], x[:, s.heads : s.heads + s.kv_heads], x[:, s.heads + s.kv_heads :]
+
+    def attended(self) -> tuple[Array, Array, Array]:
+        """q [T, N, H] and k [T, K, H] as RoPE reads them, and v [T, K, H] as attention does."""
+        if self.shape.architecture == "qwen2":
+            return self.heads(self["qkv_bias"])
+        return self["q_norm"], self["k_norm"], self.heads(self["qkv_matmul"])[2]
+
+    def normed(self, stage: str) -> Array:
+        """What a norm is taken of, over the last axis: [T, D], or heads [T, N or K, H]."""
+        if stage in HEAD_NORMS:
+            return self.heads(self["qkv_matmul"])[HEAD_NORMS.index(stage)]
+        return self[NORMS[stage][0]]
 
     def tables(self) -> tuple[Array, Array]:
         """The RoPE tables, as the engine stores them."""
@@ -277,7 +306,7 @@ def causal(length: int) -> Array:
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """x [T, D] over its root mean square, times weight [D]."""
+    """x over its root mean square along the last axis, times a weight of that size."""
     mean = np.mean(x * x, axis=-1, keepdims=True)
     return x / np.sqrt(mean + np.float32(eps)) * weight
 
@@ -288,9 +317,12 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 NORMS: dict[str, tuple[str, str]] = {  # stage -> its input, its weight
     "attn_norm": ("layer_input", "input_layernorm.weight"),
+    "q_norm": ("qkv_matmul", "self_attn.q_norm.weight"),
+    "k_norm": ("qkv_matmul", "self_attn.k_norm.weight"),
     "ffn_norm": ("post_attn_residual", "post_attention_layernorm.weight"),
     "final_norm": ("post_ffn_residual", "model.norm.weight"),
 }
+HEAD_NORMS = ("q_norm", "k_norm")  # over H: one weight, the same for every head
 LINEARS: dict[str, tuple[str, str]] = {
     "attn_out": ("attention", "self_attn.o_proj.weight"),
     "ffn_gate": ("ffn_norm", "mlp.gate_proj.weight"),
@@ -306,8 +338,7 @@ def _embedding(c: Context) -> Array:
 
 
 def _norm(stage: str, c: Context) -> Array:
-    source, weight = NORMS[stage]
-    return rms_norm(c[source], c.weight(weight), c.shape.eps)
+    return rms_norm(c.normed(stage), c.weight(NORMS[stage][1]), c.shape.eps)
 
 
 def _linear(stage: str, c: Context) -> Array:
@@ -325,11 +356,11 @@ def _qkv_bias(c: Context) -> Array:
 
 
 def _q_post_rope(c: Context) -> Array:
-    return rotate(c.heads(c["qkv_bias"])[0], *c.tables())
+    return rotate(c.attended()[0], *c.tables())
 
 
 def _k_post_rope(c: Context) -> Array:
-    return rotate(c.heads(c["qkv_bias"])[1], *c.tables())
+    return rotate(c.attended()[1], *c.tables())
 
 
 def _attn_scores(c: Context) -> Array:
@@ -341,7 +372,7 @@ def _attn_softmax(c: Context) -> Array:
 
 
 def _attention(c: Context) -> Array:
-    v = c.heads(c["qkv_bias"])[2]
+    v = c.attended()[2]
     mixed = _flash(c, v) if c.engine.arithmetic.online else c.mix(c["attn_softmax"], v)
     return mixed.reshape(len(mixed), -1)
 
@@ -381,10 +412,13 @@ def _post_ffn_residual(c: Context) -> Array:
     return c["post_attn_residual"] + c["ffn_out"]
 
 
-LAYER_OPERATIONS: dict[str, Operation] = {
+OPERATIONS: dict[str, Operation] = {
+    "embedding": _embedding,
     "attn_norm": partial(_norm, "attn_norm"),
     "qkv_matmul": _qkv_matmul,
     "qkv_bias": _qkv_bias,
+    "q_norm": partial(_norm, "q_norm"),
+    "k_norm": partial(_norm, "k_norm"),
     "q_post_rope": _q_post_rope,
     "k_post_rope": _k_post_rope,
     "attn_scores": _attn_scores,
@@ -399,24 +433,22 @@ LAYER_OPERATIONS: dict[str, Operation] = {
     "ffn_swigl": _ffn_swigl,
     "ffn_out": partial(_linear, "ffn_out"),
     "post_ffn_residual": _post_ffn_residual,
-}
-END_OPERATIONS: dict[str, Operation] = {
     "final_norm": partial(_norm, "final_norm"),
     "lm_head": partial(_linear, "lm_head"),
 }
-OPERATIONS: dict[str, Operation] = {
-    "embedding": _embedding,
-    **LAYER_OPERATIONS,
-    **END_OPERATIONS,
+END_STAGES = ("final_norm", "lm_head")
+LACKS = {"qwen2": HEAD_NORMS, "qwen3": ("qkv_bias",)}
+LAYER_STAGES: dict[str, tuple[str, ...]] = {
+    architecture: tuple(s for s in OPERATIONS if s not in ("embedding", *lacking, *END_STAGES))
+    for architecture, lacking in LACKS.items()
 }
-STAGES = tuple(OPERATIONS)
 
 
 def keys_of(stage: str, layers: int) -> list[Key]:
     """Everywhere that a stage is stored: once a layer, or once."""
-    if stage in LAYER_OPERATIONS:
-        return [(layer, stage) for layer in range(layers)]
-    return [(0 if stage == "embedding" else None, stage)]
+    if stage in ("embedding", *END_STAGES):
+        return [(0 if stage == "embedding" else None, stage)]
+    return [(layer, stage) for layer in range(layers)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -516,11 +548,26 @@ class Engine:
         """Dump a stage differently in one layer; what is computed stays right."""
         self._redumps[layer, stage] = redump
 
-    def run(self, tokens: Sequence[int], logits: str = "last") -> Run:
-        """One forward pass. ``logits`` is "last" (lm_head is [V]) or "all" ([T, V])."""
+    def run(
+        self,
+        tokens: Sequence[int],
+        logits: str = "last",
+        first_position: int = 0,
+        last_row: bool = False,
+    ) -> Run:
+        """One forward pass.
+
+        Args:
+            logits: "last" (lm_head is [V]) or "all" ([T, V]).
+            first_position: of the first token.
+            last_row: what follows the last layer's attention is computed for the last position
+                alone, as nothing else is needed for the next token; those stages have one row.
+        """
+        ids = np.asarray(tokens)
+        given = {"tokens": ids, "positions": first_position + np.arange(len(ids))}
         with np.errstate(all="ignore"):
             run = Run({})
-            for key, value in self._steps(np.asarray(tokens), run):
+            for key, value in self._steps(given, last_row, run):
                 run.stages[key] = value
             computed = dict(run.stages)
             for key, redump in self._redumps.items():
@@ -532,17 +579,21 @@ class Engine:
                 run.stages[None, "lm_head"] = head[-1] if head.ndim == 2 else head
             return run
 
-    def _steps(self, tokens: Array, run: Run) -> Iterator[tuple[Key, Array]]:
-        context = Context(self, None, {"tokens": tokens})
-        x = self._step(context, (0, "embedding"), run)
+    def _steps(
+        self, given: dict[str, Array], last_row: bool, run: Run
+    ) -> Iterator[tuple[Key, Array]]:
+        x = self._step(Context(self, None, given), (0, "embedding"), run)
         yield (0, "embedding"), x
         for layer in range(self.shape.layers):
-            context = Context(self, layer, {"tokens": tokens, "layer_input": x})
-            for stage in LAYER_OPERATIONS:
+            context = Context(self, layer, given | {"layer_input": x})
+            for stage in self.shape.layer_stages:
                 x = context.values[stage] = self._step(context, (layer, stage), run)
                 yield (layer, stage), x
-        context = Context(self, None, {"tokens": tokens, "post_ffn_residual": x})
-        for stage in END_OPERATIONS:
+                if last_row and stage == "attention" and layer == self.shape.layers - 1:
+                    # of scores and their softmax this is no row, but nobody reads them any more
+                    context.values = {name: value[-1:] for name, value in context.values.items()}
+        context = Context(self, None, given | {"post_ffn_residual": x})
+        for stage in END_STAGES:
             context.values[stage] = self._step(context, (None, stage), run)
             yield (None, stage), context[stage]
 

@@ -10,9 +10,11 @@
 A fault is created in the stage that it names and nowhere else: every other operation stays right,
 given what the faulty one hands it. A *dump* fault leaves the computation alone and spoils the file.
 Prompts need 17 tokens or more, for the faults that spoil one position or look back only so far, and
-models 38 channels in every axis and two layers.
+models 38 channels in every axis but a head's and two layers. ``of`` gives the faults that an
+architecture can have.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from tools.numpy_engine.engine import (
+    HEAD_NORMS,
     LINEARS,
     NORMS,
     OPERATIONS,
@@ -33,6 +36,7 @@ from tools.numpy_engine.engine import (
     Operation,
     Redump,
     Run,
+    Shape,
     bf16,
     causal,
     keys_of,
@@ -59,6 +63,7 @@ class Fault:
         dump: the computation is right and the dump is not.
         clean: not a mistake; nothing must be reported.
         one_layer: is a fault only against the other layers, so plant it in one.
+        bias, head_norms: is a fault only where q and k have that.
     """
 
     name: str
@@ -72,6 +77,8 @@ class Fault:
     where: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     clean: bool = False
     one_layer: bool = False
+    bias: bool = False
+    head_norms: bool = False
 
     @property
     def stage(self) -> str:
@@ -82,6 +89,12 @@ class Fault:
     def dump(self) -> bool:
         """Whether only the dump is wrong."""
         return bool(self.redumps)
+
+    def applies(self, shape: Shape) -> bool:
+        """Whether the model has what it spoils."""
+        needed = set(self.stages) | ({"qkv_bias"} if self.bias else set())
+        needed |= set(HEAD_NORMS) if self.head_norms else set()
+        return needed <= set(shape.stages)
 
     def keys(self, engine: Engine, layers: Iterable[int] | None = None) -> list[Key]:
         """Where ``apply`` plants it: (layer or None, stage). Stages outside the layers: once."""
@@ -108,6 +121,11 @@ class Fault:
 FAULTS: dict[str, Fault] = {}
 
 
+def of(shape: Shape) -> dict[str, Fault]:
+    """The faults that can be planted in a model."""
+    return {name: fault for name, fault in FAULTS.items() if fault.applies(shape)}
+
+
 def plant(
     checkpoint: str | Path | tuple[Any, Any],
     tokens: Sequence[int],
@@ -115,13 +133,15 @@ def plant(
     layers: Iterable[int] | None = None,
     mode: str = "f32",
     logits: str = "last",
+    **more: Any,
 ) -> Run:
-    """One run of a checkpoint directory (or of what ``engine.load`` returned) with one fault."""
+    """One run of a checkpoint directory (or of what ``engine.load`` returned) with one fault.
+    ``more`` is as of ``Engine.run``."""
     engine = Engine(*checkpoint, mode) if isinstance(checkpoint, tuple) else None
     engine = engine or Engine.open(checkpoint, mode)
     if fault:
         (FAULTS[fault] if isinstance(fault, str) else fault).apply(engine, layers)
-    return engine.run(tokens, logits)
+    return engine.run(tokens, logits, **more)
 
 
 # A fault whose worst row or channel is further off than this has to be found. What lies below is
@@ -268,20 +288,21 @@ def _norm_nan(c: Context, x: Array, w: Array) -> Array:
 OTHER_NORM = {
     "attn_norm": "post_attention_layernorm.weight",
     "ffn_norm": "input_layernorm.weight",
+    "q_norm": "self_attn.k_norm.weight",
+    "k_norm": "self_attn.q_norm.weight",
 }
 
 
 def _norm_swapped(stage: str, c: Context) -> Array:
-    return rms_norm(c[NORMS[stage][0]], c.weight(OTHER_NORM[stage]), c.shape.eps)
+    return rms_norm(c.normed(stage), c.weight(OTHER_NORM[stage]), c.shape.eps)
 
 
 def _norm_other_layer(stage: str, c: Context) -> Array:
-    source, weight = NORMS[stage]
     if c.layer is None:
         other = c.weight("input_layernorm.weight", c.shape.layers - 1)
     else:
-        other = c.weight(weight, _neighbour(c))
-    return rms_norm(c[source], other, c.shape.eps)
+        other = c.weight(NORMS[stage][1], _neighbour(c))
+    return rms_norm(c.normed(stage), other, c.shape.eps)
 
 
 NormMistake = Callable[[Context, Array, Array], Array]
@@ -302,8 +323,7 @@ NORM_MISTAKES: list[tuple[str, NormMistake, str]] = [
 
 
 def _of_norm(stage: str, wrong: NormMistake) -> Operation:
-    source, weight = NORMS[stage]
-    return lambda c: wrong(c, c[source], c.weight(weight))
+    return lambda c: wrong(c, c.normed(stage), c.weight(NORMS[stage][1]))
 
 
 for _stage in NORMS:
@@ -332,6 +352,77 @@ _add(
     where={"channels": (9,)},
 )
 _add("ffn_norm", "nan", _of_norm("ffn_norm", _norm_nan), "one element is NaN", None, shape="nan")
+
+
+def _norm_all_heads(c: Context, x: Array, w: Array) -> Array:
+    mean = np.mean(x * x, axis=(-2, -1), keepdims=True)
+    return x / np.sqrt(mean + _f32(c.shape.eps)) * w
+
+
+def _norm_head_positions(c: Context, x: Array, w: Array) -> Array:
+    """One mean square a head, over all positions."""
+    mean = np.mean(x * x, axis=(0, -1), keepdims=True)
+    return x / np.sqrt(mean + _f32(c.shape.eps)) * w
+
+
+def _norm_rotated(c: Context, x: Array, w: Array) -> Array:
+    return rms_norm(rotate(x, *c.tables()), w, c.shape.eps)
+
+
+def _both(operation: Callable[[str], Operation]) -> dict[str, Operation]:
+    """The same mistake with q and with k."""
+    return {stage: operation(stage) for stage in HEAD_NORMS}
+
+
+for _what, _wrong, _says in [
+    ("norm_over_all_heads", _norm_all_heads, "over N * H, all heads together"),
+    ("norm_skipped", lambda c, x, w: x, "missing"),
+    ("norm_weight_missing", lambda c, x, w: rms_norm(x, 1 + 0 * w, c.shape.eps), "no weight"),
+    ("norm_layernorm", _layer_norm, "LayerNorm: the mean is subtracted"),
+]:
+    _add(
+        "q_norm k_norm",
+        _what,
+        _both(partial(_of_norm, wrong=_wrong)),
+        f"q and k: {_says}",
+        label="qk_norm",
+    )
+for _stage in HEAD_NORMS:
+    _add(_stage, "norm_over_all_heads", _of_norm(_stage, _norm_all_heads), "over all heads at once")
+    _add(_stage, "rope_before_norm", _of_norm(_stage, _norm_rotated), "of the rotated heads")
+_add(
+    "q_norm",
+    "norm_over_positions",
+    _of_norm("q_norm", _norm_head_positions),
+    "one mean square a head, over all positions",
+    None,
+    shape="no known mistake",
+)
+_add(
+    "q_norm k_norm",
+    "norm_weight_swapped",
+    _both(lambda stage: partial(_norm_swapped, stage)),
+    "the weights of q and k exchanged",
+    label="qk_norm",
+)
+_add(
+    "q_norm k_norm q_post_rope k_post_rope",
+    "rope_before_norm",
+    {
+        **_both(lambda stage: _of_norm(stage, _norm_rotated)),
+        "q_post_rope": lambda c: c["q_norm"],
+        "k_post_rope": lambda c: c["k_norm"],
+    },
+    "q and k: RoPE first, and no second time",
+    label="qk_norm_rope",
+)
+_add(
+    "q_norm",
+    "channel_scaled",
+    _of_norm("q_norm", _norm_channel),
+    "one element of the weight, of every head, times 1.01",
+    "row_scaled",
+)
 
 
 # --- linear layers ---------------------------------------------------------------------------
@@ -557,6 +648,7 @@ _add_dump(
     "bias_already_added",
     lambda e, values, key: values[key[0], "qkv_bias"],
     "dumped after the bias",
+    bias=True,
 )
 
 
@@ -643,8 +735,7 @@ def _rope_twice(c: Context, x: Array) -> Array:
 
 
 def _rope_one_position(c: Context, x: Array) -> Array:
-    last = np.full(len(x), len(x) - 1)
-    return rotate(x, *_table(c, last))
+    return rotate(x, *_table(c, np.full(len(x), c.positions[-1])))
 
 
 RopeMistake = Callable[[Context, Array], Array]
@@ -666,15 +757,25 @@ ROPE_MISTAKES: list[tuple[str, RopeMistake, str]] = [
 
 
 def _of_rope(part: int, wrong: RopeMistake) -> Operation:
-    return lambda c: wrong(c, c.heads(c["qkv_bias"])[part])
+    return lambda c: wrong(c, c.attended()[part])
 
 
 for _what, _rope, _says in ROPE_MISTAKES:
-    _both = {"q_post_rope": _of_rope(0, _rope), "k_post_rope": _of_rope(1, _rope)}
+    _ropes = {"q_post_rope": _of_rope(0, _rope), "k_post_rope": _of_rope(1, _rope)}
     _name = "rope_partial" if _what == "rope_partial_pairs" else _what
-    _add("q_post_rope", _what, _both["q_post_rope"], f"q: {_says}", _name)
-    _add("k_post_rope", _what, _both["k_post_rope"], f"k: {_says}", _name)
-    _add("q_post_rope k_post_rope", _what, _both, f"q and k: {_says}", _name, label="qk_post_rope")
+    _add("q_post_rope", _what, _ropes["q_post_rope"], f"q: {_says}", _name)
+    _add("k_post_rope", _what, _ropes["k_post_rope"], f"k: {_says}", _name)
+    _add("q_post_rope k_post_rope", _what, _ropes, f"q and k: {_says}", _name, label="qk_post_rope")
+
+
+for _stage, _part in (("q_post_rope", 0), ("k_post_rope", 1)):
+    _add(
+        _stage,
+        "input_not_normed",
+        lambda c, part=_part: rotate(c.heads(c["qkv_matmul"])[part], *c.tables()),
+        "reads the projection, not the norm of it",
+        head_norms=True,
+    )
 
 
 # --- attn_scores -----------------------------------------------------------------------------
@@ -732,13 +833,13 @@ _add(
 _add(
     "attn_scores",
     "scores_q_unrotated",
-    lambda c: _scores(c, q=c.heads(c["qkv_bias"])[0]),
+    lambda c: _scores(c, q=c.attended()[0]),
     "reads q before RoPE",
 )
 _add(
     "attn_scores",
     "scores_k_unrotated",
-    lambda c: _scores(c, k=c.heads(c["qkv_bias"])[1]),
+    lambda c: _scores(c, k=c.attended()[1]),
     "reads k before RoPE",
 )
 _add("attn_scores", "softcap", lambda c: _softcap(_scores(c), 50), "50 tanh(x / 50)")
@@ -772,7 +873,7 @@ def _apart(c: Context) -> Array:
 def _softmax_strict(c: Context) -> Array:
     """Nobody sees itself, except the first position, which has nobody else."""
     weights = softmax(c["attn_scores"], _apart(c) > 0)
-    weights[:, 0] = c.positions == 0
+    weights[:, 0] = c.positions == c.positions[0]
     return weights
 
 
@@ -873,7 +974,7 @@ _add(
 
 def _attend(c: Context, v: Array | None = None, groups: Array | None = None) -> Array:
     """The right weighted sum, of this ``v``, still as [T, N, H]."""
-    v = c.heads(c["qkv_bias"])[2] if v is None else v
+    v = c.attended()[2] if v is None else v
     return c.mix(c["attn_softmax"], v, groups)
 
 
@@ -882,12 +983,12 @@ def _flat(x: Array) -> Array:
 
 
 def _v_late(c: Context) -> Array:
-    v = c.heads(c["qkv_bias"])[2]
+    v = c.attended()[2]
     return _flat(_attend(c, np.concatenate([0 * v[:1], v[:-1]])))
 
 
 def _v_early(c: Context) -> Array:
-    v = c.heads(c["qkv_bias"])[2]
+    v = c.attended()[2]
     return _flat(_attend(c, np.concatenate([v[1:], v[-1:]])))
 
 
@@ -930,7 +1031,7 @@ _add("attention", "v_from_k", lambda c: _flat(_attend(c, c["k_post_rope"])), "mi
 _add(
     "attention",
     "v_from_k_unrotated",
-    lambda c: _flat(_attend(c, c.heads(c["qkv_bias"])[1])),
+    lambda c: _flat(_attend(c, c.attended()[1])),
     "mixes k before RoPE",
     "v_from_k",
 )
@@ -947,6 +1048,7 @@ _add(
     "v_without_bias",
     lambda c: _flat(_attend(c, c.heads(c["qkv_matmul"])[2])),
     "v before its bias",
+    bias=True,
 )
 _add(
     "attention",
@@ -1000,8 +1102,11 @@ def _sigmoid(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
 
 
+_erf = np.vectorize(math.erf, otypes=[np.float32])
+
+
 def _gelu(x: Array) -> Array:
-    return x * _f32(0.5) * (1 + erf(x / _f32(2**0.5)))
+    return x * _f32(0.5) * (1 + _erf(x / _f32(2**0.5)))
 
 
 def _gelu_tanh(x: Array) -> Array:
@@ -1090,7 +1195,7 @@ for _stage in (
     "final_norm",
 ):
     _add_dump(_stage, "layout_transposed", _move(1, 0), "dumped with its two axes exchanged")
-for _stage in ("q_post_rope", "k_post_rope", "attention"):
+for _stage in (*HEAD_NORMS, "q_post_rope", "k_post_rope", "attention"):
     _add_dump(_stage, "layout_heads_first", _heads_first, "dumped with the heads in front")
 for _stage in ("attn_scores", "attn_softmax"):
     _add_dump(_stage, "layout_tokens_first", _move(1, 0, 2), "dumped as [T, N, S]")
@@ -1102,6 +1207,22 @@ for _stage in ("attn_norm", "k_post_rope", "ffn_out"):
         _from_neighbour,
         "dumped under the next layer's number; the last one's under 0",
     )
+
+
+_add_dump(
+    "q_norm",
+    "stage_swapped",
+    lambda engine, values, key: values[key[0], "q_post_rope"],
+    "dumped after RoPE",
+)
+_add_dump(
+    "k_norm",
+    "norm_skipped",
+    lambda engine, values, key: Context(
+        engine, key[0], {"qkv_matmul": values[key[0], "qkv_matmul"]}
+    ).normed("k_norm"),
+    "dumped before the norm",
+)
 
 
 # --- numbers ---------------------------------------------------------------------------------

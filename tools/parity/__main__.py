@@ -42,7 +42,7 @@ Row = dict[str, Any]
 
 def parser() -> argparse.ArgumentParser:
     result = cli.Parser(
-        prog="python -m tools.parity",
+        prog="tools.parity",
         description=__doc__,
         epilog=report.LEGEND,
         formatter_class=argparse.RawDescriptionHelpFormatter,
