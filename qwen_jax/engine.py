@@ -142,10 +142,11 @@ class JaxEngine:
         config, tables = self.model.config, self.tables
         pos = {k: self._put(v) for k, v in positional_by_layer(config, positions, valid).items()}
         output = tables.layer_output.name
+        pending: list[tuple[str, int | None, Any]] = []
         numbers = range(resume[0] if resume else 0, config.num_hidden_layers)
         with _ahead(chain(self._layers(numbers), self._heads())) as weights:
             if resume:
-                x, pending = self._put(resume[1]), []
+                x = self._put(resume[1])
             else:
                 table, index = self._embedding(tokens)
                 given = self._put({TOKENS: index})

@@ -119,6 +119,7 @@ def _usage(arguments: list[str], folder: Path) -> tuple[float, int]:
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stderr
     with process.stderr:
         said = process.stderr.read()
     _, status, used = os.wait4(process.pid, 0)
@@ -221,7 +222,7 @@ def warm(work: Workload, repeat: int, doing: Doing) -> list[Figure]:
     ]
 
 
-def _start(name: str, work: Workload) -> subprocess.Popen:
+def _start(name: str, work: Workload) -> subprocess.Popen[str]:
     out = str(work.folder / f"warm-{name}")
     job = {"contender": name, "arguments": work.arguments, "out": out}
     worker = subprocess.Popen(
@@ -237,7 +238,8 @@ def _start(name: str, work: Workload) -> subprocess.Popen:
     return worker
 
 
-def _reply(name: str, worker: subprocess.Popen) -> str:
+def _reply(name: str, worker: subprocess.Popen[str]) -> str:
+    assert worker.stdout
     line = worker.stdout.readline()
     if not line:
         raise UserError(f"{name} failed: {last_line(worker.communicate()[1])}")

@@ -26,7 +26,7 @@ from stages.architecture import (
     Stage,
 )
 from stages.architectures import ALL_NAMES, any_stage
-from tools.localize.stage_replay import StageReplay
+from tools.localize.stage_replay import StageReplay, Weight
 
 Candidates = Iterator[tuple[str, Array]]
 Entry = Callable[[StageReplay], Candidates]
@@ -139,10 +139,10 @@ def _(case: StageReplay) -> Candidates:
 
 
 def _norm_weight(case: StageReplay) -> Array:
-    return case.weights[case.stage.parameters[0]]
+    return jnp.asarray(case.weights[case.stage.parameters[0]])
 
 
-def _with_norm(case: StageReplay, weight: Array) -> Array:
+def _with_norm(case: StageReplay, weight: Weight) -> Array:
     return case.run(weights={case.stage.parameters[0]: weight})
 
 
@@ -283,11 +283,11 @@ def _other_layers(case: StageReplay) -> list[int]:
     return sorted(others, key=lambda n: (abs(n - here), n))[:8]
 
 
-def _linear_with(case: StageReplay, change: Callable[[Array], Array]) -> Array:
+def _linear_with(case: StageReplay, change: Callable[[Weight], Weight]) -> Array:
     return case.run(weights={name: change(weight) for name, weight in case.weights.items()})
 
 
-def _reread(weight: Array) -> Array:
+def _reread(weight: Weight) -> Weight:
     """The weight's memory [out, in] read as [in, out]; shape [out, in]."""
     out, width = weight.shape
     return weight.reshape(-1).reshape(width, out).T
@@ -412,7 +412,7 @@ def _(case: StageReplay) -> Candidates:
 
 def _biases(case: StageReplay) -> tuple[Array, ...]:
     """Of q, k and v."""
-    return tuple(case.weights[name] for name in case.stage.parameters)
+    return tuple(jnp.asarray(case.weights[name]) for name in case.stage.parameters)
 
 
 def _with_bias(case: StageReplay, *biases: Array) -> Array:
@@ -437,7 +437,7 @@ def _(case: StageReplay) -> Candidates:
 @mistake("bias_other_layer", "bias of layer {}", BIASES)
 def _(case: StageReplay) -> Candidates:
     for layer in _other_layers(case):
-        yield str(layer), _with_bias(case, *case.parameters_of(layer).values())
+        yield str(layer), _with_bias(case, *map(jnp.asarray, case.parameters_of(layer).values()))
 
 
 @mistake("bias_kv_swapped", "biases of k and v swapped", BIASES)

@@ -2,6 +2,7 @@
 known way and see which of them reproduces the dump."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,6 +10,8 @@ import numpy as np
 from jax import Array
 
 from tools.localize.stage_replay import StageReplay
+
+Rounding = Callable[[Array], np.ndarray]
 
 CLEAR = 3.0  # bits that a format must bring back to be believed
 
@@ -22,16 +25,16 @@ def _blocks(x: Array, width: int) -> np.ndarray:
     return (steps * scale).reshape(values.shape)
 
 
-def _as(dtype: type) -> Callable[[Array], Array]:
+def _as(dtype: type) -> Rounding:
     return lambda x: np.asarray(x).astype(dtype).astype(np.float64)
 
 
-def _formats(width: int) -> Iterator[tuple[str, str, Callable[[Array], Array]]]:
+def _formats(width: int) -> Iterator[tuple[str, str, Rounding]]:
     """(precision class, what it says, rounding of an input whose last axis is ``width``)."""
     for block in (32, 64, 128, 256, width):
         if width % block == 0:
             says = "per row" if block == width else f"in blocks of {block}"
-            yield "8-bit", f"8 bits {says}", lambda x, block=block: _blocks(x, block)
+            yield "8-bit", f"8 bits {says}", partial(_blocks, width=block)
     yield "bf16", "bfloat16", _as(ml_dtypes.bfloat16)
     yield "tf32/f16", "float16", _as(np.float16)
 

@@ -88,7 +88,7 @@ def _dead_heads(case: StageReplay) -> np.ndarray | None:
     by_head = case.stage.by_head
     zero = np.asarray(by_head(heads, case.dump) == 0).all((1, 2))
     should = np.asarray(by_head(heads, case.exact) != 0).any((1, 2))
-    dead = zero & should
+    dead = np.asarray(zero & should)
     return dead if dead.any() else None
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,8 @@ from qwen_jax.replay import Replay, cut_inputs, last_rows, size_squared, stage_v
 from qwen_jax.weights.base import Weights
 from stages import verdict
 from stages.architecture import LAYER_INPUT, TOKENS, Architecture, Key, Stage
+
+Weight = Array | np.ndarray
 
 WIDENED = 1 << 25  # elements of a weight in float64 at a time: the head of a 72B has 1.2 G
 
@@ -71,13 +74,13 @@ class StageReplay:
         return self.replay.positions[:, -self.rows :]
 
     @cached_property
-    def weights(self) -> dict[str, Array | np.ndarray]:
+    def weights(self) -> dict[str, Weight]:
         """The stage's parameters: vectors in float64, matrices as they are stored."""
         if self.stage is self.tables.first:
             return {name: _exact(w) for name, w in self.replay.start_parameters()[0].items()}
         return {name: self.parameter(name) for name in self.stage.parameters}
 
-    def parameter(self, name: str, layer: int | None = None) -> Array | np.ndarray:
+    def parameter(self, name: str, layer: int | None = None) -> Weight:
         """A parameter of this layer, or of another; vectors in float64, matrices as stored."""
         row = self.tables.parameter[name]
         number = self.layer if layer is None else layer
@@ -85,7 +88,7 @@ class StageReplay:
         found = self.model.read(tensor)
         return _exact(found) if found.ndim == 1 else found
 
-    def parameters_of(self, layer: int) -> dict[str, Array | np.ndarray]:
+    def parameters_of(self, layer: int) -> dict[str, Weight]:
         """What ``weights`` has, of another layer."""
         return {name: self.parameter(name, layer) for name in self.stage.parameters}
 
@@ -181,7 +184,7 @@ class StageReplay:
     def run(
         self,
         *inputs: Array | None,
-        weights: Mapping[str, Array | np.ndarray] | None = None,
+        weights: Mapping[str, Weight] | None = None,
         pos: Positional | None = None,
         config: Config | None = None,
     ) -> Array:
@@ -225,12 +228,12 @@ class StageReplay:
         return self.stage.heads(self.config.dims(1))
 
 
-def _exact(weight: Array | np.ndarray) -> Array:
+def _exact(weight: Weight) -> Array:
     return jnp.asarray(weight).astype(jnp.float64)
 
 
 def _applied(
-    stage: Stage, function: Callable[[Sequence[Array]], Array], weights: Mapping[str, Array]
+    stage: Stage, function: Callable[[Sequence[Any]], Array], weights: Mapping[str, Weight]
 ) -> Array:
     """``function(weights)``; of a linear stage for some output channels after the other, so that
     no matrix has to be in float64 as a whole."""

@@ -139,8 +139,8 @@ def _summary(
 ) -> None:
     counts = Counter(row["verdict"] for _, row in pairs)
     listed = ", ".join(f"{count} {name}" for name, count in counts.items())
-    points = f"{len(pairs)} point{'s' * (len(pairs) > 1)}"
-    show.print(f"{points}: {listed}" + (f"; {kept} from before" if kept else ""))
+    number = f"{len(pairs)} point{'s' * (len(pairs) > 1)}"
+    show.print(f"{number}: {listed}" + (f"; {kept} from before" if kept else ""))
     by_reason: dict[str, list[Point]] = {}
     for point, why in failures:
         by_reason.setdefault(why, []).append(point)
@@ -252,7 +252,7 @@ def ask_device(job: Row) -> Row:
 
 def run(points: list[Point], job: Row, jobs: int, path: Path) -> dict[str, Row]:
     """Run the points in worker processes, and append each row to ``path`` as it is finished."""
-    queues: dict[tuple, list[Point]] = {}
+    queues: dict[tuple[object, ...], list[Point]] = {}
     for point in points:  # what shares flags and a reference; trials have none
         shared = (*point.process, point.dtype, point.trial != "reference")
         queues.setdefault(shared, []).append(point)
@@ -293,7 +293,7 @@ class Workers:
     def __init__(self, job: Row) -> None:
         self.job = job
         self.stopped = False
-        self._children: set[subprocess.Popen] = set()
+        self._children: set[subprocess.Popen[str]] = set()
 
     def stop(self) -> None:
         """End all of them and start no more."""
@@ -335,18 +335,20 @@ class Workers:
             start_new_session=True,  # Ctrl-C is for this process; it ends the others
         )
         self._children.add(child)
+        assert child.stdin and child.stdout and child.stderr
+        stdin, stdout, stderr = child.stdin, child.stdout, child.stderr
         said: list[str] = []
 
         def read() -> None:  # or a worker that says much would wait for a reader
-            with child.stderr as stream:
-                said.append(stream.read())
+            with stderr:
+                said.append(stderr.read())
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
         try:
-            with suppress(BrokenPipeError), child.stdin as stdin:
+            with suppress(BrokenPipeError), stdin:
                 stdin.write(json.dumps(job))
-            for line in child.stdout:
+            for line in stdout:
                 yield json.loads(line)
             code = child.wait()
             reader.join()
@@ -355,11 +357,11 @@ class Workers:
             _end(child)
             child.wait()
             reader.join()
-            child.stdout.close()
+            stdout.close()
             self._children.discard(child)
 
 
-def _end(child: subprocess.Popen) -> None:
+def _end(child: subprocess.Popen[str]) -> None:
     """End a worker, and the process that it may have started for a trial."""
     if child.poll() is None:
         with suppress(ProcessLookupError):

@@ -9,7 +9,7 @@ import numpy as np
 from qwen_jax.replay import Replay
 from qwen_jax.weights.base import Weights
 from stages import verdict
-from stages.architecture import Stage
+from stages.architecture import Key, Stage
 from stages.compare import Difference, LogitsDifference
 from stages.trace import MemoryTrace, Trace, numpy_dtype, tensor_hash
 from stages.verdict import LocalError
@@ -74,12 +74,15 @@ class Agreement:
 def agreement(candidate: Sequence[MemoryTrace], reference: Sequence[MemoryTrace]) -> Agreement:
     """Compare the stages that the candidate has."""
     keys = [key for key in reference[0].entries if key in candidate[0].entries]
-    differing, rows, logits = set(), [], []
+    differing: set[Key] = set()
+    rows: list[tuple[Key, Difference]] = []
+    logits: list[LogitsDifference] = []
     for ours, theirs in zip(candidate, reference, strict=True):
         differing |= {key for key in keys if _bytes(ours, key) != _bytes(theirs, key)}
         found, next_token = compare_traces(ours, theirs, keys)
         rows += found.items()
-        logits.append(next_token)
+        if next_token is not None:
+            logits.append(next_token)
     key, row = max(rows, key=lambda item: _distance(item[1]))
     return Agreement(
         stages=len(keys),

@@ -3,6 +3,7 @@
 Each gives every stage with its batch axis: ``{(stage, layer): [B, ...]}``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from qwen_jax import runtime
+from qwen_jax.config import Config
 from qwen_jax.engine import JaxEngine, Want
 from qwen_jax.forward import Params, forward, load, run_stages
 from qwen_jax.models.ops import positional_by_layer
@@ -102,9 +104,13 @@ class Whole:
 
     def __init__(self, model: Weights, dtype: str, device: Any, form: str) -> None:
         self.model, self.device, self.form = model, device, form
-        function = {"program": _unrolled, "scan": _scan, "unobserved": _logits}[form]
+        forms: dict[str, Callable[..., Any]] = {
+            "program": _unrolled,
+            "scan": _scan,
+            "unobserved": _logits,
+        }
         self.program = jax.jit(
-            partial(function, model.config, dtype=numpy_dtype(dtype)),
+            partial(forms[form], model.config, dtype=numpy_dtype(dtype)),
             compiler_options=runtime.compiler_options(),
         )
 
@@ -131,9 +137,11 @@ class Whole:
         return values | {(s.name, None): end[s.name] for s in config.tables.end_stages}
 
 
-def _unrolled(config: Any, *args: Any, dtype: Any) -> tuple[Any, Any, Any]:
+def _unrolled(
+    config: Config, weights: Params, tokens: Array, pos: Any, dtype: Any
+) -> tuple[Any, Any, Any]:
     """``forward.forward``: (start, layers, end)."""
-    found = forward(config, *args, dtype)
+    found = forward(config, weights, tokens, pos, dtype)
     return found.start, found.layers, found.end
 
 
@@ -142,7 +150,7 @@ def _logits(*args: Any, **kwargs: Any) -> Array:
 
 
 def _scan(
-    config: Any, weights: Params, tokens: Array, pos: Any, dtype: Any
+    config: Config, weights: Params, tokens: Array, pos: Any, dtype: Any
 ) -> tuple[Any, Any, Any]:
     """``forward.forward`` with ``lax.scan`` over ``weights.layers``, whose leaves are [L, ...]; so
     are those of the layers' values."""

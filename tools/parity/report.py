@@ -103,7 +103,8 @@ class Section:
 def sections(pairs: list[Pair]) -> Iterator[Section]:
     """The whole sweep: compiled against un-jitted, compiled against compiled, and what was not run;
     the strictest requirement first."""
-    held: dict[tuple, list[Pair]] = {}
+    held: dict[tuple[int, float, str], list[Pair]] = {}
+    key: tuple[int, float, str]
     for point, row in pairs:
         if row["verdict"] == "not run":
             key = (2, 0, f"not run: {row['why']}")
@@ -125,7 +126,7 @@ def sections(pairs: list[Pair]) -> Iterator[Section]:
 
 def _strictness(point: Point) -> float:
     """For sorting: "identical", then more bits before fewer, then nothing."""
-    return float("-inf") if point.require == REQUIRE else -(point.require or 0.0)
+    return float("-inf") if isinstance(point.require, str) else -(point.require or 0.0)
 
 
 def _required(point: Point) -> str:

@@ -68,7 +68,7 @@ class Worker:
             self.cpu = jax.devices("cpu")[0]
         self.model = open_model(job["model"])
         self.kept: tuple[Any, Any] = (None, None)
-        self.local: dict[tuple, dict[str, Any]] = {}
+        self.local: dict[tuple[str, str], dict[str, Any]] = {}
 
     def describe(self) -> dict[str, Any]:
         from qwen_jax import runtime
@@ -88,7 +88,7 @@ class Worker:
 
         if point.loop == "layer":
             variant = variants.variant(self.model.config.tables, point.attention, point.plant)
-            made = programs.Layers(self.model, point.dtype, "xla", self.device, variant)
+            made: Any = programs.Layers(self.model, point.dtype, "xla", self.device, variant)
         else:
             form = "unobserved" if point.trial == "unobserved" else point.loop
             made = programs.Whole(self.model, point.dtype, self.device, form)
@@ -177,7 +177,7 @@ class Worker:
     def trial_stages(self, point: Point) -> dict[str, Any]:
         """Each stage captured alone: its values and the logits against those of one full run."""
         run, batch = self.candidate(point), self.batch(point)
-        full, alone = run(batch), {}
+        full, alone = run(batch), dict[Any, Any]()
         tables = self.model.config.tables
         for name in tables.names:
             found = run(batch, lambda stage, layer, name=name: stage == name)
@@ -231,7 +231,7 @@ class Worker:
         """Leave the values of a point's candidate for the process that asked."""
         values = self.candidate(point)(self.batch(point)).values()
         arrays = [np.ascontiguousarray(v).reshape(-1).view(np.uint8) for v in values]
-        np.savez(path, **{str(n): array for n, array in enumerate(arrays)})
+        np.savez(path, allow_pickle=False, **{str(n): array for n, array in enumerate(arrays)})
 
 
 def last_line(text: str) -> str:
