@@ -10,7 +10,7 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check
 
 help:
 	@echo "make trace   trace the embedded demo model into demo-trace/"
-	@echo "make test    lint and run all tests; among them, as a gate, the quick parity sweep"
+	@echo "make test    lint, check types, run all tests; among them, as a gate, the quick parity sweep"
 	@echo "             (installs PyTorch)"
 	@echo "make clean   remove everything that these two made"
 
@@ -20,7 +20,8 @@ trace: $(VENV)/core.stamp
 test: $(VENV)/test.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest # tests/test_gate.py: python -m tools.parity --sweep quick must exit with 0
+	$(PY) -m mypy
+	$(PY) -m pytest --durations=15 # tests/test_gate.py: python -m tools.parity --sweep quick must exit with 0
 
 # A stamp is made only after success, so an interrupted installation is done again.
 $(VENV)/made.stamp:

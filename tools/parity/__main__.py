@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
 def _entry(point: Point, row: Row) -> Row:
     """A point and its row as ``--json`` has them."""
     row = {name: value for name, value in row.items() if name != "key"}
-    return {"point": vars(point), "failure": report.failure(point, row)} | row
+    return {"point": point.to_json(), "failure": report.failure(point, row)} | row
 
 
 def _summary(
@@ -323,7 +323,7 @@ class Workers:
     def lines(self, process: tuple[str, bool], points: list[Point]) -> Iterator[Row]:
         """The lines that one worker prints, and last ``{"ended": exit code, "last": ...}``."""
         flags, excess = process
-        points_json = [vars(point) for point in points]
+        points_json = [point.to_json() for point in points]
         job = self.job | {"flags": flags, "excess": excess, "points": points_json}
         child = subprocess.Popen(
             [sys.executable, "-m", "tools.parity.worker"],
