@@ -17,6 +17,7 @@ from stages.errors import UserError
 from stages.trace import Layout, Trace, open_trace
 
 DEMO = Path(__file__).parent / "demo"
+NOTE = "CONVERTING"  # the file of tools.convert in a directory that is its own and unfinished
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = [*COMPANIONS, SINGLE, INDEX, "model-*.safetensors"]
 
@@ -48,6 +49,11 @@ def open_model(spec: str | None) -> Weights:
         return synthetic.open_synthetic(spec)
     if not Path(spec).exists() and HUB_ID.fullmatch(spec):
         return Checkpoint(_download(spec), spec.rpartition("/")[2])
+    if (Path(spec) / NOTE).exists():
+        raise UserError(
+            f"{spec}: an unfinished conversion: run python -m tools.convert again, which starts "
+            "anew there, or remove the directory"
+        )
     return OrbaxWeights(Path(spec)) if is_orbax(Path(spec)) else Checkpoint(Path(spec))
 
 

@@ -490,6 +490,19 @@ def test_killed(pair, tmp_path, to):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.parametrize("to", FORMATS)
+def test_killed_while_it_reads_back(pair, tmp_path, monkeypatch, to):
+    """All of a model is there, but nobody has compared it."""
+    left = tmp_path / "x.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "read_back", lambda *args: shutil.copytree(args[2], left))
+        assert convert.main([str(pair / "hf"), str(tmp_path / "y"), "--to", to]) == 0
+    message = refusal(left)
+    assert "an unfinished conversion: run python -m tools.convert again" in message
+    assert convert.main([str(pair / "hf"), str(tmp_path / "x"), "--to", to]) == 0
+    source.open_model(str(tmp_path / "x"))
+
+
 def test_two_at_once(pair, tmp_path):
     partial = tmp_path / "x.partial"
     partial.mkdir()

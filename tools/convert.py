@@ -18,6 +18,7 @@ from pathlib import Path
 from qwen_jax import checkpoint, orbax_weights, source
 from qwen_jax.checkpoint import COMPANIONS, Checkpoint
 from qwen_jax.orbax_weights import OrbaxWeights
+from qwen_jax.source import NOTE
 from qwen_jax.synthetic import Synthetic
 from qwen_jax.weights import Weights
 from stages import cli
@@ -25,7 +26,6 @@ from stages.errors import UserError
 from stages.lock import lock
 
 FORMATS = {"hf": "Hugging Face safetensors", "orbax": "orbax"}
-NOTE = "CONVERTING"  # the file that says whose a directory is, and that it is unfinished
 
 
 def parser() -> argparse.ArgumentParser:
