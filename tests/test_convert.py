@@ -300,6 +300,28 @@ def test_orbax_reads_it_by_itself(pair):
         assert np.asarray(array).tobytes() == model.read(name).tobytes()
 
 
+def test_zeros_are_stored(tmp_path):
+    """TensorStore leaves chunks of zeros out unless told otherwise, and orbax misses them."""
+    from orbax.checkpoint import PyTreeCheckpointer
+
+    tensors = {"w": np.zeros((5, 3), np.float32), "b": np.ones(3, np.float32)}
+    write_orbax(tmp_path / "m", tensors)
+    found = PyTreeCheckpointer().restore((tmp_path / "m" / PARAMS).resolve())
+    assert all((found[name] == tensor).all() for name, tensor in tensors.items())
+
+
+def test_an_orbax_that_sees_something_else(pair, tmp_path, monkeypatch):
+    """One that would keep the shapes, say, in files of its own: nothing is written for it."""
+    import orbax.checkpoint as ocp
+
+    seen = SimpleNamespace(tree={"w": SimpleNamespace(shape=(1,), dtype=np.uint8)})
+    told = SimpleNamespace(item_metadata=seen)
+    monkeypatch.setattr(ocp.Checkpointer, "metadata", lambda self, path: told)
+    with pytest.raises(UserError, match=f"orbax-checkpoint {ocp.__version__} does not see"):
+        convert.main([str(pair / "hf"), str(tmp_path / "x")])
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- orbax directories that will not do
 
 
@@ -488,6 +510,19 @@ def test_killed(pair, tmp_path, to):
     assert convert.main([str(pair / "hf"), str(tmp_path / "x"), "--to", to]) == 0
     assert bits(open_model(str(tmp_path / "x"))) == bits(Checkpoint(pair / "hf"))
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_killed_while_it_reads_back(pair, tmp_path, monkeypatch, to):
+    """All of a model is there, but nobody has compared it."""
+    left = tmp_path / "x.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "read_back", lambda *args: shutil.copytree(args[2], left))
+        assert convert.main([str(pair / "hf"), str(tmp_path / "y"), "--to", to]) == 0
+    message = refusal(left)
+    assert "an unfinished conversion: run python -m tools.convert again" in message
+    assert convert.main([str(pair / "hf"), str(tmp_path / "x"), "--to", to]) == 0
+    source.open_model(str(tmp_path / "x"))
 
 
 def test_two_at_once(pair, tmp_path):

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 from qwen_jax.weights import huggingface, orbax, synthetic
 from qwen_jax.weights.base import Weights
+from stages.errors import UserError, called
 
 DEMO = Path(__file__).parents[1] / "demo"
+UNFINISHED = "CONVERTING"  # the file that marks a directory in which tools.convert is at work
 
 
 class Form(NamedTuple):
@@ -66,4 +68,9 @@ def open_model(spec: str | Path | None = None) -> Weights:
         UserError: no such model, another architecture, or files that are damaged or missing.
     """
     spec = "demo" if spec is None else str(spec)
+    if (Path(spec) / UNFINISHED).exists():
+        raise UserError(
+            f"{spec}: an unfinished conversion: run {called('tools.convert')} again, which starts "
+            "anew there, or remove the directory"
+        )
     return next(form for form in FORMS if form.accepts(spec)).open(spec)
