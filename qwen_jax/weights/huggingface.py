@@ -223,7 +223,8 @@ def _write_file(path: Path, model: Weights, names: Collection[str]) -> Iterator[
     of them in memory."""
     names = sorted(names, key=lambda name: -model.dtype(name).itemsize)  # so that all are aligned
     stored = {dtype: name for name, dtype in FLOATS.items()}
-    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    # transformers asks for the format
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
         shape, dtype = model.shapes[name], model.dtype(name)

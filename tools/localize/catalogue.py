@@ -522,7 +522,8 @@ def _(case: StageReplay) -> Candidates:
 
 @mistake("rope_position_off_by_one", "RoPE positions off by {}", ROPES)
 def _(case: StageReplay) -> Candidates:
-    for step in dict.fromkeys((1, -1, -int(case.replay.positions[0, 0]))):
+    first = int(case.replay.positions[0, 0])  # some count from 0 wherever they begin
+    for step in dict.fromkeys((1, -1, -first or 1)):
         yield f"{step:+d}", case.run(pos=_table(case, case.positions + step))
 
 
