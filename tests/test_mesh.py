@@ -3,10 +3,13 @@ is created by the splitting that float32 rounding would not create, and the same
 size however its devices are spread over processes."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,19 +247,23 @@ def port() -> int:
         return server.getsockname()[1]
 
 
-# Process 1 with a fault: it is gone when it is to gather the third value.
-DYING = """
-import os, sys
+# A process with a fault: something happens when it is to gather the third value.
+FAULT = """
+import os, signal
 from qwen_jax import mesh, trace
 from qwen_jax import cli
 seen = []
 def host(self, stage, value):
     seen.append(stage)
-    if len(seen) == 3: os._exit(7)
+    if len(seen) == 3: {happens}
     return MeshEngine_host(self, stage, value)
 MeshEngine_host, mesh.MeshEngine._host = mesh.MeshEngine._host, host
 cli.run(trace.main)
 """
+DYING = FAULT.format(happens="os._exit(7)")
+KILLED = FAULT.format(happens="os.kill(os.getpid(), signal.SIGKILL)")
+HUNG = FAULT.format(happens="os.kill(os.getpid(), signal.SIGSTOP)")
+INTERRUPTED = FAULT.format(happens="raise KeyboardInterrupt")
 # Process 0 with a fault: its disk is full in layer 2.
 FULL = """
 from qwen_jax import trace
@@ -267,6 +274,15 @@ def full(self, stage, layer, array):
     if layer == 2: raise OSError(28, "No space left on device")
     write(self, stage, layer, array)
 writer.TraceWriter._write = full
+cli.run(trace.main)
+"""
+# Process 0 cannot write the last file, the manifest, when the others have computed all.
+UNFINISHED = """
+from qwen_jax import trace
+from stages import cli, writer
+from stages.errors import UserError
+def finish(self, *args): raise UserError("no manifest today")
+writer.TraceWriter.finish = finish
 cli.run(trace.main)
 """
 COMMAND = "from stages import cli; from qwen_jax import trace; cli.run(trace.main)"
@@ -296,7 +312,8 @@ def together(
             yield process.returncode, out, err
     finally:
         for process in started:
-            process.kill()
+            with process:  # which closes what it has open
+                process.kill()
 
 
 def test_two_processes_write_what_one_writes(world: World, port: int) -> None:
@@ -314,20 +331,73 @@ def test_a_disk_that_is_full_ends_both_and_resume_goes_on(world: World, port: in
     first, second = together(world.folder, port, line, line, programs={0: FULL})
     assert first[0] == second[0] == 2
     assert "No space left" in first[2] and first[2].count("\n") == 1
-    assert second[2].startswith("error: process 0 failed: full: writing stopped")
-    assert second[2].count("\n") == 1
+    assert second[2] == "error: process 0 failed; it says why\n"
     again = [*line, "--resume"]
     first, second = together(world.folder, port, again, again)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert content(world.folder / "full") == content(world.folder / "heads-float32-8")
 
 
-def test_a_process_that_dies_ends_the_other(world: World, port: int) -> None:
-    line = [*arguments("heads", "float32", 8), "--out", "dead"]
-    first, second = together(world.folder, port, line, line, programs={1: DYING})
-    assert second[0] == 7
-    assert (first[0], first[2]) == (2, "error: process 1 ended before the trace was whole\n")
-    assert not (world.folder / "dead" / "manifest.json").exists()
+def test_a_failure_after_the_computation_is_told(world: World, port: int) -> None:
+    line = [*arguments("heads", "float32", 8), "--out", "unfinished"]
+    first, second = together(world.folder, port, line, line, programs={0: UNFINISHED})
+    assert first == (2, "", "error: no manifest today\n")
+    assert second == (2, "", "error: process 0 failed; it says why\n")
+    assert not (world.folder / "unfinished" / "manifest.json").exists()
+
+
+def test_a_failure_before_the_computation_is_told(world: World, port: int) -> None:
+    """Process 0 alone knows what is in --out, and looks when all are there."""
+    line = [*arguments("heads", "float32", 8), "--out", "begun"]
+    for _ in together(world.folder, port, line, line, programs={0: FULL}):
+        pass
+    other = [*line, "--tokens", "1,2,3", "--resume"]
+    first, second = together(world.folder, port, other, other)
+    assert first[0] == 2 and "begun" in first[2] and first[2].count("\n") == 1
+    assert second == (2, "", "error: process 0 failed; it says why\n")
+
+
+@pytest.mark.parametrize(("fault", "code"), [(DYING, 7), (KILLED, -9), (INTERRUPTED, 130)])
+def test_a_process_that_dies_ends_process_0(world: World, port: int, fault: str, code: int) -> None:
+    out = f"dead{code}"
+    line = [*arguments("heads", "float32", 8), "--out", out]
+    began = time.monotonic()
+    first, second = together(world.folder, port, line, line, programs={1: fault})
+    assert time.monotonic() - began < 60
+    assert second[0] == code
+    line = "error: another process ended before the trace was whole; it says why\n"
+    assert (first[0], first[2]) == (2, line)
+    assert not (world.folder / out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("fault", "code"), [(KILLED, -9), (INTERRUPTED, 130)])
+def test_process_0_that_dies_ends_the_other(world: World, port: int, fault: str, code: int) -> None:
+    """JAX's service goes with it, and JAX then aborts; what is there already goes on."""
+    out = f"headless{code}"
+    line = [*arguments("heads", "float32", 8), "--out", out]
+    began = time.monotonic()
+    first, second = together(world.folder, port, line, line, programs={0: fault})
+    assert time.monotonic() - began < 60
+    assert first[0] == code
+    assert second[0] in (2, -signal.SIGABRT)
+    assert "another process ended" in second[2] or "JAX distributed service" in second[2]
+    assert not (world.folder / out / "manifest.json").exists()
+    again = [*line, "--resume"]
+    first, second = together(world.folder, port, again, again)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert content(world.folder / out) == content(world.folder / "heads-float32-8")
+
+
+def test_a_process_that_hangs_ends_process_0(world: World, port: int) -> None:
+    """As a machine that is cut off: nothing is closed, but no sign comes of it any more."""
+    line = [*arguments("heads", "float32", 8), "--out", "hung"]
+    began = time.monotonic()
+    with closing(together(world.folder, port, line, line, programs={1: HUNG})) as ended:
+        code, _, said = next(ended)
+    assert time.monotonic() - began < 60
+    assert code == -signal.SIGABRT
+    assert "stopped sending heartbeats" in said
+    assert not (world.folder / "hung" / "manifest.json").exists()
 
 
 def test_processes_with_other_weights_are_told(world: World, port: int) -> None:
@@ -336,39 +406,69 @@ def test_processes_with_other_weights_are_told(world: World, port: int) -> None:
     lines = [[*line, "--out", "other"] for line in lines]
     first, second = together(world.folder, port, *lines)
     assert first[0] == second[0] == 2
-    assert "process 1 has other weights than process 0: model.layers.0." in first[2]
-    assert "process 1 has other weights" in second[2]
+    for said in (first[2], second[2]):
+        assert "error: process 1 has other weights than process 0: model.layers.0." in said
+        assert said.count("\n") == 1
     assert not (world.folder / "other" / "manifest.json").exists()
 
 
-def test_processes_with_other_arguments_are_told(world: World, port: int) -> None:
-    lines = [arguments("heads", dtype, 8, "--join-timeout", "20") for dtype in DTYPES]
-    first, second = together(world.folder, port, *lines)
-    line = "process 1 has other arguments than process 0: --dtype\n"
-    assert first == (2, "", f"error: {line}")
-    assert second == (2, "", f"error: process 0 failed: {line}")
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        (["--dtype", "bfloat16"], "--dtype"),
+        (["--mesh", "tp=4"], "--mesh"),  # another number of CPU devices too
+        (["--tokens", "1,2"], "tokens"),
+        (["--model", "demo", "--mesh", "tp=2"], "--mesh, config.json"),
+    ],
+)
+def test_processes_with_other_arguments_are_told(
+    world: World, port: int, more: list[str], name: str
+) -> None:
+    line = arguments("heads", "float32", 8)
+    told = f"error: process 1 has other arguments than process 0: {name}\n"
+    for process in together(world.folder, port, line, [*line, *more]):
+        assert process == (2, "", told)
+    assert not (world.folder / "heads-trace").exists()
 
 
-def test_a_process_that_never_comes(world: World, port: int) -> None:
-    """One line and exit code 2 on either side, where JAX itself would abort with a stack dump."""
+def alone(cwd: Path, where: str, number: int) -> tuple[int, str, str]:
+    """One of two processes, of which the other never comes."""
     line = arguments("heads", "float32", 8, "--join-timeout", "1", "--num-processes", "2")
-    where = ["--coordinator", f"127.0.0.1:{port}"]
-    said = {
-        0: f"error: process 1 did not come to --coordinator 127.0.0.1:{port} within 1 s; start "
-        "every --process-id from 0 to 1\n",
-        1: f"error: process 0 was not to be found at --coordinator 127.0.0.1:{port} within 1 s; "
-        "is it running there, without an error?\n",
-    }
-    for number, expected in said.items():
-        done = subprocess.run(
-            [sys.executable, "-c", COMMAND, *line, *where, "--process-id", str(number)],
-            cwd=world.folder,
-            env=user_environment(),
-            capture_output=True,
-            encoding="utf-8",
-            timeout=60,
-        )
-        assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *line, "--coordinator", where, "--process-id", f"{number}"],
+        cwd=cwd,
+        env=user_environment(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_never_comes(world: World, port: int, number: int) -> None:
+    """One line and exit code 2 on either side, where JAX itself would abort with a stack dump."""
+    where = f"127.0.0.1:{port}"
+    said = f"error: not all of 2 processes came to --coordinator {where} within 1 s; start every "
+    said += "--process-id from 0 to 1\n"
+    assert alone(world.folder, where, number) == (2, "", said)
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ("192.0.2.1:9911", "Cannot assign requested address"),
+        ("nowhere.invalid:9911", ""),  # the system's words
+        ("127.0.0.1:{taken}", "Address already in use"),
+    ],
+)
+def test_an_address_of_no_use(world: World, where: str, why: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = where.format(taken=server.getsockname()[1])
+        code, out, err = alone(world.folder, where, 0)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: --coordinator {where}: {why}")
+    assert err.endswith("; it must be a free port of the machine of process 0\n")
 
 
 # --- wrong use
