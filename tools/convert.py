@@ -1,8 +1,9 @@
 """``python -m tools.convert SOURCE DESTINATION``: a model between Hugging Face and orbax files.
 
 SOURCE is whatever ``--model`` takes: a Hugging Face directory or hub id, an orbax directory made by
-this command, or synthetic:SIZE. Weights go over bit for bit, some rows at a time, and are read back
-and compared before DESTINATION gets its name; config.json and the tokenizer go along as they are.
+this command, a GGUF file, or synthetic:SIZE. Weights go over bit for bit, some rows at a time, and
+are read back and compared before DESTINATION gets its name; config.json and the tokenizer go along
+as they are. What a GGUF file has quantised becomes float32.
 """
 
 import argparse
@@ -143,7 +144,7 @@ def read_back(model: Weights, to: str, directory: Path, read: Callable[[int], No
         else huggingface.HuggingFaceWeights(directory)
     )
     for name in model.shapes:
-        if written.hash(name) != model.hash(name):
+        if written.hash(name) != model.value_hash(name):
             raise UserError(f"{directory}: {name} reads back otherwise than it was written")
         read(math.prod(model.shapes[name]) * model.dtype(name).itemsize)
 

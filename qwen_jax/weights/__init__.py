@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from qwen_jax.weights import huggingface, orbax, synthetic
+from qwen_jax.weights import gguf, huggingface, orbax, synthetic
 from qwen_jax.weights.base import Weights
+from qwen_jax.weights.gguf_file import is_gguf
 from stages.errors import UserError, called
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -45,6 +46,12 @@ FORMS = (
         "(synthetic:7b:2 is its first 2 layers)",
         lambda spec: spec.startswith(synthetic.PREFIX),
         synthetic.open_synthetic,
+    ),
+    Form(
+        "FILE.gguf",
+        "a GGUF file (of a split model the first)",
+        lambda spec: is_gguf(Path(spec)),
+        lambda spec: gguf.GgufWeights(Path(spec)),
     ),
     Form(
         "DIR",

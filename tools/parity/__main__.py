@@ -189,10 +189,7 @@ def finished(out: Path, stamp: Row, overwrite: bool) -> dict[str, Row]:
 
 def _stamp(job: Row, model: Weights, machine: Row) -> Row:
     """What finished points depend on. A change of any of it makes them another sweep's."""
-    files = (
-        [f for f in sorted(model.directory.rglob("*")) if f.is_file()] if model.directory else []
-    )
-    states = {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+    states = {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in model.files}
     code = hashlib.sha256((ROOT / "tools" / "diff.py").read_bytes())
     for package in ("stages", "qwen_jax", "tools/parity"):
         for path in sorted((ROOT / package).rglob("*.py")):
