@@ -95,6 +95,7 @@ def make_engine(args: argparse.Namespace, group: Group | None, plan: Plan) -> En
     with _reading(model):
         from qwen_jax import engine, mesh, runtime
 
+    runtime.keep_programs(not args.no_compile_cache)
     if not args.mesh:
         runtime.for_a_command(device)
         chosen = runtime.pick_device(device)

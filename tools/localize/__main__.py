@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
     from tools.localize.show import show_localization
 
     runtime.for_a_command("cpu")
+    runtime.keep_programs()
     try:
         reports = [run(args.trace, model, prompt)]
         if args.against:
