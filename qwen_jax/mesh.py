@@ -197,25 +197,27 @@ class MeshEngine(JaxEngine):
         emit: Emit,
         resume: Resume = None,
     ) -> None:
-        if self.group is None:
+        group = self.group
+        if group is None:
             return super().run_batch(tokens, positions, valid, logits, want, emit, resume)
-        with self.group.computing(emit) as emit:
-            resume = self._same_start(resume, (*tokens.shape, self.model.config.hidden_size))
+        with group.computing(emit) as emit:
+            shape = (*tokens.shape, self.model.config.hidden_size)
+            resume = self._same_start(group, resume, shape)
             super().run_batch(tokens, positions, valid, logits, want, emit, resume)
             # What a resumed run has read before is the business of process 0 alone.
             config = self.model.config
             numbers = range(resume[0] if resume else 0, config.num_hidden_layers)
             names = [n for layer in numbers for n in config.tensor_names("layer", layer).values()]
             hashes = {n: self.model.hash(n).xxh3 for n in [*names, head_tensor(config)]}
-        self.group.compare("weights", hashes)
+        group.compare("weights", hashes)
 
-    def _same_start(self, resume: Resume, shape: tuple[int, ...]) -> Resume:
+    def _same_start(self, group: Group, resume: Resume, shape: tuple[int, ...]) -> Resume:
         """Where process 0 goes on, in every process."""
-        first = int(self.group.gather(np.array(resume[0] if resume else 0))[0])
+        first = int(group.gather(np.array(resume[0] if resume else 0))[0])
         if first == 0:
             return None
         given = resume[1] if resume else np.zeros(shape, self.dtype)
-        return first, self.group.gather(given)[0]
+        return first, group.gather(given)[0]
 
     def _put(self, values: Any) -> Any:
         return jax.tree.map(partial(self._split, where=P()), values)

@@ -32,7 +32,8 @@ from stages.architectures import QWEN3
 from stages.errors import UserError
 from tests import ggml, tiny
 from tests.ggml import BLOCKY, write_gguf
-from tools import convert, localize
+from tools import convert
+from tools.localize.__main__ import main as localize
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -652,10 +653,10 @@ def test_a_trace_says_which_file_it_was(tmp_path):
     out = tmp_path / "trace"
     arguments = ["--model", str(path), "--tokens", "1,2,3", "--stages", "all"]
     assert trace.main([*arguments, "--out", str(out)]) == 0
-    stated = manifest.read(out).model["weights"]
+    stated = manifest.read(out).model.weights
     model = open_model(str(path))
     assert stated[UP] == model.hash(UP) and stated[UP].dtype == "Q4_K"
-    assert localize.main([str(out), "--model", str(path)]) == 0
+    assert localize([str(out), "--model", str(path)]) == 0
     write_gguf(path, "Q4_K", seed=1, **BLOCKY)
     with pytest.raises(UserError, match="made with other weights"):
-        localize.main([str(out), "--model", str(path)])
+        localize([str(out), "--model", str(path)])

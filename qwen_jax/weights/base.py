@@ -70,7 +70,10 @@ class Weights(ABC):
     name: str
     config: Config
     directory: Path | None
-    no_tokenizer = "has no tokenizer.json"
+
+    @property
+    def no_tokenizer(self) -> str:
+        return "has no tokenizer.json"
 
     @property
     def files(self) -> list[Path]:

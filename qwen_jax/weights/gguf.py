@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from qwen_jax.config import from_hf
 from qwen_jax.weights import gguf_file, gguf_tokenizer
 from qwen_jax.weights.base import Weights, misfits, raw_bytes, some
-from qwen_jax.weights.gguf_file import PART, Content, Files, Tensor
+from qwen_jax.weights.files import Files
+from qwen_jax.weights.gguf_file import PART, Content, Tensor
 from stages.architecture import Architecture
 from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
@@ -132,7 +133,7 @@ class GgufWeights(Weights):
 
     def _read(self, name: str, start: int, out: np.ndarray) -> None:
         tensor = self._tensors[name]
-        self._opened.read(tensor.path, tensor.start + start * tensor.row, out)
+        self._opened.read(tensor.path, tensor.start + start * tensor.row, out, name)
 
     def _raw(self, name: str, start: int, count: int) -> np.ndarray:
         """Rows of a quantised tensor as they lie in the file."""

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import struct
-import weakref
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -163,7 +162,9 @@ class _Header:
         first = _up(self.file.tell(), alignment)
         return self._places(told, first, alignment)
 
-    def _places(self, told: dict[str, tuple], first: int, alignment: int) -> dict[str, Tensor]:
+    def _places(
+        self, told: dict[str, tuple[Any, ...]], first: int, alignment: int
+    ) -> dict[str, Tensor]:
         """Tensors follow one another without gaps, as llama.cpp demands; all lie in the file."""
         tensors, end = {}, 0
         for name, (shape, number, offset) in told.items():
@@ -275,38 +276,3 @@ def decode(raw: np.ndarray, type_: str) -> np.ndarray:
     gguf = package()
     with np.errstate(all="ignore"):  # a damaged scale may be infinite
         return gguf.dequantize(raw, gguf.GGMLQuantizationType[type_])
-
-
-class Files:
-    """Reading places in files that must not change meanwhile."""
-
-    def __init__(self, paths: set[Path]) -> None:
-        self.states = {path: _state(path) for path in paths}
-        self._opened: dict[Path, int] = {}  # descriptors
-        weakref.finalize(self, _close, self._opened)
-
-    def read(self, path: Path, start: int, out: np.ndarray) -> None:
-        """Fill a C-contiguous array with the bytes from ``start`` on."""
-        left = memoryview(out.reshape(-1).view(np.uint8))
-        try:
-            if path not in self._opened:
-                self._opened[path] = os.open(path, os.O_RDONLY)
-            if _state(path) != self.states[path]:
-                raise UserError(f"{path}: was changed while it was being read")
-            while left:
-                count = os.preadv(self._opened[path], [left], start)
-                if not count:
-                    raise UserError(f"{path}: ends too early; it was cut short")
-                left, start = left[count:], start + count
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _state(path: Path) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
-
-
-def _close(opened: dict[Path, int]) -> None:
-    for file in opened.values():
-        os.close(file)

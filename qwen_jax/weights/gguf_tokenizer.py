@@ -69,7 +69,7 @@ def build(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     return tokenizer
 
 
-def _array(metadata: Mapping[str, Any], name: str, where: str) -> list:
+def _array(metadata: Mapping[str, Any], name: str, where: str) -> list[Any]:
     value = metadata.get(name)
     strings = isinstance(value, list)
     if value is None or isinstance(value, str) or strings == name.endswith("token_type"):
