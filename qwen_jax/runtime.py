@@ -62,19 +62,6 @@ def for_a_command(device: str | None = None, cpu_devices: int | None = None) -> 
             jax.config.update("jax_num_cpu_devices", cpu_devices)
 
 
-def keep_programs(keep: bool = True) -> None:
-    """Have a process of our own keep compiled programs on disk, or compile everything anew. JAX's
-    own variables for its persistent cache stay as the user set them."""
-    if not keep:
-        jax.config.update("jax_enable_compilation_cache", False)
-    elif not jax.config.jax_compilation_cache_dir:
-        with suppress(ImportError):  # another JAX has other internals; it then compiles anew
-            from qwen_jax import programs
-
-            jax.config.update("jax_compilation_cache_dir", programs.use())
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
 def _keep_freed_memory() -> None:
     with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt

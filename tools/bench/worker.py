@@ -86,7 +86,6 @@ def _jax_engine(plan: Plan) -> Any:
     from qwen_jax import engine, runtime
 
     runtime.for_a_command("cpu")
-    runtime.keep_programs()
     return engine.JaxEngine(plan.model, plan.dtype, "xla", runtime.pick_device("cpu"), keep=True)
 
 
