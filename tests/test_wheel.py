@@ -46,7 +46,9 @@ def test_the_script_does_not_mind_other_tools(installed: Path, tmp_path: Path) -
     script = tmp_path / "bin" / "qwen-stages"  # as an installer writes it
     script.write_text("from qwen_jax.__main__ import main\nmain()\n")
     found = run(installed, str(script), "diff", "--help", cwd=tmp_path)
-    assert found.returncode == 0 and found.stdout.startswith("usage: qwen-stages diff"), found.stderr
+    assert found.returncode == 0 and found.stdout.startswith("usage: qwen-stages diff"), (
+        found.stderr
+    )
 
 
 def test_maintainers_scripts_stay_out(installed: Path) -> None:
