@@ -129,7 +129,7 @@ class Library:
             for path in Path(place).glob("xllamacpp*.so")
         ]
         if not found:
-            raise UserError("llama.cpp comes with the wheel xllamacpp; pip install xllamacpp gguf")
+            raise UserError("llama.cpp comes with the wheel xllamacpp: pip install xllamacpp gguf")
         self.version = metadata.version("xllamacpp")
         try:
             self._lib = c.CDLL(str(found[0]))
@@ -167,6 +167,7 @@ class Library:
             ("llama_model_meta_val_str", i, p, s, p, c.c_size_t),
             ("llama_print_system_info", s),
             ("llama_version", s),
+            ("llama_get_logits_ith", c.POINTER(c.c_float), p, i),
             ("ggml_op_desc", s, t),
             ("ggml_type_name", s, i),
             ("ggml_type_size", c.c_size_t, i),

@@ -11,7 +11,7 @@ uses its memory again, and are all in memory until ``finish``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -68,14 +68,6 @@ class Call(NamedTuple):
     value: np.ndarray
 
 
-@dataclass
-class _Parts:
-    """Projections of one call on their way to standing side by side."""
-
-    end: int
-    found: dict[str, np.ndarray] = field(default_factory=dict)
-
-
 class Recorder:
     """Records one sequence.
 
@@ -105,11 +97,13 @@ class Recorder:
         self.positions: list[int] = []
         self.changed: list[Changed] = []
         self._calls: dict[Key, list[Call]] = {}
-        self._parts: dict[Key, _Parts] = {}
+        self._parts: dict[Key, dict[str, np.ndarray]] = {}  # of this call, until it is over
+        self._partly: dict[Key, str] = {}  # what was seen of three
         self._caches: dict[tuple[int, str], np.ndarray] = {}
 
     def begin(self, positions: Iterable[int]) -> None:
         """A call of the engine begins; it computes the rows at these positions."""
+        self._join()
         given = [int(position) for position in positions]
         self.steps.append(len(given))
         self.positions.extend(given)
@@ -130,7 +124,7 @@ class Recorder:
     def named(self, layer: int | None, stage: str, value: Any, part: str = "") -> None:
         """A stage's rows of this call, in the axes of the stage table, with or without batch axes
         of 1; its last rows, where it has fewer than the call. ``part`` is "q_proj", "k_proj" or
-        "v_proj" where the three that stand side by side come one by one.
+        "v_proj" where the three that stand side by side come one by one; the last one given counts.
 
         Raises:
             UserError: no such stage, another shape, or given twice in one call.
@@ -163,23 +157,27 @@ class Recorder:
 
     def _side_by_side(self, row: Stage, layer: int | None, value: np.ndarray, part: str) -> None:
         widths = places.parts(self.tables, row.name)
-        order = list(widths)
-        if part not in order:
-            raise UserError(f"{part!r} is no part of {row.name}: expected {', '.join(order)}")
-        parts = self._parts.setdefault((row.name, layer), _Parts(len(self.positions)))
-        if parts.end != len(self.positions):
-            parts.end, parts.found = len(self.positions), {}
+        if part not in widths:
+            raise UserError(f"{part!r} is no part of {row.name}: expected {', '.join(widths)}")
         width = axis_size(widths[part], self.config.dims(1))
         if value.size % width:
             raise UserError(
                 f"{part} of {row.name} of layer {layer}: {list(value.shape)} was recorded; expected "
                 f"rows of {width}"
             )
-        parts.found[part] = value.reshape(-1, width)
-        if len(parts.found) == len(order):
-            del self._parts[row.name, layer]
-            whole = np.concatenate([parts.found[name] for name in order], -1)
-            self._keep(row, layer, self._rows(row, layer, whole))
+        self._parts.setdefault((row.name, layer), {})[part] = value.reshape(-1, width)
+
+    def _join(self) -> None:
+        """The call is over: what of it stands side by side becomes one."""
+        for (stage, layer), found in self._parts.items():
+            order = list(places.parts(self.tables, stage))
+            if found.keys() == set(order):
+                row = self.tables.stage[stage]
+                whole = np.concatenate([found[name] for name in order], -1)
+                self._keep(row, layer, self._rows(row, layer, whole))
+            else:
+                self._partly[stage, layer] = ", ".join(found)
+        self._parts.clear()
 
     def _keep(self, row: Stage, layer: int | None, value: np.ndarray) -> None:
         calls = self._calls.setdefault((row.name, layer), [])
@@ -238,6 +236,7 @@ class Recorder:
             UserError: nothing was recorded, tokens that are not one for each row, or a directory
                 that cannot be used.
         """
+        self._join()
         whole, absent = self._whole(dict(why or {}))
         if not whole:
             raise UserError("the engine showed nothing that is a stage; is it the model's engine?")
@@ -292,9 +291,8 @@ class Recorder:
             missing.setdefault(stage, []).append(layer)
             if calls:
                 reasons[stage] = "the last call did not give it"
-            elif (stage, layer) in self._parts:
-                there = ", ".join(sorted(self._parts[stage, layer].found))
-                reasons[stage] = f"only {there} of it was seen"
+            elif (stage, layer) in self._partly:
+                reasons[stage] = f"only {self._partly[stage, layer]} of it was seen"
         absent = {}
         for stage, layers in missing.items():
             some = len(layers) < len(self.layers) and None not in layers
