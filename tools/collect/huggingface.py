@@ -47,8 +47,6 @@ class TransformersSession(Session):
     def __init__(
         self, model: Weights, args: argparse.Namespace, recorder: Recorder, length: int
     ) -> None:
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         self.args, self.recorder, self.tables = args, recorder, model.config.tables
         self.dtype, self.own_weights = args.dtype, bool(args.quantize)
         self.seen: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
@@ -174,6 +172,8 @@ def load(model: Weights, args: argparse.Namespace) -> Any:
     Raises:
         UserError: transformers cannot load it.
     """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if isinstance(model, GgufWeights):
         where, more = model.path.parent, {"gguf_file": model.path.name}
     elif isinstance(model, HuggingFaceWeights):
