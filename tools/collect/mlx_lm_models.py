@@ -110,10 +110,11 @@ class MlxSession(Session):
             else:
                 self.recorder.tap(path, side, values(value))
         for layer, cache in enumerate(self._past):
-            for name, kept in zip("KV", cache.state, strict=True):
+            for name, kept in (("K", cache.keys), ("V", cache.values)):
                 if self.args.cache_bits:
-                    kept = mx.dequantize(*kept, self.args.group, self.args.cache_bits)
-                self.recorder.cached(layer, name, values(kept)[0].swapaxes(0, 1))
+                    kept = mx.dequantize(*kept, cache.group_size, cache.bits)
+                rows = kept[0, :, : cache.offset].swapaxes(0, 1)
+                self.recorder.cached(layer, name, values(rows))
         return values(logits[0, -1]).astype(np.float32)
 
     def _rotated(self, layer: int, ropes: dict[int, int], value: Any) -> None:
