@@ -90,7 +90,8 @@ class MlxSession(Session):
             layers[number] = Watched(layer, f"model.layers.{number}", self._see)
 
     def _see(self, path: str, side: str, value: Any) -> None:
-        self._seen.append((path, side, value))
+        if isinstance(value, mx.array):  # by another name: mlx-lm changes some in place
+            self._seen.append((path, side, mx.array(value)))
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> np.ndarray:
         if positions[0] != len(self.recorder.positions):
@@ -99,7 +100,7 @@ class MlxSession(Session):
         self._seen.clear()
         try:
             logits = self.network(mx.array([list(tokens)]), cache=self._past)
-            mx.eval(logits, [value for _, _, value in self._seen if isinstance(value, mx.array)])
+            mx.eval(logits, [value for _, _, value in self._seen])
         except (ValueError, RuntimeError) as error:
             raise UserError(f"mlx-lm cannot compute this: {str(error).splitlines()[0]}") from None
         ropes: dict[int, int] = {}
