@@ -156,6 +156,12 @@ def describe(session: Session, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def describe_files(engine: str, map: str) -> dict[str, Any]:
+    """What a manifest says of files that somebody else has made."""
+    told = {"name": engine, "version": "of unknown version", "backend": "", "device": "unknown"}
+    return told | {"flags": "", "map": Path(map).stem, "versions": {NAME: version()}}
+
+
 def to_json(engine: str, found: Collected) -> dict[str, Any]:
     """What there is of a trace, as plain data."""
     made = found.manifest
