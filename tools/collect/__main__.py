@@ -68,7 +68,9 @@ def overview() -> argparse.ArgumentParser:
 
 def parser(name: str, adapter: Adapter) -> tuple[argparse.ArgumentParser, list[str]]:
     """The arguments of one engine, and the names of those that are its own."""
-    result = cli.Parser(prog=PROG, description=adapter.__doc__)
+    own = argparse.ArgumentParser(add_help=False)
+    adapter.add_arguments(own)
+    result = cli.Parser(prog=PROG, description=adapter.__doc__, parents=[own])
     result.prog += f" {name}"
     result.add_argument("model", metavar="MODEL", help="as --model of the other commands")
     add_common(result)
@@ -88,9 +90,7 @@ def parser(name: str, adapter: Adapter) -> tuple[argparse.ArgumentParser, list[s
         metavar="DIR",
         help="also write the weights that the engine multiplies by, for tools.localize --model",
     )
-    own = result.add_argument_group(f"of {name}")
-    adapter.add_arguments(own)
-    return result, [action.dest for action in own._group_actions]
+    return result, list(vars(own.parse_args([])))
 
 
 def main(argv: list[str]) -> int:
@@ -116,6 +116,11 @@ def main(argv: list[str]) -> int:
     if args.weights:
         effective.refuse(args.weights)
     with adapter.open(model, args, recorder, length) as session:
+        if args.weights and not session.own_weights:
+            raise UserError(
+                f"--weights: {name} multiplies by the values in the files of {model.name}; "
+                "tools.localize takes those"
+            )
         computed, logits = run(session, tokens, positions, steps, args.generate)
         weights, judged_by = _weights(session, model, args.weights)
         options = {each: getattr(args, each) for each in own}

@@ -18,7 +18,12 @@ class Effective(Weights):
 
     def __init__(self, model: Weights, tensors: dict[str, np.ndarray]) -> None:
         super().__init__()
-        self.name, self.config, self._model, self._tensors = model.name, model.config, model, tensors
+        self.name, self.config, self._model, self._tensors = (
+            model.name,
+            model.config,
+            model,
+            tensors,
+        )
         wrong = [name for name, shape in self.shapes.items() if _shape(tensors, name) != shape]
         if wrong:
             raise UserError(f"--weights: the engine does not give {wrong[0]} as the model has it")

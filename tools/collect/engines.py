@@ -28,7 +28,9 @@ ENGINES = {
     "onnxruntime": Engine(
         "onnx_runtime", "onnxruntime", ("torch", "transformers", "onnxscript", "onnxruntime")
     ),
-    "openvino": Engine("open_vino", "openvino", ("torch", "transformers", "onnxscript", "openvino")),
+    "openvino": Engine(
+        "open_vino", "openvino", ("torch", "transformers", "onnxscript", "openvino")
+    ),
     "mlx-lm": Engine("mlx_lm_models", "mlx", ("mlx", "mlx_lm")),
     "tunix": Engine("tunix_models", "tunix", ("tunix",)),
 }

@@ -1,15 +1,15 @@
-"""Turn what another tool has left on disk into a trace: ``files DIR --map NAME --model M --tokens``.
+"""Turn what another tool has left on disk into a trace: ``files DIR --map NAME --model M ...``.
 
 A map, a TOML file, says which of the tool's names is which stage. Ours: ``transformers-debugger``
 (model_addition_debugger), ``vllm-hidden-states`` (extract_hidden_states), ``sglang-passes``
 (--debug-tensor-dump-output-folder) and ``sglang-dumper`` (its dumper with non_intrusive_mode all).
-No pickle is run: of PyTorch's files only those that hold nothing but tensors and plain data are read.
+No pickle is run: of PyTorch's files those are read that hold nothing but tensors and plain data.
 """
 
 import argparse
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Rule:
 
     Attributes:
         match: a regular expression; its group "layer" is the layer, "path" a module's.
-        stage: a stage, or several: the first one that the architecture has; "" where ``side`` tells.
+        stage: a stage, or several: the first that the architecture has; "" where ``side`` tells.
         side: of the module at "path": "in" or "out".
         shift: added to the layer: what enters a layer is the output of the one before. Before the
             first layer it is the embedding, and without a layer the last one is meant.
@@ -131,15 +131,19 @@ def _content(path: Path) -> Iterator[tuple[str, Any]]:
         yield from _flat("", torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # pickle's, zipfile's, torch's
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a file of tensors alone, so it is not loaded: {why}") from None
+        raise UserError(
+            f"{path}: not a file of tensors alone, so it is not loaded: {why}"
+        ) from None
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Tensors in dictionaries and lists, by their path: a.0, a.1."""
     if hasattr(value, "detach"):
         yield name, value
-    items = value.items() if isinstance(value, Mapping) else ()
-    if isinstance(value, list | tuple):
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple):
         items = enumerate(value)
     for key, inner in items:
         yield from _flat(f"{name}.{key}" if name else str(key), inner)

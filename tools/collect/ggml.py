@@ -19,7 +19,7 @@ TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20,
     "bf16": 30,
 }  # fmt: skip
-PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype("<u2")}
+PLAIN: dict[int, np.dtype[Any]] = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: np.dtype("<u2")}
 SPARE = ("spare", c.c_byte * 256)  # what a newer build may add at the end reads as zero
 
 
@@ -199,7 +199,7 @@ class Library:
         function.restype = struct
         found = function()
         c.memset(c.byref(found, struct.spare.offset), 0, struct.spare.size)
-        for field, kind in struct._fields_[:-1]:
+        for field, kind in struct._fields_[:-1]:  # type: ignore[misc]
             value = getattr(found, field)
             if kind is not Eval and (value or 0) != known.get(field, 0):
                 raise self._unknown(f"the default {field} is {value}, not {known.get(field, 0)}")

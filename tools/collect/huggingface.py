@@ -76,7 +76,9 @@ class TransformersSession(Session):
         )
         before = ALL_ATTENTION_FUNCTIONS.get(name)
 
-        def attention(module: Any, query: Any, key: Any, value: Any, *more: Any, **rest: Any) -> Any:
+        def attention(
+            module: Any, query: Any, key: Any, value: Any, *more: Any, **rest: Any
+        ) -> Any:
             output, weights = stock(module, query, key, value, *more, **rest)
             self.seen.append((self._attention, (module.layer_idx, query, key, value, weights)))
             return output, weights
@@ -124,14 +126,10 @@ class TransformersSession(Session):
         self.seen.clear()
         ids, places = torch.tensor([list(tokens)]), torch.tensor([list(positions)])
         past = {self._cache_name: self._past} if self._past is not None else {}
-        if not past and len(self.recorder.steps) > 1:
-            raise UserError("--cache none: without a cache there is one call; drop --steps")
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                result = self._run(
-                    input_ids=ids, position_ids=places, use_cache=bool(past), **past
-                )
+                result = self._run(input_ids=ids, position_ids=places, use_cache=bool(past), **past)
             except Exception as error:  # its own kinds, torch's and the compiler's
                 raise UserError(f"transformers cannot compute this: {_line(error)}") from None
         for record, what in self.seen:
@@ -139,8 +137,6 @@ class TransformersSession(Session):
         return to_numpy(result.logits[0, -1]).astype(np.float32)
 
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:
-        if not self.args.quantize:
-            yield from super().weights()
         for path, module in self.network.named_modules():
             if hasattr(module, "weight"):
                 dynamic = callable(module.weight)  # a quantised module has functions
@@ -206,4 +202,6 @@ def _line(error: Exception) -> str:
 
 
 def open(model: Weights, args: argparse.Namespace, recorder: Recorder, length: int) -> Session:
+    if args.cache == "none" and (args.generate or len(args.steps or (1,)) > 1):
+        raise UserError("--cache none: without a cache there is one call: no --steps, --generate")
     return TransformersSession(model, args, recorder, length)

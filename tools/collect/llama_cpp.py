@@ -9,7 +9,6 @@ import argparse
 import ctypes as c
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -295,7 +294,7 @@ def _batch(tokens: Sequence[int], positions: Sequence[int], all_logits: bool) ->
 def open(model: Weights, args: argparse.Namespace, recorder: Recorder, length: int) -> Session:
     if not isinstance(model, GgufWeights):
         raise UserError(
-            f"{model.name}: llama.cpp reads GGUF files; write one with its own convert_hf_to_gguf.py"
+            f"{model.name}: llama.cpp reads GGUF files; its convert_hf_to_gguf.py writes one"
         )
     if args.flash == "off" and TYPES[args.cache_v] not in PLAIN:
         raise UserError(f"--cache-v {args.cache_v} needs flash attention: --flash on")

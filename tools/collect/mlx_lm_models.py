@@ -125,8 +125,6 @@ class MlxSession(Session):
         self.recorder.named(layer, stage, values(value)[0].swapaxes(0, 1))
 
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:
-        if not self.args.bits:
-            yield from super().weights()
         for path, module in self._bare.items():
             if "scales" in module:
                 wide = mx.dequantize(

@@ -179,6 +179,16 @@ def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def refuse_calls(args: argparse.Namespace) -> None:
+    """Raises:
+    UserError: more than one call is asked for.
+    """
+    if args.generate or len(args.steps or (1,)) > 1:
+        raise UserError(
+            "the exported graph has no cache, so there is one call: no --steps, --generate"
+        )
+
+
 class OnnxSession(Session):
     """What engines of ONNX graphs have in common: one call, no cache, all values at its end."""
 
@@ -200,8 +210,6 @@ class OnnxSession(Session):
         raise NotImplementedError
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-        if len(tokens) != self.length:
-            raise UserError("the exported graph has no cache: one call only, no --steps, --generate")
         self.recorder.begin(positions)
         feed = {"input_ids": np.array([tokens]), "position_ids": np.array([positions])}
         alone = self.compute(feed, watched=False)[self.graph.logits]

@@ -18,7 +18,7 @@ import onnxruntime
 
 from qwen_jax.weights.base import Weights
 from stages.errors import UserError
-from tools.collect.onnx_export import OnnxSession
+from tools.collect.onnx_export import OnnxSession, refuse_calls
 from tools.collect.recorder import Recorder
 from tools.collect.session import Session
 
@@ -97,8 +97,6 @@ class OrtSession(OnnxSession):
             raise UserError(f"onnxruntime cannot run this: {str(error).splitlines()[0]}") from None
 
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:
-        if not self.args.quantize:
-            yield from super().weights()
         whole = onnx.load(str(self._path))
         held = {each.name: each for each in whole.graph.initializer}
         constants = {f"{path}.weight": name for path, name in self.graph.linear.items()}
@@ -126,4 +124,5 @@ class OrtSession(OnnxSession):
 
 
 def open(model: Weights, args: argparse.Namespace, recorder: Recorder, length: int) -> Session:
+    refuse_calls(args)
     return OrtSession(model, args, recorder, length)

@@ -13,7 +13,7 @@ import openvino
 
 from qwen_jax.weights.base import Weights
 from stages.errors import UserError
-from tools.collect.onnx_export import OnnxSession
+from tools.collect.onnx_export import OnnxSession, refuse_calls
 from tools.collect.recorder import Recorder
 from tools.collect.session import Session
 
@@ -83,4 +83,5 @@ class OpenVinoSession(OnnxSession):
 
 
 def open(model: Weights, args: argparse.Namespace, recorder: Recorder, length: int) -> Session:
+    refuse_calls(args)
     return OpenVinoSession(model, args, recorder, length)

@@ -40,7 +40,9 @@ class Changed(NamedTuple):
     step: int
 
     def __str__(self) -> str:
-        return f"{self.cache} cache of layer {self.layer}: row {self.row} changed in call {self.step}"
+        return (
+            f"{self.cache} cache of layer {self.layer}: row {self.row} changed in call {self.step}"
+        )
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,8 @@ class Recorder:
         width = axis_size(widths[part], self.config.dims(1))
         if value.size % width:
             raise UserError(
-                f"{part} of {row.name} of layer {layer}: {list(value.shape)} was recorded; expected "
-                f"rows of {width}"
+                f"{part} of {row.name} of layer {layer}: {list(value.shape)} was recorded, "
+                f"expected rows of {width}"
             )
         self._parts.setdefault((row.name, layer), {})[part] = value.reshape(-1, width)
 
@@ -246,7 +248,7 @@ class Recorder:
             weights = {name: self.model.hash(name) for name in self.model.shapes}
         head = whole.get((self.tables.head.name, None))
         last = head is not None and len(head) == 1 < len(tokens)
-        if last:
+        if head is not None and last:
             whole[self.tables.head.name, None] = head[0]
         dtype = dtype or _commonest(whole.values())
         told = {"versions": {NAME: version()}} | dict(producer)

@@ -1,5 +1,4 @@
-"""What an adapter of an engine is, and running one: a prompt in some calls, then tokens one by one.
-"""
+"""What an adapter of an engine is, and running one: a prompt, then tokens one by one."""
 
 import argparse
 from abc import ABC, abstractmethod
@@ -42,14 +41,11 @@ class Session(ABC):
         """What the manifest says of it: "name", "version", "device", "options" and more."""
 
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Hugging Face name -> the values that it multiplies by, of every tensor.
+        """Hugging Face name -> the values that it multiplies by, of every tensor, where it has
+        ``own_weights``."""
+        raise NotImplementedError
 
-        Raises:
-            UserError: they cannot be read.
-        """
-        raise UserError("--weights: this engine multiplies by the values in the model's files")
-
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 -- most have nothing to free
         """Free what the engine holds."""
 
     def __enter__(self) -> "Session":
