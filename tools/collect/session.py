@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen_jax.weights.base import Weights
-from stages.errors import UserError
 from tools.collect.recorder import Recorder
 
 
