@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stages.architecture import Key, Stage
-from stages.architectures import ALL_NAMES
+from stages.architectures import ALL_NAMES, any_stage
 
 EXACT_BITS = 53.0  # what "no error at all" counts as; the replay itself resolves no more
 
@@ -149,9 +149,12 @@ def judge(
     )
 
 
-def class_of(level: float, row: Stage) -> str | None:
-    """The name of the arithmetic that explains this many bits; None where none does."""
-    product = row.kind.sums_products
+def class_of(level: float, row: Stage, segment: tuple[Key, ...] = ()) -> str | None:
+    """The name of the arithmetic that explains this many bits; None where none does. After a
+    ``segment`` of missing stages with sums of products in it, that may be theirs."""
+    product = row.kind.sums_products or any(
+        any_stage(name).kind.sums_products for name, _ in segment
+    )
     return next((n for n, sums, others in CLASSES if level >= (sums if product else others)), None)
 
 
@@ -207,7 +210,7 @@ def suspects(items: list[LocalError], dtype: str) -> list[Suspect]:
     lowered = _all_products_lowered(items)
     for item in items:
         expected = usual[item.stage]
-        explained = class_of(item.level, item.row) is not None
+        explained = class_of(item.level, item.row, item.segment) is not None
         if lowered and item.row.kind.sums_products:
             explained = item.level >= LOWEST
         low = _low_slices(item, _cap(dtype))
@@ -236,7 +239,8 @@ def usual_levels(items: list[LocalError], dtype: str) -> dict[str, float]:
         by_stage.setdefault(item.stage, []).append(min(item.level, cap))
     medians = {stage: median(levels) for stage, levels in by_stage.items()}
     rows = {item.stage: item.row for item in items}
-    sound = {stage: m for stage, m in medians.items() if class_of(m, rows[stage])}
+    through = {item.stage: item.segment for item in items}
+    sound = {s: m for s, m in medians.items() if class_of(m, rows[s], through[s])}
     overall = median(sound.values()) if sound else NOMINAL["float32"]
     usual = {}
     for stage in medians:
@@ -309,7 +313,7 @@ def precision(items: list[LocalError], faulty: set[Key]) -> dict[str, dict[str, 
         if not sound:
             continue
         levels = [item.level for item in sound]
-        found = class_of(median(levels), sound[0].row) or "lower"
+        found = class_of(median(levels), sound[0].row, sound[0].segment) or "lower"
         shown = [round(item.bits, 1) for item in sound]
         table[name] = {"class": found, "bits": [min(shown), max(shown)]}
     return table
