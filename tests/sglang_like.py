@@ -164,6 +164,9 @@ class SglangLike(nn.Module):
         self.logits_processor = LogitsProcessor(read("lm_head.weight"))
 
     def forward(self, ids: Tensor, positions: Tensor, batch: Any = None) -> Tensor:
+        if positions[0] == 0:  # another request
+            for layer in self.model.layers:
+                layer.self_attn.attn.kept.clear()
         return self.logits_processor(self.model(ids, positions, batch))
 
 

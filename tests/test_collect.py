@@ -13,7 +13,8 @@ from qwen_jax.weights import open_model
 from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
 from stages.trace import Trace, open_trace
-from tests import ggml, tiny
+from tests import test_readme, tiny
+from tests.conftest import ROOT
 from tests.traces import visible
 from tools.collect import Recorder, engines
 from tools.collect.__main__ import main
@@ -45,12 +46,14 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Architecture -> a float32 GGUF."""
-    pytest.importorskip("xllamacpp")
+    need("llama.cpp")
     folder = tmp_path_factory.mktemp("gguf")
     return {name: write_gguf(folder / f"{name}.gguf", name) for name in ARCHITECTURES}
 
 
 def write_gguf(path: Path, architecture: str, kind: str = "F32", **sizes: Any) -> Path:
+    from tests import ggml
+
     raw = tiny.hf_config(**{**SIZES, **sizes, "model_type": architecture})
     into = ggml.writer(path, raw)
     into.add_tokenizer_model("none")  # llama.cpp insists on being told
@@ -59,7 +62,14 @@ def write_gguf(path: Path, architecture: str, kind: str = "F32", **sizes: Any) -
     return path
 
 
+def need(engine: str) -> None:
+    """Skip a test of an engine that is not installed."""
+    for package in engines.ENGINES[engine].packages:
+        pytest.importorskip(package)
+
+
 def collect(engine: str, model: Path, out: Path, *more: str) -> Trace:
+    need(engine)
     assert main([engine, str(model), "--tokens", TEXT, "--out", str(out), *more]) == 0
     return open_trace(out)
 
@@ -367,6 +377,7 @@ def test_transformers_judged_by_the_weights_it_multiplies_by(qwen2: Path, tmp_pa
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_transformers_watched_computes_the_same_bits(qwen2: Path, attention: str) -> None:
+    need("transformers")
     torch = pytest.importorskip("torch")
     from tools.collect import huggingface
 
@@ -401,8 +412,6 @@ def test_the_attention_function_is_given_back(qwen2: Path, tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def exported(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     out = tmp_path_factory.mktemp("onnx") / "d"
     return collect("onnxruntime", qwen2, out, "--first-position", "2")
 
@@ -449,6 +458,7 @@ def test_the_result_as_json(qwen2: Path, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_prompt_is_encoded(qwen2: Path, tmp_path: Path) -> None:
+    need("transformers")
     assert (
         main(["transformers", str(qwen2), "--prompt", "the cat", "--out", str(tmp_path / "d")]) == 0
     )
@@ -479,8 +489,8 @@ def test_a_prompt_is_encoded(qwen2: Path, tmp_path: Path) -> None:
 def test_wrong_use_is_one_line(
     qwen2: Path, gguf: dict[str, Path], tmp_path: Path, arguments: str, message: str
 ) -> None:
-    if arguments.startswith("onnx"):
-        pytest.importorskip("onnxruntime")
+    if (engine := arguments.split()[0]) in engines.ENGINES:
+        need(engine)
     words = arguments.replace("MODEL", str(qwen2)).replace("GGUF", str(gguf["qwen2"])).split()
     words = [str(tmp_path / "w") if word == "W" else word for word in words]
     given = [] if "--tokens" in words else ["--tokens", TEXT]
@@ -491,6 +501,8 @@ def test_wrong_use_is_one_line(
 
 
 def test_what_is_no_gguf_for_llama_cpp_is_one_line(gguf: dict[str, Path], tmp_path: Path) -> None:
+    from tests import ggml
+
     path = tmp_path / "m.gguf"
     raw = tiny.hf_config(**SIZES)
     into = ggml.writer(path, raw)  # without the line on the tokenizer
@@ -518,9 +530,25 @@ def test_a_trace_is_not_overwritten_unasked(qwen2: Path, tmp_path: Path) -> None
 def test_every_extra_is_in_pyproject() -> None:
     import tomllib
 
-    from tests.conftest import ROOT
-
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
     assert {engine.extra for engine in engines.ENGINES.values()} <= extras.keys()
+
+
+PAGE = [
+    block
+    for block in test_readme.blocks((ROOT / "docs/collect.md").read_text("utf-8"))
+    if block.language in test_readme.EXECUTED
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("page")
+
+
+@pytest.mark.parametrize("block", PAGE, ids=lambda block: f"line {block.line}")
+def test_docs_collect_is_true(block: test_readme.Block, directory: Path) -> None:
+    need("transformers")
+    test_readme.run(block, directory)
