@@ -30,6 +30,7 @@ from tools.collect.session import Session
 
 INSIDE = "attention is one function, which shows its weights at most"
 BIASED = "each projection adds its bias itself"
+COMPILED = "bits may differ from those unwatched: what is shown cannot be fused away"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +150,8 @@ class TransformersSession(Session):
 
     def describe(self) -> dict[str, Any]:
         packages = ("torch", "transformers", "numpy")
-        return {
+        told = {"watched": COMPILED} if self.args.compile else {}
+        return told | {
             "name": "transformers",
             "version": transformers.__version__,
             "backend": self.args.attention,
