@@ -5,6 +5,7 @@ oracle     dump the same stages from PyTorch and Hugging Face transformers
 diff       how far one trace has come from another, stage by stage
 localize   where error is created in a trace, and what the mistake is
 parity     XLA-compiled against un-jitted, over a grid of ways to compile
+collect    run another engine and trace what it computes
 convert    a model between Hugging Face and orbax files
 bench      what tracing costs, beside what one would do instead
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "diff": "tools.diff",
     "localize": "tools.localize.__main__",
     "parity": "tools.parity.__main__",
+    "collect": "tools.collect.__main__",
     "convert": "tools.convert",
     "bench": "tools.bench.__main__",
 }

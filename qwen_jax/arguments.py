@@ -19,6 +19,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="|".join(dict.fromkeys(form.spec for form in FORMS[1:] if form.spec != "DIR")),
         help=f"{forms}; default: the embedded demo model",
     )
+    add_prompt_arguments(parser)
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """The ways to give tokens."""
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="default: the embedded prompt")
     prompt.add_argument("--prompt-file", metavar="FILE", type=Path, help="prompt text, UTF-8")

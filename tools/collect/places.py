@@ -1,0 +1,78 @@
+"""Which stage a module's input or output is, derived from the stage table.
+
+For engines whose modules have Hugging Face's names: a stage with a parameter is the output of the
+module that holds it, the activation that of the module of its name, the layer's output that of the
+layer. A stage without a parameter is what such a module reads, if nothing else is.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+from stages.architecture import ACTIVATION, Architecture, Stage
+
+ACTIVATION_MODULE = "mlp.act_fn"
+LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)(?:\.(.+))?")
+
+
+class Place(NamedTuple):
+    """What a module's input or output is: a stage or, of several side by side, one ``part``."""
+
+    stage: str
+    layer: int | None
+    part: str = ""
+
+
+def place(tables: Architecture, path: str, side: str) -> Place | None:
+    """What the input ("in") or output ("out") of the module at a Hugging Face path is; None where
+    it is no stage. What stands in front of ``layers.``, or of the last name, does not count."""
+    if match := LAYER.fullmatch(path):
+        layer, end = int(match[1]), match[2] or ""
+        found = _layer_places(tables).get((end, side))
+        return found and found._replace(layer=layer)
+    return _outer_places(tables).get((path.rpartition(".")[2], side))
+
+
+@cache
+def _layer_places(tables: Architecture) -> dict[tuple[str, str], Place]:
+    return {key: found for row in tables.layer_stages for key, found in _places(tables, row)}
+
+
+@cache
+def _outer_places(tables: Architecture) -> dict[tuple[str, str], Place]:
+    """Of what lies outside the layers, by the last name of a path."""
+    return {
+        (end.rpartition(".")[2], side): found._replace(layer=row.layer_of(0))
+        for row in (*tables.start_stages, *tables.end_stages)
+        for (end, side), found in _places(tables, row)
+    }
+
+
+def _places(tables: Architecture, row: Stage) -> Iterator[tuple[tuple[str, str], Place]]:
+    """(module, side) -> what it is, without the layer."""
+    modules = [tables.parameter[name].module for name in row.parameters]
+    if row is tables.layer_output:
+        yield ("", "out"), Place(row.name, None)
+    elif row.kind is ACTIVATION:
+        yield (ACTIVATION_MODULE, "out"), Place(row.name, None)
+    elif len(modules) == 1:
+        yield (modules[0], "out"), Place(row.name, None)
+    elif modules:  # the last row wins: biased projections give what is after the bias
+        for module in modules:
+            yield (module, "out"), Place(row.name, None, module.rpartition(".")[2])
+    else:
+        for reader in tables.stages:
+            if reader.inputs == (row.name,) and len(reader.parameters) == 1:
+                module = tables.parameter[reader.parameters[0]].module
+                yield (module, "in"), Place(row.name, None)
+
+
+def parts(tables: Architecture, stage: str) -> dict[str, str]:
+    """The last names of the modules whose values stand side by side in a stage, in order, with the
+    axis of each; empty where it is the value of one module, or of none."""
+    if stage not in tables.stage:
+        return {}
+    rows = [tables.parameter[name] for name in tables.stage[stage].parameters]
+    found = {row.module.rpartition(".")[2]: row.axes[0] for row in rows}
+    return found if len(rows) > 1 else {}

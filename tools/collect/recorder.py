@@ -1,0 +1,349 @@
+"""What is recorded of an engine, call by call, and the trace that it becomes.
+
+    recorder = Recorder("path/to/model")
+    recorder.begin(range(16))                                            # each call of the engine
+    recorder.tap("model.layers.0.mlp.gate_proj", "out", x)               # by Hugging Face's names
+    recorder.named(0, "q_post_rope", q)                                  # by ours
+    recorder.finish("dump", tokens, {"name": "my-engine", "version": "1.0"})
+
+Values may be of NumPy, PyTorch, JAX or anything that NumPy takes. They are copied, for an engine
+uses its memory again, and are all in memory until ``finish``.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from qwen_jax.weights import open_model
+from qwen_jax.weights.base import Weights
+from stages.architecture import Key, Stage, axis_size
+from stages.errors import UserError
+from stages.manifest import DTYPES, DType, Format, Manifest, Model, WeightEntry
+from stages.selection import parse_layers, parse_stages
+from stages.version import NAME, version
+from stages.writer import TraceWriter
+from tools.collect import places
+
+NOT_SEEN = "the engine did not show it"
+
+
+class Changed(NamedTuple):
+    """A row of the key/value cache that was not what it had been: ``step`` is the call (from 0) in
+    which it was found so. ``cache`` is "K" or "V"."""
+
+    layer: int
+    cache: str
+    row: int
+    step: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cache} cache of layer {self.layer}: row {self.row} changed in call {self.step}"
+        )
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What ``finish`` has written.
+
+    Attributes:
+        manifest: of the trace.
+        absent: stage -> why it, or some of its layers, is not there.
+        changed: rows of the cache that changed.
+        bytes: of all files.
+    """
+
+    path: Path
+    manifest: Manifest
+    absent: dict[str, str]
+    changed: tuple[Changed, ...]
+    bytes: int
+
+
+class Call(NamedTuple):
+    """The rows that one call gave of a stage."""
+
+    end: int  # rows of the sequence up to the end of the call
+    value: np.ndarray
+
+
+class Recorder:
+    """Records one sequence.
+
+    Arguments:
+        model: of ``qwen_jax.open_model``, or what it takes.
+        stages, layers: what to record, as ``--stages`` and ``--layers``.
+        biased: the modules q_proj, k_proj and v_proj add their bias themselves.
+
+    Raises:
+        UserError: no such model, stage or layer.
+    """
+
+    def __init__(
+        self,
+        model: Weights | str | Path | None,
+        stages: str = "all",
+        layers: str = "all",
+        biased: bool = True,
+    ) -> None:
+        self.model = model if isinstance(model, Weights) else open_model(model)
+        self.config = self.model.config
+        self.tables = self.config.tables
+        self.stages = parse_stages(stages, self.tables)
+        self.layers = parse_layers(layers, self.config.num_hidden_layers)
+        self.biased = biased
+        self.steps: list[int] = []
+        self.positions: list[int] = []
+        self.changed: list[Changed] = []
+        self._calls: dict[Key, list[Call]] = {}
+        self._parts: dict[Key, dict[str, np.ndarray]] = {}  # of this call, until it is over
+        self._partly: dict[Key, str] = {}  # what was seen of three
+        self._caches: dict[tuple[int, str], np.ndarray] = {}
+
+    def begin(self, positions: Iterable[int]) -> None:
+        """A call of the engine begins; it computes the rows at these positions."""
+        self._join()
+        given = [int(position) for position in positions]
+        self.steps.append(len(given))
+        self.positions.extend(given)
+
+    def want(self, stage: str, layer: int | None) -> bool:
+        """Whether a stage was asked for."""
+        return stage in self.stages and (layer is None or layer in self.layers)
+
+    def tap(self, path: str, side: str, value: Any) -> None:
+        """What enters ("in") or leaves ("out") the module at a Hugging Face path, such as
+        ``model.layers.3.self_attn.o_proj``. What is no stage is passed over."""
+        if place := places.place(self.tables, path, side):
+            stage, before = place.stage, self.tables.stage[place.stage].inputs[0]
+            if place.part and not self.biased and places.parts(self.tables, before):
+                stage = before  # the product alone
+            self.named(place.layer, stage, value, place.part)
+
+    def named(self, layer: int | None, stage: str, value: Any, part: str = "") -> None:
+        """A stage's rows of this call, in the axes of the stage table, with or without batch axes
+        of 1; its last rows, where it has fewer than the call. ``part`` is "q_proj", "k_proj" or
+        "v_proj" where the three that stand side by side come one by one; the last one given counts.
+
+        Raises:
+            UserError: no such stage, another shape, or given twice in one call.
+        """
+        if not self.steps:
+            raise UserError("a stage was recorded before begin() told of a call")
+        row = self.tables.stage.get(stage)
+        if row is None:
+            raise UserError(f"{stage!r} is no stage of {self.tables.name}")
+        if not self.want(stage, layer):
+            return
+        array = to_numpy(value)
+        if not array.size:
+            return  # a call whose rows nobody asked for
+        if part:
+            self._side_by_side(row, layer, array, part)
+        else:
+            self._keep(row, layer, self._rows(row, layer, array))
+
+    def cached(self, layer: int, cache: str, value: Any) -> None:
+        """What attention reads back from the "K" or "V" cache, [S, K, H]: all rows so far. A row is
+        written once; one that is not what it was is noted in ``changed``."""
+        array = to_numpy(value)
+        before = self._caches.get((layer, cache))
+        self._caches[layer, cache] = array
+        if before is not None:
+            same = _row_bytes(before) == _row_bytes(array[: len(before)])
+            for row in np.flatnonzero(~same.all(1)):
+                self.changed.append(Changed(layer, cache, int(row), len(self.steps) - 1))
+
+    def _side_by_side(self, row: Stage, layer: int | None, value: np.ndarray, part: str) -> None:
+        widths = places.parts(self.tables, row.name)
+        if part not in widths:
+            raise UserError(f"{part!r} is no part of {row.name}: expected {', '.join(widths)}")
+        width = axis_size(widths[part], self.config.dims(1))
+        if value.size % width:
+            raise UserError(
+                f"{part} of {row.name} of layer {layer}: {list(value.shape)} was recorded, "
+                f"expected rows of {width}"
+            )
+        self._parts.setdefault((row.name, layer), {})[part] = value.reshape(-1, width)
+
+    def _join(self) -> None:
+        """The call is over: what of it stands side by side becomes one."""
+        for (stage, layer), found in self._parts.items():
+            order = list(places.parts(self.tables, stage))
+            if found.keys() == set(order):
+                row = self.tables.stage[stage]
+                whole = np.concatenate([found[name] for name in order], -1)
+                self._keep(row, layer, self._rows(row, layer, whole))
+            else:
+                self._partly[stage, layer] = ", ".join(found)
+        self._parts.clear()
+
+    def _keep(self, row: Stage, layer: int | None, value: np.ndarray) -> None:
+        calls = self._calls.setdefault((row.name, layer), [])
+        if calls and calls[-1].end == len(self.positions):
+            raise UserError(f"{row.name} of layer {layer} was recorded twice in one call")
+        calls.append(Call(len(self.positions), value))
+
+    def _rows(self, row: Stage, layer: int | None, value: np.ndarray) -> np.ndarray:
+        """A value in the axes of the table; keys that are no rows yet are cut off.
+
+        Raises:
+            UserError: its shape is another.
+        """
+        dims = self.config.dims(len(self.positions))
+        sizes = [-1 if axis == "T" else axis_size(axis, dims) for axis in row.axes]
+        try:
+            if row.heads_lead:
+                if value.shape[-1] < sizes[-1]:
+                    raise ValueError
+                value = value.reshape(sizes[0], -1, value.shape[-1])[..., : sizes[-1]]
+            found = value.reshape(sizes)
+            if found.shape[row.axes.index("T")] > self.steps[-1]:
+                raise ValueError
+        except ValueError:
+            raise UserError(
+                f"{row.name} of layer {layer}: {list(value.shape)} was recorded in a call of "
+                f"{self.steps[-1]} rows; expected {' x '.join(row.axes)}: "
+                f"{' x '.join(map(str, row.shape({**dims, 'T': self.steps[-1]})))}"
+            ) from None
+        return found
+
+    def finish(
+        self,
+        out: str | Path,
+        tokens: Sequence[int],
+        producer: Mapping[str, Any],
+        *,
+        cache: str | None = None,
+        dtype: str | None = None,
+        weights: Mapping[str, WeightEntry] | None = None,
+        why: Mapping[str, str] | None = None,
+        format: str | None = None,
+        overwrite: bool = False,
+    ) -> Collected:
+        """Write the whole sequence as a trace with a manifest.
+
+        Arguments:
+            producer: the engine: "name", "version", and what else there is to say of it.
+            cache: the format of its key/value cache; None where it has none.
+            dtype: what it computes in; None is what its stages have.
+            weights: hashes of the tensors that it multiplies by; None: those of the model.
+            why: stage -> why it is not there.
+            format: "aprt" (float32) or "safetensors" (as the values are).
+
+        Raises:
+            UserError: nothing was recorded, tokens that are not one for each row, or a directory
+                that cannot be used.
+        """
+        self._join()
+        whole, absent = self._whole(dict(why or {}))
+        if not whole:
+            raise UserError("the engine showed nothing that is a stage; is it the model's engine?")
+        if len(tokens) != len(self.positions):
+            raise UserError(f"{len(tokens)} tokens, but {len(self.positions)} rows were computed")
+        if weights is None:
+            weights = {name: self.model.hash(name) for name in self.model.shapes}
+        head = whole.get((self.tables.head.name, None))
+        last = head is not None and len(head) == 1 < len(tokens)
+        if head is not None and last:
+            whole[self.tables.head.name, None] = head[0]
+        dtype = dtype or _commonest(whole.values())
+        told = {"versions": {NAME: version()}} | dict(producer)
+        told |= {"absent": absent} if absent else {}
+        told |= {"cache_changed": [str(each) for each in self.changed]} if self.changed else {}
+        header = Manifest(
+            architecture=self.tables.name,
+            format=cast(Format, format or ("safetensors" if dtype == "float64" else "aprt")),
+            dtype=cast(DType, dtype),
+            logits="last" if last else "all",
+            tokens=tuple(int(token) for token in tokens),
+            positions=tuple(self.positions),
+            steps=tuple(self.steps),
+            cache=cache,
+            model=Model(name=self.model.name, config=self.config.to_json(), weights={}),
+            producer=told,
+            files=(),
+        )
+        order = [key for key in self._order() if key in whole]
+        with TraceWriter(Path(out), header, weights, overwrite, planned=order) as writer:
+            for stage, layer in order:
+                writer.add(stage, layer, whole[stage, layer])
+            found = writer.finish(order)
+        return Collected(Path(out), found, absent, tuple(self.changed), writer.bytes)
+
+    def _order(self) -> list[Key]:
+        layers = self.config.num_hidden_layers
+        return [(row.name, n) for row, n in self.tables.computation_order(layers)]
+
+    def _whole(self, why: dict[str, str]) -> tuple[dict[Key, np.ndarray], dict[str, str]]:
+        """Every stage over all calls, and of what is asked for but not there: stage -> why."""
+        whole: dict[Key, np.ndarray] = {}
+        missing: dict[str, list[int | None]] = {}
+        reasons: dict[str, str] = {}
+        for stage, layer in self._order():
+            if not self.want(stage, layer):
+                continue
+            calls = self._calls.get((stage, layer))
+            if calls and calls[-1].end == len(self.positions):
+                whole[stage, layer] = joined(self.tables.stage[stage], calls)
+                continue
+            missing.setdefault(stage, []).append(layer)
+            if calls:
+                reasons[stage] = "the last call did not give it"
+            elif (stage, layer) in self._partly:
+                reasons[stage] = f"only {self._partly[stage, layer]} of it was seen"
+        absent = {}
+        for stage, layers in missing.items():
+            some = len(layers) < len(self.layers) and None not in layers
+            where = f"layers {', '.join(map(str, layers))}: " if some else ""
+            absent[stage] = where + (why.get(stage) or reasons.get(stage) or NOT_SEEN)
+        return whole, absent
+
+
+def joined(row: Stage, calls: Sequence[Call]) -> np.ndarray:
+    """The rows of all calls along T: the last run without a gap, for a trace's rows are the last
+    ones of its sequence. Keys that came later are zeros in earlier rows: they are masked there, no
+    part of the computation."""
+    along = row.axes.index("T")
+    run = [calls[-1].value]
+    start = calls[-1].end - calls[-1].value.shape[along]
+    for call in reversed(calls[:-1]):
+        if call.end != start:
+            break  # rows in between were not computed
+        run.append(call.value)
+        start = call.end - call.value.shape[along]
+    if "S" in row.axes:
+        keys, at = run[0].shape[row.axes.index("S")], row.axes.index("S")
+        run = [
+            np.pad(v, [(0, keys - v.shape[at] if axis == at else 0) for axis in range(v.ndim)])
+            for v in run
+        ]
+    return np.ascontiguousarray(np.concatenate(run[::-1], along))
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A copy of a value, as it is if its dtype is one of a trace, else as float32."""
+    if hasattr(value, "detach"):  # PyTorch's
+        import torch
+
+        value = value.detach().cpu().contiguous()
+        if value.dtype == torch.bfloat16:
+            import ml_dtypes
+
+            value = value.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        else:
+            value = value.numpy()
+    array = np.array(value)
+    return array if array.dtype.name in DTYPES else array.astype(np.float32)
+
+
+def _row_bytes(value: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(value).view(np.uint8).reshape(len(value), -1)
+
+
+def _commonest(values: Iterable[np.ndarray]) -> str:
+    names = [value.dtype.name for value in values]
+    return max(DTYPES, key=names.count)
