@@ -469,7 +469,7 @@ for _part in "qkv":
 
 def _table(case: StageReplay, positions: np.ndarray, **changes: Any) -> Positional:
     """What other positions or another configuration would decide."""
-    cos, sin = rope.cos_sin(replace(case.config, **changes), positions)
+    cos, sin = case.cos_sin(replace(case.config, **changes), positions)
     return case.pos.replace(cos=jnp.asarray(cos), sin=jnp.asarray(sin))
 
 
@@ -585,7 +585,7 @@ def _(case: StageReplay) -> Candidates:
 @mistake("rope_scaled", "RoPE positions divided by {}", ROPES)
 def _(case: StageReplay) -> Candidates:
     for factor in (2, 4, 8):
-        cos, sin = rope.cos_sin(case.config, case.positions / factor)
+        cos, sin = case.cos_sin(case.config, case.positions / factor)
         yield (
             str(factor),
             case.run(pos=case.pos.replace(cos=jnp.asarray(cos), sin=jnp.asarray(sin))),
@@ -957,7 +957,7 @@ def _(case: StageReplay) -> Candidates:
         return
     count = case.config.num_hidden_layers
     for layer in {(case.layer - 1) % count, (case.layer + 1) % count} - {case.layer}:
-        other = StageReplay(case.replay, case.stage, layer)
+        other = case.other(case.stage.name, layer)
         if other.replayable:
             yield str(layer), other.exact
 
