@@ -6,7 +6,7 @@ it. ``choices`` lists the ones that a kind of arithmetic may have; ``find`` in `
 them. The roundings themselves are in ``emulated``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -31,6 +31,7 @@ from stages.architecture import (
     WEIGHTED_SUM,
     Kind,
 )
+from stages.verdict import CLASSES
 from tools.localize import emulated
 from tools.localize.emulated import CACHE, PARTNER, WITH_MINIMUM, Rounding
 
@@ -60,6 +61,7 @@ class Format:
             where it does not apply.
         allows: an error that may be there beyond rounding, in the shape of the value.
         leaves: the bits that the emulation has at best, where it cannot follow every rounding.
+        parts: of a stage of several weights side by side, the format of each.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Format:
     whole: Whole | None = None
     allows: Callable[[Any], Array] | None = None
     leaves: float | None = None
+    parts: tuple["Format", ...] = ()
 
     def inputs(self, config: Config, given: Sequence[Array], nudge: float = 0.0) -> list[Array]:
         """The operands as the engine reads them."""
@@ -93,6 +96,22 @@ class Format:
         angles = np.stack(found).astype(np.float64)
         keep = self.table or (lambda x: x.astype(np.float32))
         return keep(np.cos(angles)), keep(np.sin(angles))
+
+
+def side_by_side(parts: Sequence[Format]) -> Format:
+    """One format for each weight of a stage."""
+    names, says = ("; ".join(dict.fromkeys(words)) for words in zip(*((f.name, f.says) for f in parts)))
+    return Format(names.replace(";", ","), says, coarsest(f.level for f in parts), parts=tuple(parts))
+
+
+def coarsest(levels: Iterable[str]) -> str:
+    """The coarsest of some precision classes."""
+    order = [name for name, _, _ in CLASSES]
+    return max(levels, key=lambda name: order.index(name) if name in order else len(order))
+
+
+# What an engine does that has no format of its own.
+PLAIN_FORMAT = Format("float32", "float32", "f32")
 
 
 def _as_array(x: np.ndarray) -> Array:
@@ -355,7 +374,8 @@ def _flash_rows(case: Any) -> Array | None:
     v = np.repeat(v, scores[0].shape[0] // v.shape[1], 1)
     loop = emulated.sum_in_f16(scores[0].astype(np.float32), v)
     if scored.format is not None and 0 in scored.format.operands:
-        alone = replace(scored.format, operands={1: scored.format.operands[1]})
+        others = {place: f for place, f in scored.format.operands.items() if place != 0}
+        alone = replace(scored.format, operands=others)
         scores.append(_unmasked(case, scored.in_format(alone).exact))
     ways = [loop, *(_softmaxed(score, v) for score in scores)]
     dump = np.asarray(case.dump).reshape(loop.shape)

@@ -13,6 +13,7 @@ from stages.architectures import any_stage
 from stages.trace import Trace
 from stages.verdict import LocalError, Suspect
 from tools.localize.fitting import Fitted
+from tools.localize.formats import coarsest
 
 SCHEMA = 2
 COLOURS = {
@@ -55,13 +56,10 @@ class Localization:
     @property
     def precision(self) -> dict[str, dict[str, Any]]:
         table = verdict.precision(self.items, {f.suspect.key for f in self.findings})
-        order = [name for name, _, _ in verdict.CLASSES]
         for stage, entry in table.items():
             found = self.fitted.names(stage)
             if found:
-                classes = [f.level for f in found]
-                coarsest = max(classes, key=lambda c: order.index(c) if c in order else len(order))
-                entry["class"] = coarsest
+                entry["class"] = coarsest(f.level for f in found)
                 entry["format"] = ", ".join(dict.fromkeys(f.name for f in found))
                 entry["says"] = "; ".join(dict.fromkeys(f.says for f in found))
         return table

@@ -262,6 +262,11 @@ class StageReplay:
         format = self.format
         if format is None:
             return found
+        if format.parts:
+            ends = np.cumsum([len(w) for w in self.weights.values()])[:-1]
+            parts = [self.in_format(part).expected() for part in format.parts]
+            pieces = [jnp.split(part, ends, -1)[place] for place, part in enumerate(parts)]
+            return jnp.concatenate(pieces, -1)
         for place, operand in format.operands.items():
             if place >= len(self.inputs) or not self.stage.kind.sums_products:
                 continue
@@ -305,6 +310,12 @@ class StageReplay:
             whole = format.whole(self)
             if whole is not None:
                 return whole
+        if format is not None and format.parts:
+            ends = np.cumsum([len(w) for w in self.weights.values()])[:-1]
+            changes = {"weights": weights, "pos": pos, "config": config}
+            parts = [self.in_format(part).run(*inputs, **changes) for part in format.parts]
+            pieces = [jnp.split(part, ends, -1)[place] for place, part in enumerate(parts)]
+            return jnp.concatenate(pieces, -1)
         changed = [*inputs, *[None] * (len(self.inputs) - len(inputs))]
         given = [old if new is None else new for old, new in zip(self.inputs, changed, strict=True)]
         config, tables = config or self.config, pos
