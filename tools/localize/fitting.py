@@ -97,9 +97,9 @@ def fit(
             if not trial.possible:
                 continue
             found = trial.best(_moved(known, item.layer))
-            if found is None and searches < SEARCHES:
+            if (found is None or not trial.whole(found)) and searches < SEARCHES:
                 searches += 1
-                found = trial.search()
+                found = trial.better(found, trial.search())
             if found is None:
                 continue
             if found not in known:
@@ -197,7 +197,7 @@ class _Trial:
         clear = CLEAR if product else CLEAR_OTHERS
         if self.item.row.kind is ROTATION and not self.item.segment:
             clear = CLEAR_ROTATION
-        needed = np.maximum(reached, self.base + clear)
+        needed = np.maximum(reached, self.base[: len(scores)] + clear)
         return bool((scores >= needed).any())
 
     def best(self, known: Sequence[Formats]) -> Formats | None:
@@ -214,6 +214,17 @@ class _Trial:
             case = self.small.in_format(found[self.item.key])
         return self._score(case)
 
+    def whole(self, found: Formats) -> bool:
+        """Whether formats explain all of it, and not merely most rows and channels."""
+        return self._believed(self._tried(found)[:1], found.values())
+
+    def better(self, first: Formats | None, second: Formats | None) -> Formats | None:
+        """The second if it explains clearly more than the first."""
+        if first is None or second is None:
+            return first or second
+        gain = self._tried(second).sum() - self._tried(first).sum()
+        return second if gain > CLEAR else first
+
     def search(self) -> Formats | None:
         """Every format that this stage, and the missing ones behind it, may have."""
         if self.grid and self.item.level >= verdict.NOMINAL[self.grid] - 1.5 and self.dtype == "float32":
@@ -221,7 +232,7 @@ class _Trial:
         members = [key for key in (self.item.key, *self.item.segment) if _may_have(key)]
         if not members or len(members) > MEMBERS:
             return None
-        found: Formats = {}
+        found: Formats | None = {}
         score = self.base
         for _ in range(2 if len(members) > 1 else 1):
             before = score
@@ -242,10 +253,12 @@ class _Trial:
                     break
             if score.sum() <= before.sum() + 0.03 or self._finished(score):
                 break
-        if found and self._believed(score, found.values()):
+        found = found if found and self._believed(score, found.values()) else None
+        if self.item.row.linear and len(self.case.weights) > 1 and not self.item.segment:
+            if found is None or not self.whole(found):
+                found = self.better(found, self._by_weight())
+        if found:
             return found
-        if len(self.case.weights) > 1 and self.item.row.linear and not self.item.segment:
-            return self._by_weight()
         loose = {self.item.key: ROPE_BY_PRODUCTS}
         if self.item.row.kind is ROTATION and not self.grid:
             level = self.judged(loose).level
