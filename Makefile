@@ -6,12 +6,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: help trace test clean
+.PHONY: help trace test matrix lock clean
 
 help:
 	@echo "make trace   trace the embedded demo model into demo-trace/"
-	@echo "make test    lint and run all tests; among them, as a gate, the quick parity sweep"
+	@echo "make test    lint, check types, run all tests; among them, as a gate, the quick parity sweep"
 	@echo "             (installs PyTorch)"
+	@echo "make matrix  the tests that need no PyTorch, on every Python that is claimed"
+	@echo "make lock    note down the installed versions in requirements.lock"
 	@echo "make clean   remove everything that these two made"
 
 trace: $(VENV)/core.stamp
@@ -20,7 +22,23 @@ trace: $(VENV)/core.stamp
 test: $(VENV)/test.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest # tests/test_gate.py: python -m tools.parity --sweep quick must exit with 0
+	$(PY) -m mypy
+	$(PY) -m pytest --durations=15 # tests/test_gate.py: python -m tools.parity --sweep quick must exit with 0
+
+# Python 3.11 is what `make test` runs. PyTorch's CPU build is not to be had for every Python, so what
+# needs it is left out.
+MATRIX := 3.12 3.13
+WITHOUT_TORCH = $(shell grep -LE '(import|from) (torch|transformers|nnsight|oracle)|torch_trace' tests/test_*.py | grep -v test_readme)
+
+matrix:
+	set -e; for version in $(MATRIX); do \
+	  python$$version -m venv .venv-$$version; \
+	  .venv-$$version/bin/pip install --disable-pip-version-check -q -e '.[core-test]'; \
+	  .venv-$$version/bin/python -m pytest -q -p no:cacheprovider $(WITHOUT_TORCH); \
+	done
+
+lock: $(VENV)/test.stamp
+	$(PY) -m pip freeze --exclude-editable > requirements.lock
 
 # A stamp is made only after success, so an interrupted installation is done again.
 $(VENV)/made.stamp:
@@ -37,5 +55,5 @@ $(VENV)/test.stamp: pyproject.toml $(VENV)/made.stamp
 	@touch $(VENV)/core.stamp $@
 
 clean:
-	rm -rf $(VENV) demo-trace parity-*-cpu parity-*-gpu build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MATRIX:%=.venv-%) demo-trace parity-*-cpu parity-*-gpu build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -59,7 +59,7 @@ class Recorder(ExitStack):
         super().__init__()
         self.record = record
         self.code = modeling(tables)
-        self._parts: dict[str, torch.Tensor] = {}  # q, k, v on their way to one tensor
+        self._parts: dict[Key, dict[str, torch.Tensor]] = {}  # q, k, v on their way to one tensor
         for row in (*tables.start_stages, *tables.end_stages[:-1]):
             module = model.get_submodule(tables.parameter[row.parameters[0]].module)
             self._output(module, row, row.layer_of(0))
@@ -106,15 +106,16 @@ class Recorder(ExitStack):
         where there is one, with it."""
 
         def hook(module: Any, args: Any, output: torch.Tensor) -> None:
-            product = output
+            values = {"qkv_matmul": output}
             if module.bias is not None:
                 product = functional.linear(args[0], module.weight)
-                self._parts["qkv_bias " + part] = output[0]
-            self._parts["qkv_matmul " + part] = product[0]
-            if part == parts[-1]:
-                for stage in dict.fromkeys(key.split()[0] for key in reversed(self._parts)):
-                    joined = torch.cat([self._parts.pop(f"{stage} {name}") for name in parts], -1)
-                    self.record(stage, layer, joined)
+                values = {"qkv_matmul": product, "qkv_bias": output}
+            for stage, value in values.items():
+                found = self._parts.setdefault((stage, layer), {})
+                found[part] = value[0]
+                if len(found) == len(parts):
+                    self.record(stage, layer, torch.cat([found[name] for name in parts], -1))
+                    del self._parts[stage, layer]
 
         self.enter_context(linear.register_forward_hook(hook))
 

@@ -3,7 +3,7 @@
     import qwen_jax
 
     model = qwen_jax.open_model("Qwen/Qwen2.5-0.5B")  # or a directory, or nothing for the demo
-    trace = qwen_jax.trace(model, prompt="The capital of France is")
+    trace = qwen_jax.trace_model(model, prompt="The capital of France is")
     trace.read("attn_softmax", 3)  # [N, T, S]
 
 Importing this imports no JAX, and using it changes no setting of the process.
@@ -20,10 +20,10 @@ from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages.trace import Trace, open_trace
 
-__all__ = ["Prompt", "Trace", "Weights", "open_model", "open_trace", "trace"]
+__all__ = ["Prompt", "Trace", "Weights", "open_model", "open_trace", "trace_model"]
 
 
-def trace(
+def trace_model(
     model: Weights | str | Path | None = None,
     tokens: str | Iterable[int] | None = None,
     *,

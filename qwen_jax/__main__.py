@@ -12,7 +12,6 @@ qwen-stages COMMAND --help says more.
 """
 
 import importlib
-import sys
 
 from qwen_jax import cli
 from stages.errors import UserError

@@ -1,26 +1,29 @@
 """What every command has in common: one-line errors, exit codes, tables, progress, JSON.
 
-Exit codes: 0 agree or clean, 1 differ or fault, 2 wrong use or bad input, 3 not comparable.
+Exit codes: 0 agree or clean, 1 differ or fault, 2 wrong use or bad input, 3 not comparable, 4 a bug
+of ours.
 """
 
 import argparse
-import atexit
+import gc
 import io
 import json
 import math
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stages.errors import UserError, called
 from stages.version import NAME, version
+
+BUG = 4  # exit code
 
 
 class _Version(argparse.Action):
@@ -60,23 +63,44 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         print(": ".join(filter(None, ["interrupted", str(error)])), file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader of our output went away: `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         code = 128 + signal.SIGPIPE  # as of any command; 0 and 1 would be verdicts
     except OSError as error:  # of our own output: what has to do with a file is a UserError
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         print(f"error: {error.strerror or error}", file=sys.stderr)
         code = UserError.exit_code
+    except Exception as error:  # a bug of ours: 1 means "differs", and a stack helps no user
+        if os.environ.get("QWEN_STAGES_TRACEBACK"):
+            raise
+        print(f"error: {_bug(error)}", file=sys.stderr)
+        code = BUG
     leave(code)
 
 
+def _bug(error: Exception) -> str:
+    """One line on an error that nobody expected."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return (
+        f"a bug in this program, not in what it was given: {what} ({Path(frame.filename).name}, "
+        f"line {frame.lineno}); QWEN_STAGES_TRACEBACK=1 shows more, for a report"
+    )
+
+
+def _discard(stream: TextIO) -> None:
+    """What could not be written goes nowhere, or Python would try again at its end, and say so."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def leave(code: int) -> NoReturn:
-    """End the process at once. All that was to be written is; taking a model and JAX apart, object
-    by object, would add a tenth to a short trace."""
-    with suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    atexit._run_exitfuncs()
-    os._exit(code)
+    """End the process."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _discard(stream)
+    gc.freeze()  # or Python searches all of JAX for garbage once more, a fifth of a short trace
+    sys.exit(code)
 
 
 class _Console(Console):

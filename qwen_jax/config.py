@@ -136,7 +136,7 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> Config:
         UserError: another architecture, or a setting that this project does not know, cannot
             handle or finds at a value that would change the forward pass.
     """
-    tables = ARCHITECTURES.get(raw.get("model_type", ""))
+    tables = ARCHITECTURES.get(str(raw.get("model_type")))  # which may be anything
     if tables is None:
         raise UserError(
             f"{where}: model_type is {raw.get('model_type')!r}; this tool knows "

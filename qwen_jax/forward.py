@@ -121,7 +121,8 @@ def forward(
     ``pos`` is of ``ops.positional_by_layer``.
     """
     arch, full = config.tables, pos[False]
-    start = run_stages(arch.start_stages, config, params.start, full, {TOKENS: jnp.asarray(tokens)}, dtype)
+    given = {TOKENS: jnp.asarray(tokens)}
+    start = run_stages(arch.start_stages, config, params.start, full, given, dtype)
     x, layers = start[arch.first.name], []
     for weights, sliding in zip(params.layers, config.sliding_layers, strict=True):
         given = {LAYER_INPUT: x}

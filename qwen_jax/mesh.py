@@ -197,31 +197,27 @@ class MeshEngine(JaxEngine):
         emit: Emit,
         resume: Resume = None,
     ) -> None:
-        if self.group is None:
+        group = self.group
+        if group is None:
             return super().run_batch(tokens, positions, valid, logits, want, emit, resume)
-        try:
-            resume = self._same_start(resume, (*tokens.shape, self.model.config.hidden_size))
+        with group.computing(emit) as emit:
+            shape = (*tokens.shape, self.model.config.hidden_size)
+            resume = self._same_start(group, resume, shape)
             super().run_batch(tokens, positions, valid, logits, want, emit, resume)
-        except UserError:
-            raise
-        except Exception as error:  # a collective that failed is of several kinds
-            raise self.group.explained(error) from None
-        # What a resumed run has read before is the business of process 0 alone.
-        numbers = range(resume[0] if resume else 0, self.model.config.num_hidden_layers)
-        config = self.model.config
-        names = [n for layer in numbers for n in config.tensor_names("layer", layer).values()]
-        hashes = {name: self.model.hash(name).xxh3 for name in [*names, head_tensor(config)]}
-        self.group.compare("weights", hashes)
+            # What a resumed run has read before is the business of process 0 alone.
+            config = self.model.config
+            numbers = range(resume[0] if resume else 0, config.num_hidden_layers)
+            names = [n for layer in numbers for n in config.tensor_names("layer", layer).values()]
+            hashes = {n: self.model.hash(n).xxh3 for n in [*names, head_tensor(config)]}
+        group.compare("weights", hashes)
 
-    def _same_start(self, resume: Resume, shape: tuple[int, ...]) -> Resume:
+    def _same_start(self, group: Group, resume: Resume, shape: tuple[int, ...]) -> Resume:
         """Where process 0 goes on, in every process."""
-        from jax.experimental.multihost_utils import process_allgather
-
-        first = int(process_allgather(np.array(resume[0] if resume else 0))[0])
+        first = int(group.gather(np.array(resume[0] if resume else 0))[0])
         if first == 0:
             return None
         given = resume[1] if resume else np.zeros(shape, self.dtype)
-        return first, process_allgather(given)[0]
+        return first, group.gather(given)[0]
 
     def _put(self, values: Any) -> Any:
         return jax.tree.map(partial(self._split, where=P()), values)

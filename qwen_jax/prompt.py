@@ -85,7 +85,7 @@ class Prompt:
         tokenizer = load_tokenizer(model)
         if tokenizer is None:
             raise UserError(
-                f"{model.name} has no tokenizer.json; give ids with --tokens 1,2,3, or let some be "
+                f"{model.name} {model.no_tokenizer}; give ids with --tokens 1,2,3, or let some be "
                 "drawn with --tokens random:64"
             )
         return tuple(tokenizer.encode(self._read_text()).ids)

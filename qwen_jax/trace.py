@@ -1,12 +1,14 @@
 """``python -m qwen_jax.trace``: dump every sub-stage of the JAX forward pass."""
 
 import argparse
+import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
+from typing import TYPE_CHECKING
 
 from qwen_jax import cli, trace_command
 from qwen_jax.estimate import peak_memory
@@ -14,6 +16,9 @@ from qwen_jax.processes import Group
 from qwen_jax.tracing import Engine, Plan
 from qwen_jax.weights.base import Weights
 from stages.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 
 def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,8 +89,10 @@ def _reading(model: Weights) -> Iterator[None]:
     thread.join()
 
 
-def make_engine(args: argparse.Namespace, group: Group | None, plan: Plan) -> Engine:
-    """The engine that the command line asks for."""
+def make_engine(
+    args: argparse.Namespace, group: Group | None, at_end: ExitStack, plan: Plan
+) -> Engine:
+    """The engine that the command line asks for; what it compiles is kept ``at_end``."""
     device, model = args.device, plan.model
     if args.backend == "eager":
         if device == "gpu":
@@ -93,25 +100,34 @@ def make_engine(args: argparse.Namespace, group: Group | None, plan: Plan) -> En
         device = "cpu"
 
     with _reading(model):
-        from qwen_jax import engine, mesh, runtime
+        from qwen_jax import compile_cache, engine, mesh, runtime
+
+    def keep_programs(device: "jax.Device") -> None:
+        if not args.no_compile_cache:
+            how = (plan.dtype, args.backend, args.mesh, args.num_processes, len(plan.tokens))
+            where = (device.device_kind, os.environ.get("XLA_FLAGS"))
+            at_end.enter_context(compile_cache.use(plan.model.config, *how, *where))
 
     if not args.mesh:
         runtime.for_a_command(device)
         chosen = runtime.pick_device(device)
+        keep_programs(chosen)
         return engine.JaxEngine(model, plan.dtype, args.backend, chosen)
     names = ("mesh", "device", "dtype", "logits", "stages", "layers", "resume")
     same = {f"--{name}": getattr(args, name) for name in names}
     same |= {"config.json": asdict(model.config), "tokens": plan.tokens}
     same |= {"--first-position": plan.positions[0]}
     devices = mesh.open_devices(model.config, args.mesh, device, group, same)
+    if not args.process_id:  # JAX writes for process 0 alone
+        keep_programs(devices[0])
     return mesh.MeshEngine(model, plan.dtype, devices, group)
 
 
-def follow(args: argparse.Namespace, group: Group) -> int:
+def follow(args: argparse.Namespace, group: Group, at_end: ExitStack) -> int:
     """What a process other than 0 does: compute. Process 0 alone writes and reports."""
     plan = trace_command.plan_of(args)
     if not args.dry_run:
-        engine = make_engine(args, group, plan)
+        engine = make_engine(args, group, at_end, plan)
         engine.run(plan.tokens, plan.positions, plan.logits, plan.want, lambda *stage: None)
     return 0
 
@@ -124,10 +140,10 @@ def main(argv: list[str]) -> int:
     add_mesh_arguments(parser)
     args = parser.parse_args(argv)
     group = make_group(args)
-    make = partial(make_engine, args, group)
-    with group or nullcontext():
+    with ExitStack() as at_end, group or nullcontext():
         if group and group.process:
-            return follow(args, group)
+            return follow(args, group, at_end)
+        make = partial(make_engine, args, group, at_end)
         return trace_command.main(args, "trace", make, peak_memory)
 
 

@@ -73,6 +73,9 @@ def plan_of(args: argparse.Namespace) -> Plan:
     """
     model, prompt = open_model(args.model), arguments.prompt_of(args)
     tokens = prompt.read(model)
+    load_tokenizer(
+        model
+    )  # it names the next token: a damaged one is refused now, not after the run
     return tracing.make_plan(
         model,
         tokens,

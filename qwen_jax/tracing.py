@@ -91,6 +91,7 @@ class Plan:
             steps=(len(self.tokens),),
             model=Model(name=self.model.name, config=config.to_json(), weights={}),
             producer=producer,
+            files=(),
         )
 
 

@@ -98,7 +98,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     cache: str | None = None
     model: Model
     producer: dict[str, Any]
-    files: tuple[FileEntry, ...] = ()
+    files: tuple[FileEntry, ...]
     planned: tuple[tuple[str, Whole | None], ...] | UnsetType = UNSET
 
     @property
@@ -174,7 +174,10 @@ def _check(directory: Path, manifest: Manifest) -> None:
         UserError: a path that leaves the directory, an unknown architecture.
         ValueError: the rest.
     """
-    tables = architecture(manifest.architecture)
+    try:
+        tables = architecture(manifest.architecture)
+    except UserError as error:
+        raise UserError(f"{directory / NAME}: {error}") from None
     length = len(manifest.tokens)
     if len(manifest.positions) != length:
         raise ValueError(f"{len(manifest.positions)} positions, {length} tokens")
@@ -186,14 +189,16 @@ def _check(directory: Path, manifest: Manifest) -> None:
         raise ValueError(f"architecture {manifest.architecture!r}, but another in model.config")
     seen: set[Key] = set()
     for entry in manifest.files:
-        _check_entry(directory, entry, tables, manifest.logits)
+        _check_entry(directory, entry, tables, manifest)
         key = entry.stage, entry.layer
         if key in seen:
             raise ValueError(f"{entry.stage} of layer {entry.layer} is there twice")
         seen.add(key)
 
 
-def _check_entry(directory: Path, entry: FileEntry, tables: Architecture, logits: str) -> None:
+def _check_entry(
+    directory: Path, entry: FileEntry, tables: Architecture, manifest: Manifest
+) -> None:
     path = PurePosixPath(entry.path)
     inside = Path(os.path.realpath(directory / path)).is_relative_to(os.path.realpath(directory))
     if path.is_absolute() or ".." in path.parts or not inside:
@@ -203,8 +208,11 @@ def _check_entry(directory: Path, entry: FileEntry, tables: Architecture, logits
         raise ValueError(f"{entry.path}: {entry.stage!r} is no stage of {tables.name}")
     if row.layer_of(entry.layer) != entry.layer or (entry.layer is None) != (row.scope == "end"):
         raise ValueError(f"{path}: {row.name} of layer {entry.layer}")
-    axes = row.stored_axes(logits)
+    axes = row.stored_axes(manifest.logits)
     if entry.axes != axes or len(entry.shape) != len(axes):
         raise ValueError(f"{path}: axes {entry.axes} of shape {entry.shape}; expected {axes}")
+    held, length = dict(zip(axes, entry.shape, strict=True)).get("T"), len(manifest.tokens)
+    if entry.rows != (None if held == length else held) or (held or 0) > length:
+        raise ValueError(f"{path}: {entry.rows} rows of shape {entry.shape}, {length} tokens")
     if not entry.xxh3:
         raise ValueError(f"{path}: no hash")

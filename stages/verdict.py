@@ -96,18 +96,23 @@ def bits(error: Any, scale: Any) -> Any:
     return np.where(error == 0, EXACT_BITS, np.clip(value, -60.0, EXACT_BITS))
 
 
+def lenient_bits(error: Any, scale: Any, expected: Any) -> Any:
+    """Bits where the expected part of the error is an allowance: twice as much may be there."""
+    allowed = bits(np.maximum(error - 4 * expected, 0), scale)
+    return np.maximum(bits(error, scale), np.minimum(allowed, NOMINAL["float32"]))
+
+
 def _level(error: Any, scale: Any, expected: Any, gap: bool, dtype: str) -> Any:
     """Bits once the expected part of the error is accounted for.
 
     After missing stages (``gap``) the error is set against what the engine's own rounding in them
-    leads to. Otherwise the expected part is an allowance: twice as much may be there.
+    leads to. Otherwise the expected part is an allowance.
     """
     if gap:
         # one rounding of the stage itself is always allowed
         own = scale * 4.0 ** -NOMINAL[dtype]
         return np.minimum(NOMINAL[dtype] + bits(error, expected + own), EXACT_BITS)
-    allowed = bits(np.maximum(error - 4 * expected, 0), scale)
-    return np.maximum(bits(error, scale), np.minimum(allowed, NOMINAL["float32"]))
+    return lenient_bits(error, scale, expected)
 
 
 class Sums(Protocol):

@@ -1,9 +1,11 @@
 """The device of the tests, chosen before any of them imports JAX, and what many of them need."""
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +36,20 @@ def user_environment() -> dict[str, str]:
     return USER_ENVIRONMENT | {"PATH": path, "PYTHONPATH": str(ROOT)}
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A process that is started in here is ended by SIGINT, whatever started the tests: a job in
+    the background ignores it, and a child inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(autouse=True)
 def stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that ends in the tests' own process must not end that."""
+    """A command that ends in the tests' own process must leave that process's garbage to it."""
     monkeypatch.setattr(cli, "leave", sys.exit)
 
 

@@ -1,35 +1,45 @@
-"""The stage table is consistent with itself, and its lists parse as DESIGN says."""
+"""The tables are consistent with themselves and with other people's, and their lists parse."""
 
+import math
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stages.table import (
-    ALIASES,
-    LAYER_INPUT,
-    NAMES,
-    QKV,
-    STAGE,
-    STAGES,
-    TOKENS,
-    axis_size,
-    computation_order,
-    parse_layers,
-    parse_stages,
-    stage_axes,
-    stage_shape,
-)
 
-from stages import table
+from qwen_jax.config import from_hf
+from stages import architecture
+from stages.architecture import LAYER_INPUT, LINEAR, QKV, TOKENS, axis_size
+from stages.architectures import ALL_NAMES, ARCHITECTURES, any_stage
+from stages.architectures import architecture as by_name
 from stages.errors import UserError
+from stages.qwen2 import QWEN2
+from stages.qwen3 import QWEN3
+from stages.selection import parse_layers, parse_stages
+from tests.tiny import hf_config
 
 # The stages in computation order, as people and foreign engines know them. A literal: renaming or
 # reordering one changes every trace that there is.
-ORDER = (
-    "embedding attn_norm qkv_matmul qkv_bias q_post_rope k_post_rope attn_scores attn_softmax "
-    "attention attn_out post_attn_residual ffn_norm ffn_gate ffn_up ffn_silu ffn_swigl ffn_out "
-    "post_ffn_residual final_norm lm_head"
-)
+ORDER = {
+    "qwen2": (
+        "embedding attn_norm qkv_matmul qkv_bias q_post_rope k_post_rope attn_scores attn_softmax "
+        "attention attn_out post_attn_residual ffn_norm ffn_gate ffn_up ffn_silu ffn_swigl ffn_out "
+        "post_ffn_residual final_norm lm_head"
+    ),
+    "qwen3": (
+        "embedding attn_norm qkv_matmul q_norm k_norm q_post_rope k_post_rope attn_scores "
+        "attn_softmax attention attn_out post_attn_residual ffn_norm ffn_gate ffn_up ffn_silu "
+        "ffn_swigl ffn_out post_ffn_residual final_norm lm_head"
+    ),
+}
 DIMS = {"T": 5, "S": 7, "N": 4, "K": 2, "H": 8, "D": 24, "F": 40, "V": 48}
+SQUARE = DIMS | {"S": 5}  # of a whole sequence
+
+EACH = pytest.mark.parametrize("tables", ARCHITECTURES.values(), ids=list(ARCHITECTURES))
+EVERY = [(tables, stage) for tables in ARCHITECTURES.values() for stage in tables.stages]
+EVERY_STAGE = pytest.mark.parametrize(
+    ("tables", "stage"), EVERY, ids=[f"{tables.name}-{stage.name}" for tables, stage in EVERY]
+)
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -38,66 +48,322 @@ def one_line(error: pytest.ExceptionInfo) -> str:
     return message
 
 
-def test_names_and_their_order():
-    assert " ".join(NAMES) == ORDER
-    assert len(NAMES) == len(STAGES) == 20
+# --- the tables
 
 
-def test_inputs_are_values_of_earlier_stages():
+def test_the_architectures():
+    assert list(ARCHITECTURES) == list(ORDER) == ["qwen2", "qwen3"]
+    assert (by_name("qwen2"), by_name("qwen3")) == (QWEN2, QWEN3)
+    assert QWEN2.hf_class == "Qwen2ForCausalLM" and QWEN3.hf_class == "Qwen3ForCausalLM"
+    with pytest.raises(UserError) as error:
+        by_name("llama")
+    assert "'llama'" in one_line(error) and "qwen2, qwen3" in one_line(error)
+
+
+@EACH
+def test_names_and_their_order(tables):
+    assert " ".join(tables.names) == ORDER[tables.name]
+    assert len(tables.names) == len(tables.stages) == {"qwen2": 20, "qwen3": 21}[tables.name]
+    assert all(tables.stage[name].name == name for name in tables.names)
+
+
+def test_one_order_that_all_architectures_share():
+    assert set(ALL_NAMES) == {name for tables in ARCHITECTURES.values() for name in tables.names}
+    assert len(set(ALL_NAMES)) == len(ALL_NAMES)
+    for tables in ARCHITECTURES.values():
+        assert tuple(name for name in ALL_NAMES if name in tables.names) == tables.names
+    assert any_stage("qkv_bias") is QWEN2.stage["qkv_bias"]
+    assert any_stage("q_norm") is QWEN3.stage["q_norm"]
+
+
+def test_what_qwen3_has_of_its_own():
+    assert set(QWEN3.names) - set(QWEN2.names) == {"q_norm", "k_norm"}
+    assert set(QWEN2.names) - set(QWEN3.names) == {"qkv_bias"}
+    assert set(QWEN3.parameter) - set(QWEN2.parameter) == {"q_norm", "k_norm"}
+    assert set(QWEN2.parameter) - set(QWEN3.parameter) == {"q_bias", "k_bias", "v_bias"}
+    for name in ("q", "k"):
+        norm = QWEN3.stage[f"{name}_norm"]
+        assert (norm.inputs, norm.parameters) == (("qkv_matmul",), (f"{name}_norm",))
+        assert QWEN3.stage[f"{name}_post_rope"].inputs == (f"{name}_norm",)
+    assert QWEN3.stage["attention"].inputs == ("attn_softmax", "qkv_matmul")  # v has no norm
+
+
+@EACH
+def test_inputs_are_values_of_earlier_stages(tables):
     known = {TOKENS}
-    for stage in STAGES:
+    for stage in tables.stages:
         assert stage.inputs and set(stage.inputs) <= known, stage.name
+        assert set(stage.keys) | set(stage.unrounded) <= set(stage.inputs), stage.name
         known |= {stage.name}
         if stage.scope == "start":  # what the first layer gets; later ones get a layer's output
             known |= {LAYER_INPUT}
 
 
-def test_every_value_but_the_last_is_used():
-    used = {name for stage in STAGES for name in stage.inputs} | {"embedding"}  # as layer_input
-    assert set(NAMES) - used == {"lm_head"}
+@EACH
+def test_every_value_but_the_last_is_used(tables):
+    used = {name for stage in tables.stages for name in stage.inputs}
+    assert set(tables.names) - used == {"embedding", "lm_head"}  # the first as layer_input
+    assert (tables.first.name, tables.head.name) == ("embedding", "lm_head")
+    assert tables.layer_output.name == "post_ffn_residual"
 
 
-def test_scopes_come_in_order():
-    assert [s.scope for s in STAGES] == sorted(
-        (s.scope for s in STAGES), key=["start", "layer", "end"].index
-    )
-    assert STAGE["embedding"].layer_of(3) == 0
-    assert STAGE["ffn_up"].layer_of(3) == 3
-    assert STAGE["lm_head"].layer_of(3) is None
+@EACH
+def test_every_parameter_is_used_once_and_in_its_scope(tables):
+    used = [(name, stage.scope) for stage in tables.stages for name in stage.parameters]
+    assert sorted(used) == sorted((each.name, each.scope) for each in tables.parameters)
+    for name in tables.parameter:
+        assert name in tables.used_by(name).parameters
+    assert tables.table.name == "embed_tokens"
+    assert [each.tied_to for each in tables.parameters if each.tied_to] == ["embed_tokens"]
+
+
+@EACH
+def test_a_linear_stage_is_its_weights_side_by_side(tables):
+    for stage in tables.stages:
+        assert stage.linear == (stage.kind is LINEAR)
+        if stage.linear:
+            shapes = [tables.parameter_shape(name, DIMS) for name in stage.parameters]
+            (source,) = stage.inputs
+            inner = {math.prod(axis_size(a, DIMS) for a in tables.axes_of(source)[1:])}
+            assert {width for _, width in shapes} == inner, stage.name
+            assert stage.shape(DIMS) == (5, sum(out for out, _ in shapes)), stage.name
+
+
+@EACH
+def test_scopes_come_in_order(tables):
+    scopes = [s.scope for s in tables.stages]
+    assert scopes == sorted(scopes, key=["start", "layer", "end"].index)
+    assert tables.stages == (*tables.start_stages, *tables.layer_stages, *tables.end_stages)
+    assert tables.stage["embedding"].layer_of(3) == 0
+    assert tables.stage["ffn_up"].layer_of(3) == 3
+    assert tables.stage["lm_head"].layer_of(3) is None
 
 
 def test_axes_have_sizes():
-    for stage in STAGES:
-        assert all(axis_size(axis, DIMS) > 0 for axis in stage.axes), stage.name
-    assert axis_size(QKV, DIMS) == 64
-    assert axis_size("N*H", DIMS) == 32
-    assert stage_shape(STAGE["attn_scores"], DIMS) == (4, 5, 7)
-    assert stage_shape(STAGE["k_post_rope"], DIMS) == (5, 2, 8)
+    for tables in ARCHITECTURES.values():
+        for row in (*tables.stages, *tables.parameters):
+            assert all(axis_size(axis, DIMS) > 0 for axis in row.axes), row.name
+    for axis, size in ((QKV, 64), ("N*H", 32), ("H", 8), ("2K", 4), ("N+2K", 8), ("12K*H", 192)):
+        assert axis_size(axis, DIMS) == size
+    with pytest.raises(KeyError):
+        axis_size("X", DIMS)
+    assert QWEN2.stage["attn_scores"].shape(DIMS) == (4, 5, 7)
+    assert QWEN2.stage["k_post_rope"].shape(DIMS) == (5, 2, 8)
+    assert QWEN2.stage["qkv_bias"].shape(DIMS) == (5, 64)
+    assert QWEN3.stage["q_norm"].shape(DIMS) == (5, 4, 8)
+    assert QWEN3.stage["k_norm"].shape(DIMS) == (5, 2, 8)
 
 
-def test_only_lm_head_depends_on_the_kept_logits():
-    assert stage_axes(STAGE["lm_head"], "last") == ("V",)
-    assert stage_axes(STAGE["lm_head"], "all") == ("T", "V")
-    assert stage_shape(STAGE["lm_head"], DIMS, "last") == (48,)
-    for stage in STAGES[:-1]:
-        assert stage_axes(stage, "last") == stage.axes
+@EACH
+def test_only_the_last_rows_of_a_stage(tables):
+    for stage in tables.stages:
+        whole, last = stage.shape(DIMS), stage.shape(DIMS, rows=2)
+        place = stage.axes.index("T")
+        assert last == (*whole[:place], 2, *whole[place + 1 :]), stage.name
+    assert tables.stage["attn_scores"].shape(DIMS, rows=1) == (4, 1, 7)  # S stays
 
 
-def test_every_row_and_axis_letter_is_explained():
-    for stage in STAGES:
+@EACH
+def test_only_lm_head_depends_on_the_kept_logits(tables):
+    head = tables.stage["lm_head"]
+    assert head.stored_axes("last") == ("V",)
+    assert head.stored_axes("all") == ("T", "V")
+    assert head.shape(DIMS, "last") == (48,)
+    for stage in tables.stages[:-1]:
+        assert not stage.last and stage.stored_axes("last") == stage.axes
+
+
+@EACH
+def test_every_row_and_axis_letter_is_explained(tables):
+    for stage in tables.stages:
         assert stage.value.strip() == stage.value != "", stage.name
-        for axis in stage.axes:
+    for row in (*tables.stages, *tables.parameters):
+        for axis in row.axes:
             letters = [letter for letter in axis if letter.isalpha()]
-            assert all(f"{letter} " in (table.__doc__ or "") for letter in letters), stage.name
+            assert all(f"{x} " in (architecture.__doc__ or "") for x in letters), row.name
 
 
-def test_computation_order():
-    order = [(stage.name, layer) for stage, layer in computation_order(2)]
+@EACH
+def test_computation_order(tables):
+    order = [(stage.name, layer) for stage, layer in tables.computation_order(2)]
     assert order[:2] == [("embedding", 0), ("attn_norm", 0)]
     assert order[-3:] == [("post_ffn_residual", 1), ("final_norm", None), ("lm_head", None)]
-    assert len(order) == len(set(order)) == 3 + 2 * 17
+    assert len(order) == len(set(order)) == 3 + 2 * {"qwen2": 17, "qwen3": 18}[tables.name]
 
 
+# --- who reads what
+
+
+@EACH
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_readers_are_those_whose_input_is_stored_there(tables, layers):
+    order = [(stage.name, layer) for stage, layer in tables.computation_order(layers)]
+    read = {key: list(tables.readers(*key, layers)) for key in order}
+    wanted = {key: [] for key in order}
+    for stage, layer in tables.computation_order(layers):
+        for name in stage.inputs:
+            if name != TOKENS:
+                source = tables.stored_as(name, layer, layers)
+                assert order.index(source) < order.index((stage.name, layer))
+                wanted[source].append((stage.name, layer))
+    assert read == wanted
+    assert [key for key in order if not read[key]] == [("lm_head", None)]
+
+
+def test_readers_of_some_stages():
+    for tables in ARCHITECTURES.values():
+        assert list(tables.readers("embedding", 0, 2)) == [
+            ("attn_norm", 0), ("post_attn_residual", 0)
+        ]  # fmt: skip
+        assert list(tables.readers("post_ffn_residual", 0, 2)) == [
+            ("attn_norm", 1), ("post_attn_residual", 1)
+        ]  # fmt: skip
+        assert list(tables.readers("post_ffn_residual", 1, 2)) == [("final_norm", None)]
+    qkv = ["q_post_rope", "k_post_rope", "attention"]
+    assert [name for name, _ in QWEN2.readers("qkv_bias", 1, 2)] == qkv
+    qkv = ["q_norm", "k_norm", "attention"]
+    assert [name for name, _ in QWEN3.readers("qkv_matmul", 1, 2)] == qkv
+
+
+def test_the_keys_are_read_at_every_key_position():
+    for tables in ARCHITECTURES.values():
+        keys = {stage.name: stage.keys for stage in tables.stages if stage.keys}
+        before = "qkv_bias" if tables is QWEN2 else "qkv_matmul"
+        assert keys == {"attn_scores": ("k_post_rope",), "attention": (before,)}
+    assert {stage.name: stage.unrounded for stage in QWEN2.stages if stage.unrounded} == {
+        "qkv_bias": ("qkv_matmul",)
+    }
+    assert not any(stage.unrounded for stage in QWEN3.stages)
+
+
+# --- a stage as a matrix, and its slices
+
+
+def numbers(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def heads_of(stage):
+    """Its head axis, found by hand: the axis, and how many heads."""
+    counts = {"q_post_rope": 4, "q_norm": 4, "k_post_rope": 2, "k_norm": 2, "attention": 4}
+    counts |= {"attn_scores": 4, "attn_softmax": 4, "qkv_matmul": 8, "qkv_bias": 8}
+    return counts.get(stage.name)
+
+
+@EVERY_STAGE
+def test_how_many_heads(tables, stage):
+    assert stage.heads(SQUARE) == heads_of(stage)
+    assert stage.heads_lead == (stage.name in ("attn_scores", "attn_softmax"))
+
+
+@EVERY_STAGE
+@pytest.mark.parametrize("batch", [(), (1,)])
+def test_a_stage_as_a_matrix(tables, stage, batch):
+    value = numbers((*batch, *stage.shape(SQUARE)))
+    matrix = stage.matrix(value)
+    rows = 20 if stage.heads_lead else 5
+    assert matrix.shape == (rows, value.size // rows)
+    np.testing.assert_array_equal(matrix.reshape(-1), value.reshape(-1))
+
+
+def slices_of(stage, value):
+    """Axis -> the slices of a value, written out: [slices, what is in each]."""
+    heads = heads_of(stage)
+    if stage.heads_lead:
+        order = {"position": (1, 0, 2), "head": (0, 1, 2), "channel": (2, 0, 1)}
+        return {
+            axis: value.transpose(p).reshape(value.shape[p[0]], -1) for axis, p in order.items()
+        }
+    flat = value.reshape(len(value), -1)
+    found = {"position": flat, "channel": flat.T}
+    if heads:
+        found["head"] = flat.reshape(len(flat), heads, -1).swapaxes(0, 1).reshape(heads, -1)
+    return found
+
+
+@EVERY_STAGE
+def test_sums_are_folded_to_slices(tables, stage):
+    value = numbers(stage.shape(SQUARE)) ** 2
+    matrix = stage.matrix(value)
+    found = stage.fold(stage.heads(SQUARE), matrix.sum(1), matrix.sum(0))
+    wanted = {axis: part.sum(1) for axis, part in slices_of(stage, value).items()}
+    assert found.keys() == wanted.keys()
+    for axis, sums in wanted.items():
+        np.testing.assert_allclose(found[axis], sums, err_msg=axis)
+    both = np.stack([matrix.sum(1), 2 * matrix.sum(1)]), np.stack([matrix.sum(0)] * 2)
+    for axis, sums in stage.fold(stage.heads(SQUARE), *both).items():
+        np.testing.assert_allclose(sums[0], wanted[axis], err_msg=axis)
+
+
+@EVERY_STAGE
+@pytest.mark.parametrize("batch", [(), (1,)])
+def test_a_mask_of_slices_is_spread_over_the_value(tables, stage, batch):
+    shape = (*batch, *stage.shape(SQUARE))
+    places = np.arange(math.prod(shape)).reshape(shape)
+    for axis, part in slices_of(stage, places.reshape(stage.shape(SQUARE))).items():
+        mask = np.arange(len(part)) % 3 == 1
+        spread = stage.spread(axis, mask, shape)
+        assert spread.shape == shape and spread.dtype == bool
+        assert sorted(places[spread]) == sorted(part[mask].reshape(-1)), axis
+
+
+@EVERY_STAGE
+def test_a_value_by_heads_and_back(tables, stage):
+    heads = stage.heads(SQUARE)
+    if not heads:
+        return
+    value = numbers((1, *stage.shape(SQUARE)))
+    grid = stage.by_head(heads, value)
+    assert grid.shape[:2] == (heads, 5)
+    by_hand = slices_of(stage, value[0])["head"]
+    np.testing.assert_array_equal(grid.reshape(heads, -1), by_hand)
+    np.testing.assert_array_equal(stage.from_heads(grid, value.shape), value)
+
+
+# --- parameters and tensors
+
+
+@EACH
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_are_those_of_transformers(tables, tied):
+    transformers = pytest.importorskip("transformers")
+    raw = hf_config(model_type=tables.name, tie_word_embeddings=tied)
+    # whatever transformers makes of it: bias or not, norms, N*H (32) is not D (24)
+    theirs = transformers.AutoConfig.for_model(**raw)
+    model = getattr(transformers, tables.hf_class)(theirs)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if tied:
+        assert wanted.pop("lm_head.weight") == wanted["model.embed_tokens.weight"]
+    config = from_hf(raw)
+    assert config.shapes == wanted
+    for layer in (0, 1):
+        named = config.tensor_names("layer", layer).values()
+        assert set(named) == {name for name in wanted if f".layers.{layer}." in name}
+    ends = {"embed_tokens": "model.embed_tokens.weight"}, {"norm": "model.norm.weight"}
+    assert config.tensor_names("start") == ends[0]
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert config.tensor_names("end") == ends[1] | {"lm_head": head}
+
+
+@EACH
+def test_gguf_names_are_those_of_its_package(tables):
+    gguf = pytest.importorskip("gguf")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[tables.name.upper()], 3)
+    for tensor, (parameter, layer) in tables.tensors(3, tied=False).items():
+        stem, _, suffix = tensor.rpartition(".")
+        assert parameter.gguf_name(layer) == f"{names.get_name(stem)}.{suffix}"
+
+
+def test_the_module_of_a_parameter():
+    assert QWEN2.parameter["q_bias"].module == "self_attn.q_proj"
+    assert QWEN3.parameter["q_norm"].module == "self_attn.q_norm"
+    assert QWEN2.parameter["embed_tokens"].module == "model.embed_tokens"
+
+
+# --- lists of stages
+
+
+@EACH
 @pytest.mark.parametrize(
     ("text", "names"),
     [
@@ -106,14 +372,15 @@ def test_computation_order():
         (" FFN_Up ,\tAttn_Norm\n", ("attn_norm", "ffn_up")),
         ("layer_output", ("post_ffn_residual",)),
         ("Layer_Output,final_norm", ("post_ffn_residual", "final_norm")),
-        ("all", NAMES),
-        (" ALL ", NAMES),
+        ("all", None),
+        (" ALL ", None),
     ],
 )
-def test_stage_lists(text, names):
-    assert parse_stages(text) == names
+def test_stage_lists(tables, text, names):
+    assert parse_stages(text, tables) == (tables.names if names is None else names)
 
 
+@EACH
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -129,33 +396,44 @@ def test_stage_lists(text, names):
         ("all,ffn_up", "'ffn_up' twice"),
     ],
 )
-def test_wrong_stage_lists(text, says):
+def test_wrong_stage_lists(tables, text, says):
     with pytest.raises(UserError) as error:
-        parse_stages(text)
+        parse_stages(text, tables)
     assert says in one_line(error)
 
 
-@pytest.mark.parametrize("text", ["", "ffn_upp"])
-def test_a_wrong_stage_list_is_answered_with_the_names(text):
+@pytest.mark.parametrize(("text", "tables"), [("q_norm", QWEN2), ("qkv_bias", QWEN3)])
+def test_a_stage_of_another_architecture(text, tables):
     with pytest.raises(UserError) as error:
-        parse_stages(text)
-    for name in ("all", *NAMES):
+        parse_stages(text, tables)
+    assert f"unknown stage {text!r}" in one_line(error)
+
+
+@EACH
+@pytest.mark.parametrize("text", ["", "ffn_upp"])
+def test_a_wrong_stage_list_is_answered_with_the_names(tables, text):
+    with pytest.raises(UserError) as error:
+        parse_stages(text, tables)
+    for name in ("all", *tables.names):
         assert name in one_line(error)
 
 
 @settings(deadline=None)
-@given(st.sets(st.sampled_from(NAMES), min_size=1), st.randoms())
-def test_any_order_and_case_of_names_gives_computation_order(names, random):
+@given(st.sampled_from(list(ARCHITECTURES.values())), st.data(), st.randoms())
+def test_any_order_and_case_of_names_gives_computation_order(tables, data, random):
+    names = data.draw(st.sets(st.sampled_from(tables.names), min_size=1))
     shuffled = sorted(names, key=lambda name: random.random())
     spelled = [random.choice([str.upper, str.title, str.lower])(name) for name in shuffled]
     blanks = [random.choice(["", " ", "  "]) for _ in spelled]
     text = ",".join(blank + name + blank for name, blank in zip(spelled, blanks, strict=True))
-    assert parse_stages(text) == tuple(name for name in NAMES if name in names)
+    assert parse_stages(text, tables) == tuple(name for name in tables.names if name in names)
 
 
-def test_aliases_name_stages_and_hide_none():
-    assert set(ALIASES.values()) <= set(NAMES)
-    assert not set(ALIASES) & set(NAMES)
+@EACH
+def test_aliases_name_stages_and_hide_none(tables):
+    assert tables.aliases
+    assert set(tables.aliases.values()) <= set(tables.names)
+    assert not set(tables.aliases) & set(tables.names)
 
 
 @pytest.mark.parametrize(

@@ -1,81 +1,88 @@
 """The bench measures what it says, and refuses what it cannot measure."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import pytest
-from tools.bench import measure, report, worker
-from tools.bench.measure import Case, Figure
 
-from qwen_jax import command
+from qwen_jax import tracing
+from qwen_jax.engine import JaxEngine
+from qwen_jax.weights import open_model
+from stages.architecture import Key
 from stages.errors import UserError
 from stages.trace import open_trace
 from tests.tiny import write_checkpoint
-from tools import bench
-from tools.diff import compare_traces
+from tools.bench import __main__ as bench
+from tools.bench import measure, report, worker
+from tools.bench.measure import Figure, Workload
+from tools.diff import diff
+
+TOKENS = (3, 1, 4, 1, 5)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is given."""
+
+    model: Path
+    plan: tracing.Plan
+    out: Path
+
+
+def hashes(directory: Path) -> dict[Key, str]:
+    return {key: entry.xxh3 for key, entry in open_trace(directory).entries.items()}
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> command.Plan:
+def job(tmp_path: Path) -> Job:
     model = write_checkpoint(tmp_path / "model")
-    arguments = ["--model", str(model), "--tokens", "random:5", "--out", str(tmp_path / "out")]
-    return command.make_plan(command.parser("x", "", ("xla",)).parse_args(arguments), "x")
+    return Job(model, tracing.make_plan(open_model(model), TOKENS), tmp_path / "out")
 
 
 @pytest.mark.filterwarnings("ignore")  # of nnsight and what it imports
 @pytest.mark.parametrize("name", worker.CONTENDERS)
-def test_a_contender_runs_and_writes_what_it_should(plan: command.Plan, name: str) -> None:
-    run = worker.CONTENDERS[name](plan)
+def test_a_contender_runs_and_writes_what_it_should(job: Job, name: str) -> None:
+    run = worker.CONTENDERS[name](job.plan, job.out)
     run()
     if name in ("bare", "nnsight"):
-        assert not plan.out.exists()
+        assert not job.out.exists()
     else:
-        assert len(open_trace(plan.out).entries) == len(plan.stored)
+        assert len(open_trace(job.out).entries) == len(job.plan.stored)
 
 
-def test_ours_and_the_oracle_write_the_same_stages(plan: command.Plan, tmp_path: Path) -> None:
-    worker.trace(plan)()
-    ours = plan.out.rename(tmp_path / "ours")
-    worker.oracle(plan)()
-    a, b = open_trace(ours), open_trace(plan.out)
+def test_ours_and_the_oracle_write_the_same_stages(job: Job, tmp_path: Path) -> None:
+    worker.trace(job.plan, job.out)()
+    worker.oracle(job.plan, tmp_path / "oracle")()
+    a, b = open_trace(job.out), open_trace(tmp_path / "oracle")
     assert a.entries.keys() == b.entries.keys()
-    rows, _ = compare_traces(a, b, list(a.entries))
-    assert all(row.within(1e-5) for row in rows.values())
+    assert diff(a, b, tolerance=1e-5).agree
 
 
-def test_weights_that_stay_in_memory_give_the_same_bytes(
-    plan: command.Plan, tmp_path: Path
-) -> None:
-    run, found = worker.trace(plan), []
-    for _ in range(2):
+def test_weights_that_stay_in_memory_give_the_same_bytes(job: Job, tmp_path: Path) -> None:
+    run, found = worker.trace(job.plan, job.out), []
+    for number in range(2):
         run()
-        trace = open_trace(plan.out)
-        found.append({key: entry.xxh3 for key, entry in trace.entries.items()})
-        plan.out.rename(tmp_path / f"out-{len(found)}")
-    command.main(
-        command.parser("x", "", ("xla",)).parse_args(
-            ["--model", str(plan.model.directory), "--tokens", "random:5", "--out", str(plan.out)]
-        ),
-        "x",
-        lambda model, args: worker._jax_engine(plan),
-        lambda *_: 0,
-    )
-    found.append({key: entry.xxh3 for key, entry in open_trace(plan.out).entries.items()})
-    assert found[0] == found[1] == found[2]
+        found.append(hashes(job.out))
+        job.out.rename(tmp_path / f"out-{number}")
+    fresh = JaxEngine(job.plan.model, job.plan.dtype, "xla", jax.devices("cpu")[0])
+    tracing.to_disk(fresh, job.plan, job.out)
+    assert found[0] == found[1] == hashes(job.out)
 
 
-def test_a_worker_answers_each_line_with_seconds(plan: command.Plan, tmp_path: Path) -> None:
-    case = Case(str(plan.model.directory), "tiny", 5, tmp_path)
-    process = measure._start("trace", case)
+def test_a_worker_answers_each_line_with_seconds(job: Job, tmp_path: Path) -> None:
+    work = Workload(str(job.model), "tiny", 5, tmp_path)
+    process = measure._start("trace", work)
     try:
         for _ in range(2):
             print("run", file=process.stdin, flush=True)
             assert 0 < float(measure._reply("trace", process)) < 60
-        assert len(open_trace(tmp_path / "warm-trace").entries) == len(plan.stored)
+        assert len(open_trace(tmp_path / "warm-trace").entries) == len(job.plan.stored)
     finally:
         process.kill()
         process.communicate()
     with pytest.raises(UserError, match=r"trace failed: .*no such model"):
-        measure._start("trace", Case(str(tmp_path / "none"), "none", 5, tmp_path))
+        measure._start("trace", Workload(str(tmp_path / "none"), "none", 5, tmp_path))
 
 
 def figure(**changed: object) -> Figure:

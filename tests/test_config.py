@@ -1,11 +1,12 @@
 """config.json: what is understood, and that nothing else is passed over in silence."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from qwen_jax.config import Config, Yarn, from_hf, read_json
+from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
 from tests.tiny import hf_config
 
@@ -20,6 +21,7 @@ def refusal(**overrides):
 
 def test_a_config():
     assert from_hf(hf_config()) == Config(
+        architecture="qwen2",
         vocab_size=48,
         hidden_size=24,
         intermediate_size=40,
@@ -45,9 +47,11 @@ def test_dims():
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
+@pytest.mark.parametrize("type", ARCHITECTURES)
 @pytest.mark.parametrize("overrides", [{}, {"rope_scaling": YARN}, {"use_sliding_window": True}])
-def test_plain_data_and_back(overrides):
-    config = from_hf(hf_config(**overrides, sliding_window=7, max_window_layers=1))
+def test_plain_data_and_back(type, overrides):
+    config = from_hf(hf_config(model_type=type, **overrides, sliding_window=7, max_window_layers=1))
+    assert config.tables is ARCHITECTURES[type]
     data = json.loads(json.dumps(config.to_json()))
     assert Config.from_json(data) == config and hash(Config.from_json(data)) == hash(config)
 
@@ -107,6 +111,7 @@ PUBLISHED = {
         3584, 28, 28, 4, 18944, 152064, False, 32768, sliding_window=131072, **INSTRUCT
     ),
     "Qwen2.5-14B": published(5120, 48, 40, 8, 13824, 152064, False, 131072, rms_norm_eps=1e-05),
+    "Qwen2.5-32B": published(5120, 64, 40, 8, 27648, 152064, False, 131072, rms_norm_eps=1e-05),
     "Qwen2.5-32B-Instruct": published(
         5120, 64, 40, 8, 27648, 152064, False, 32768, max_window_layers=70, **INSTRUCT
     ),
@@ -135,6 +140,157 @@ def test_published_configurations(name):
     assert config.head_dim == (64 if "0.5B" in name else 128)
     assert config.sliding_window is None and not any(config.sliding_layers)
     assert config.yarn is None
+
+
+# --- Qwen3
+
+USUAL_3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 40960,
+    "model_type": "qwen3",
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def published_3(hidden, layers, heads, ffn, tie, **others):
+    return USUAL_3 | {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": ffn,
+        "tie_word_embeddings": tie,
+        "max_window_layers": layers,
+        **others,
+    }
+
+
+BASE = {"eos_token_id": 151643, "max_position_embeddings": 32768}
+PUBLISHED_3 = {
+    "Qwen3-0.6B": published_3(1024, 28, 16, 3072, True),
+    "Qwen3-0.6B-Base": published_3(1024, 28, 16, 3072, True, **BASE),
+    "Qwen3-1.7B": published_3(2048, 28, 16, 6144, True),
+    "Qwen3-4B": published_3(2560, 36, 32, 9728, True),
+    "Qwen3-4B-Instruct-2507": published_3(
+        2560, 36, 32, 9728, True, max_position_embeddings=262144, rope_theta=5000000
+    ),
+    "Qwen3-8B": published_3(4096, 36, 32, 12288, False),
+    "Qwen3-14B": published_3(5120, 40, 40, 17408, False),
+    "Qwen3-32B": published_3(5120, 64, 64, 25600, False),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_3)
+def test_published_configurations_of_qwen3(name):
+    raw = PUBLISHED_3[name]
+    config = from_hf(raw)
+    for field in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+        "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta",
+        "tie_word_embeddings", "max_position_embeddings",
+    ):  # fmt: skip
+        assert getattr(config, field) == raw[field], field
+    assert config.architecture == "qwen3"
+    assert config.sliding_window is None and not any(config.sliding_layers)
+    assert config.yarn is None
+
+
+def test_a_published_setting_that_engines_read_differently():
+    """DeepSeek-R1-0528-Qwen3-8B: transformers passes attn_factor over, vLLM multiplies by it."""
+    scaling = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+        "attn_factor": 0.8782488562869419,
+    }
+    message = refusal(**published_3(4096, 36, 32, 12288, False, rope_scaling=scaling))
+    assert "unknown RoPE settings ['attn_factor']" in message
+
+
+def test_the_same_settings_of_another_architecture():
+    two, three = from_hf(hf_config()), from_hf(hf_config(model_type="qwen3"))
+    assert two != three and replace(three, architecture="qwen2") == two
+    assert two.shapes.keys() != three.shapes.keys()
+
+
+def test_a_head_size_of_its_own():
+    """128 where nothing is said, whatever D/N is; Qwen2's is D/N."""
+    silent = {"head_dim": ..., "hidden_size": 32}
+    assert from_hf(hf_config(model_type="qwen3", **silent)).head_dim == 128
+    assert from_hf(hf_config(model_type="qwen2", **silent)).head_dim == 8
+    config = from_hf(hf_config(model_type="qwen3"))
+    assert config.num_attention_heads * config.head_dim != config.hidden_size
+    assert config.shapes["model.layers.0.self_attn.q_proj.weight"] == (32, 24)
+    assert config.shapes["model.layers.0.self_attn.o_proj.weight"] == (24, 32)
+    assert config.shapes["model.layers.0.self_attn.k_norm.weight"] == (8,)
+
+
+@pytest.mark.parametrize("field", ["num_key_value_heads", "head_dim", "max_window_layers"])
+def test_transformers_has_the_same_defaults(field):
+    """The tables' defaults, and a published size's, against a configuration of nothing."""
+    transformers = pytest.importorskip("transformers")
+    for name, tables in ARCHITECTURES.items():
+        theirs = transformers.AutoConfig.for_model(name)
+        if field in tables.defaults:
+            assert tables.defaults[field] == getattr(theirs, field), name
+
+
+@pytest.mark.parametrize("type", ARCHITECTURES)
+def test_what_transformers_means_by_leaving_a_setting_out(type):
+    transformers = pytest.importorskip("transformers")
+    required = {
+        "vocab_size": 48, "hidden_size": 256, "intermediate_size": 40, "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+    }  # fmt: skip
+    for more in ({}, {"use_sliding_window": True}):
+        raw = {"model_type": type, **required, **more}
+        theirs = transformers.AutoConfig.for_model(type, **required, **more)
+        assert from_hf(raw) == from_hf(theirs.to_dict())
+
+
+@pytest.mark.parametrize(("type", "supported"), [("qwen2", True), ("qwen3", False)])
+def test_biases_are_as_the_architecture_has_them(type, supported):
+    config = from_hf(hf_config(model_type=type, attention_bias=supported))
+    assert config == from_hf(hf_config(model_type=type, attention_bias=...))
+    biases = [name for name in config.shapes if name.endswith(".bias")]
+    assert len(biases) == (6 if supported else 0)
+    says = f"attention_bias is {not supported}; only {supported} is supported"
+    assert says in refusal(model_type=type, attention_bias=not supported)
+
+
+SETTINGS = [(name, size) for name in ARCHITECTURES for size in ARCHITECTURES[name].published]
+
+
+@pytest.mark.parametrize(("name", "size"), SETTINGS)
+def test_published_sizes_are_those_of_the_published_files(name, size):
+    """What ``synthetic:SIZE`` makes is what the model of that size has."""
+    files = PUBLISHED if name == "qwen2" else PUBLISHED_3
+    stem = "Qwen2.5-" if name == "qwen2" else "Qwen3-"
+    found = [each for each in files if each.lower().startswith(f"{stem}{size}".lower())]
+    if not found:
+        pytest.fail(f"no published file of {name} {size} is known here")
+    ours, raw = ARCHITECTURES[name].published[size], files[found[0]]
+    assert {field: raw[field] for field in ours if field in raw} == {
+        field: value for field, value in ours.items() if field in raw
+    }
+    absent = set(ours) - set(raw)
+    assert absent <= {"head_dim"}
+    assert from_hf({**raw, **ours}) == from_hf(raw)
 
 
 # --- RoPE
@@ -297,9 +453,16 @@ def test_windows_that_are_not_understood(overrides, says):
 # --- everything else
 
 
-@pytest.mark.parametrize("type", ["qwen3", "qwen2_moe", "llama", "Qwen2", None, ...])
+@pytest.mark.parametrize("type", ["qwen3_moe", "qwen2_moe", "llama", "Qwen2", None, ...])
 def test_another_architecture(type):
-    assert "'qwen2'" in refusal(model_type=type)
+    message = refusal(model_type=type)
+    assert f"model_type is {None if type is ... else type!r}" in message
+    assert "'qwen2' and 'qwen3'" in message
+
+
+@pytest.mark.parametrize("type", [["qwen2"], {}, 2])
+def test_a_model_type_that_is_no_text(type):
+    assert f"model_type is {type!r}" in refusal(model_type=type)
 
 
 @pytest.mark.parametrize("name", ["qk_norm", "logit_scale", "RoPE_theta", "vocabsize"])
@@ -394,15 +557,17 @@ def test_a_file_that_is_not_there(tmp_path):
         read_json(tmp_path)
 
 
+@pytest.mark.parametrize("type", ARCHITECTURES)
 @pytest.mark.parametrize("how", ["saved", "all"])
 @pytest.mark.parametrize(
     "overrides",
     [{}, {"rope_scaling": YARN}, {"use_sliding_window": True, "max_window_layers": 1}],
 )
-def test_transformers_reads_its_files_as_we_do(tmp_path, how, overrides):
+def test_transformers_reads_its_files_as_we_do(tmp_path, type, how, overrides):
     """What transformers 5 makes of a file of transformers 4, saves and reads again."""
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.Qwen2Config(**hf_config(**overrides))
+    ours = hf_config(model_type=type, **overrides)
+    theirs = transformers.AutoConfig.for_model(**ours)
     theirs.save_pretrained(tmp_path)
     raw = read_json(tmp_path / "config.json") if how == "saved" else theirs.to_dict()
-    assert from_hf(raw) == from_hf(hf_config(**overrides))
+    assert from_hf(raw) == from_hf(ours)

@@ -16,20 +16,28 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen_jax.checkpoint import INDEX, SINGLE, Checkpoint
-from qwen_jax.orbax_weights import MARK, PARAMS, OrbaxWeights
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from qwen_jax import checkpoint, orbax_weights, source, trace
+from qwen_jax import trace
 from qwen_jax.config import from_hf
-from qwen_jax.weights import EMBEDDING, HEAD, NORM, Weights, expected_shapes
+from qwen_jax.prompt import load_tokenizer
+from qwen_jax.weights import UNFINISHED, huggingface, open_model
+from qwen_jax.weights import orbax as orbax_module
+from qwen_jax.weights.base import Weights
+from qwen_jax.weights.huggingface import INDEX, SINGLE, HuggingFaceWeights
+from qwen_jax.weights.orbax import MARK, PARAMS, OrbaxWeights
+from stages.architectures import QWEN2
 from stages.errors import UserError
 from stages.manifest import NAME as MANIFEST
 from tests.conftest import ROOT, user_environment
 from tests.tiny import hf_config, random_tensors, write_checkpoint, write_json, write_tensors
-from tools import convert, diff, localize
+from tools import convert, diff
+from tools.localize import __main__ as localize
 
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 FORMATS = ("hf", "orbax")
 
@@ -73,7 +81,10 @@ class Tensors(Weights):
     def __init__(self, tensors, config=None):
         super().__init__()
         self.tensors, self.config = tensors, config
-        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+
+    @property
+    def shapes(self):
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def dtype(self, name):
         return self.tensors[name].dtype
@@ -106,10 +117,8 @@ def test_there_and_back(tmp_path, dtype, tied, shards):
     (there / "README.md").write_text("no part of the model")
     assert convert.main([str(there), str(tmp_path / "orbax")]) == 0
     assert convert.main([str(tmp_path / "orbax"), str(tmp_path / "back")]) == 0
-    first, second, third = (
-        open_model(str(tmp_path / name)) for name in ("there", "orbax", "back")
-    )
-    assert type(second) is OrbaxWeights and type(third) is Checkpoint
+    first, second, third = (open_model(str(tmp_path / name)) for name in ("there", "orbax", "back"))
+    assert type(second) is OrbaxWeights and type(third) is HuggingFaceWeights
     assert bits(first) == bits(second) == bits(third)
     assert first.hashes == second.hashes == third.hashes
     along = ("config.json", "tokenizer.json", "tokenizer_config.json")
@@ -123,9 +132,11 @@ def test_there_and_back(tmp_path, dtype, tied, shards):
 
 
 def test_a_synthetic_model_becomes_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("qwen_jax.synthetic.SIZES", {"0.5b": (64, 3, 2, 1, 96, 50, True, 1e-6, 99)})
+    sizes = dict(QWEN2.published["0.5b"], hidden_size=64, num_attention_heads=2, vocab_size=50)
+    sizes |= {"num_key_value_heads": 1, "intermediate_size": 96}
+    monkeypatch.setitem(QWEN2.published, "0.5b", sizes)
     assert convert.main(["synthetic:0.5b:2", str(tmp_path / "hf")]) == 0
-    model, made = Checkpoint(tmp_path / "hf"), open_model("synthetic:0.5b:2")
+    model, made = HuggingFaceWeights(tmp_path / "hf"), open_model("synthetic:0.5b:2")
     assert bits(model) == bits(made) and model.config == made.config
     assert convert.main(["synthetic:0.5b:2", str(tmp_path / "orbax"), "--to", "orbax"]) == 0
     assert bits(open_model(str(tmp_path / "orbax"))) == bits(made)
@@ -153,10 +164,10 @@ def test_shards_of_any_size(data, tmp_path_factory):
     limit = data.draw(st.integers(1, 4000))
     directory = tmp_path_factory.mktemp("shards")
     model = Tensors(tensors, from_hf(raw))
-    written = sum(checkpoint.write(directory, model, limit))
+    written = sum(huggingface.write(directory, model, limit))
     write_json(directory / "config.json", raw)
     assert written == sum(tensor.nbytes for tensor in tensors.values())
-    assert bits(Checkpoint(directory)) == bits(model)
+    assert bits(HuggingFaceWeights(directory)) == bits(model)
     paths = sorted(directory.glob("*.safetensors"))
     found = {}
     for path in paths:
@@ -164,7 +175,7 @@ def test_shards_of_any_size(data, tmp_path_factory):
         assert sum(a.nbytes for a in part.values()) <= limit or len(part) == 1
         with safe_open(path, "numpy") as file:
             assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
-        places = checkpoint._places(path)
+        places = huggingface._places(path)
         assert all(place % part[name].itemsize == 0 for name, place in places.items())
         found |= part
     assert {name: a.tobytes() for name, a in found.items()} == {
@@ -181,7 +192,7 @@ def test_shards_of_any_size(data, tmp_path_factory):
 def test_a_file_is_what_safetensors_would_write(tmp_path):
     """But for the order: its header is as long, and what follows begins where it may be mapped."""
     tensors = random_tensors(hf_config())
-    assert sum(checkpoint.write(tmp_path, Tensors(tensors, from_hf(hf_config()))))
+    assert sum(huggingface.write(tmp_path, Tensors(tensors, from_hf(hf_config()))))
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     header = (tmp_path / SINGLE).read_bytes()[:8]
     assert int.from_bytes(header, "little") % 8 == 0
@@ -212,14 +223,14 @@ def test_traces_do_not_depend_on_the_form(pair, tmp_path):
 
 
 def test_the_tokenizer_is_found(pair):
-    tokenizers = [source.load_tokenizer(open_model(str(pair / form))) for form in FORMATS]
+    tokenizers = [load_tokenizer(open_model(str(pair / form))) for form in FORMATS]
     assert tokenizers[0].encode("the cat").ids == tokenizers[1].encode("the cat").ids == [1, 3]
 
 
 def test_rows_are_the_same_however_they_are_cut(tmp_path, monkeypatch):
     """Over the borders of chunks, of which the last is shorter, and of what is written at once."""
-    monkeypatch.setattr(orbax_weights, "CHUNK", 7 * 24 * 4)
-    monkeypatch.setattr(orbax_weights, "WRITE", 15 * 24 * 4)
+    monkeypatch.setattr(orbax_module, "CHUNK", 7 * 24 * 4)
+    monkeypatch.setattr(orbax_module, "WRITE", 15 * 24 * 4)
     directory = write_checkpoint(tmp_path / "hf", vocab_size=48)
     assert convert.main([str(directory), str(tmp_path / "orbax")]) == 0
     model, orbax = (open_model(str(tmp_path / form)) for form in FORMATS)
@@ -240,7 +251,7 @@ import json, sys
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
-from qwen_jax import source
+from qwen_jax.weights import open_model
 model = open_model(sys.argv[1])
 devices = jax.devices()
 assert len(devices) == 8
@@ -294,10 +305,32 @@ def test_orbax_reads_it_by_itself(pair):
     from orbax.checkpoint import PyTreeCheckpointer
 
     found = flatten_dict(PyTreeCheckpointer().restore((pair / "orbax" / PARAMS).resolve()), sep=".")
-    model = Checkpoint(pair / "hf")
+    model = HuggingFaceWeights(pair / "hf")
     assert found.keys() == model.shapes.keys()
     for name, array in found.items():
         assert np.asarray(array).tobytes() == model.read(name).tobytes()
+
+
+def test_zeros_are_stored(tmp_path):
+    """TensorStore leaves chunks of zeros out unless told otherwise, and orbax misses them."""
+    from orbax.checkpoint import PyTreeCheckpointer
+
+    tensors = {"w": np.zeros((5, 3), np.float32), "b": np.ones(3, np.float32)}
+    write_orbax(tmp_path / "m", tensors)
+    found = PyTreeCheckpointer().restore((tmp_path / "m" / PARAMS).resolve())
+    assert all((found[name] == tensor).all() for name, tensor in tensors.items())
+
+
+def test_an_orbax_that_sees_something_else(pair, tmp_path, monkeypatch):
+    """One that would keep the shapes, say, in files of its own: nothing is written for it."""
+    import orbax.checkpoint as ocp
+
+    seen = SimpleNamespace(tree={"w": SimpleNamespace(shape=(1,), dtype=np.uint8)})
+    told = SimpleNamespace(item_metadata=seen)
+    monkeypatch.setattr(ocp.Checkpointer, "metadata", lambda self, path: told)
+    with pytest.raises(UserError, match=f"orbax-checkpoint {ocp.__version__} does not see"):
+        convert.main([str(pair / "hf"), str(tmp_path / "x")])
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- orbax directories that will not do
@@ -305,7 +338,7 @@ def test_orbax_reads_it_by_itself(pair):
 
 def write_orbax(directory, tensors, **config):
     directory.mkdir()
-    assert sum(orbax_weights.write(directory, Tensors(tensors)))
+    assert sum(orbax_module.write(directory, Tensors(tensors)))
     write_json(directory / "config.json", hf_config(**config))
     return directory
 
@@ -348,7 +381,7 @@ def test_a_training_checkpoint(tmp_path, where):
 def test_an_orbax_folder_in_a_hugging_face_directory_is_no_matter(pair, tmp_path):
     model = write_checkpoint(tmp_path / "m")
     shutil.copytree(pair / "orbax" / PARAMS, model / "training")
-    assert type(open_model(str(model))) is Checkpoint
+    assert type(open_model(str(model))) is HuggingFaceWeights
 
 
 def test_the_params_alone(pair):
@@ -372,7 +405,7 @@ def test_every_file_matters(orbax):
 
 def test_a_damaged_bit(orbax, pair):
     """Found by a checksum, if it is in anything that is read. Never a wrong number."""
-    right, refused = bits(Checkpoint(pair / "hf")), []
+    right, refused = bits(HuggingFaceWeights(pair / "hf")), []
     random = np.random.default_rng(0)
     files = sorted((orbax / PARAMS).rglob("d/*"), key=lambda path: path.stat().st_size)
     for path in files:
@@ -486,14 +519,27 @@ def test_killed(pair, tmp_path, to):
     assert [path.name for path in tmp_path.iterdir()] == ["x.partial"]
     refusal(tmp_path / "x.partial")
     assert convert.main([str(pair / "hf"), str(tmp_path / "x"), "--to", to]) == 0
-    assert bits(open_model(str(tmp_path / "x"))) == bits(Checkpoint(pair / "hf"))
+    assert bits(open_model(str(tmp_path / "x"))) == bits(HuggingFaceWeights(pair / "hf"))
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_killed_while_it_reads_back(pair, tmp_path, monkeypatch, to):
+    """All of a model is there, but nobody has compared it."""
+    left = tmp_path / "x.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "read_back", lambda *args: shutil.copytree(args[2], left))
+        assert convert.main([str(pair / "hf"), str(tmp_path / "y"), "--to", to]) == 0
+    message = refusal(left)
+    assert "an unfinished conversion: run python -m tools.convert again" in message
+    assert convert.main([str(pair / "hf"), str(tmp_path / "x"), "--to", to]) == 0
+    open_model(str(tmp_path / "x"))
 
 
 def test_two_at_once(pair, tmp_path):
     partial = tmp_path / "x.partial"
     partial.mkdir()
-    (partial / convert.NOTE).touch()
+    (partial / UNFINISHED).touch()
     (partial / "theirs").touch()
     descriptor = os.open(partial, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -507,7 +553,7 @@ def test_two_at_once(pair, tmp_path):
 @pytest.mark.parametrize("to", FORMATS)
 def test_what_reads_back_otherwise(pair, tmp_path, monkeypatch, to):
     """A write that went wrong without a word."""
-    module = orbax_weights if to == "orbax" else checkpoint
+    module = orbax_module if to == "orbax" else huggingface
     write = module.write
 
     def wrong(directory, model):
@@ -568,7 +614,7 @@ def test_json(pair, tmp_path, capsys):
         "source": str(pair / "hf"),
         "destination": str(tmp_path / "x"),
         "format": "orbax",
-        "tensors": len(expected_shapes(from_hf(hf_config()))),
+        "tensors": len(from_hf(hf_config()).shapes),
         "bytes": size,
     }
     assert "orbax, 27 tensors, 25.8 kB" in err and "read back and compared" in err

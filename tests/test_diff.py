@@ -9,23 +9,32 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stages.table import LAYER_STAGES
 
-from qwen_jax import model, trace
-from stages import aprt, cli
+import qwen_jax
+from qwen_jax import cli, models, trace
+from stages import aprt, manifest
+from stages.architectures import ARCHITECTURES
 from stages.compare import _largest, compare, compare_logits
 from stages.errors import NotComparable, UserError
-from stages.mask import causal_mask
-from stages.trace import open_trace
+from stages.mask import attention_mask
+from stages.qwen2 import QWEN2
+from stages.trace import MemoryTrace, open_trace
 from tests.tiny import write_checkpoint
-from tools import diff, reference
+from tools import diff
+from tools.maintain import reference
+
+PLAIN, SCORES = QWEN2.stage["ffn_up"], QWEN2.stage["attn_scores"]  # T x F, and N x T x S
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
+def checkpoint(request, tmp_path_factory) -> Path:
+    """A Qwen2, or the architecture that a test is parametrized with."""
     directory = tmp_path_factory.mktemp("model")
-    write_checkpoint(directory)
+    write_checkpoint(directory, model_type=getattr(request, "param", "qwen2"))
     return directory
+
+
+BOTH = pytest.mark.parametrize("checkpoint", ARCHITECTURES, indirect=True)
 
 
 TOKENS = "5,3,9,1,0,7,2,8,4,6,11,10"
@@ -69,7 +78,7 @@ def test_numbers_against_numpy_in_float64(case):
     b = rng.standard_normal((rows, width)).astype(np.float32)
     a = (b + 10.0**size * rng.standard_normal((rows, width))).astype(np.float32)
     x, y = a.astype(np.float64), b.astype(np.float64)
-    found = compare(a, b, ("T", "D"))
+    found = compare(a, b, PLAIN)
     assert found.max_abs == pytest.approx(np.abs(x - y).max(), rel=1e-6)
     assert found.at == np.unravel_index(np.abs(x - y).argmax(), x.shape) or found.max_abs == (
         pytest.approx(abs(x - y)[found.at], rel=1e-6)
@@ -89,42 +98,42 @@ def test_numbers_against_numpy_in_float64(case):
 def test_units_in_the_last_place():
     b = np.array([[1.0, -0.0, 2.0, 1e-40]], np.float32)
     a = np.array([[np.nextafter(np.float32(1), np.float32(2)), 0.0, 2.0, 0.0]], np.float32)
-    found = compare(a, b, ("T", "D"))
+    found = compare(a, b, PLAIN)
     assert (found.ulp_0, found.ulp_1) == (0.5, 0.75)
     assert found.ulp_max == int(b.view(np.int32)[0, 3])
     ones = np.ones((1, 4), ml_dtypes.bfloat16)
-    assert compare(ones * ml_dtypes.bfloat16(1.0078125), ones, ("T", "D"), "bfloat16").ulp_max == 1
+    assert compare(ones * ml_dtypes.bfloat16(1.0078125), ones, PLAIN, "bfloat16").ulp_max == 1
 
 
 def test_nan_is_a_difference_unless_on_both_sides():
     b = np.ones((3, 4), np.float32)
     a = b.copy()
     a[1, 2] = np.nan
-    one = compare(a, b, ("T", "D"))
+    one = compare(a, b, PLAIN)
     assert (one.nonfinite_a, one.nonfinite_b, one.unmatched) == (1, 0, 1)
     assert not one.within(1e9)
     assert not one.identical
-    both = compare(a, a.copy(), ("T", "D"))
+    both = compare(a, a.copy(), PLAIN)
     assert (both.unmatched, both.relative_l2) == (0, 0.0)
     assert both.identical
     a[1, 2], b[1, 2] = np.inf, -np.inf
-    assert compare(a, b, ("T", "D")).unmatched == 1
+    assert compare(a, b, PLAIN).unmatched == 1
 
 
 def test_sizes_that_float32_squares_cannot_hold():
     for scale in (1e-30, 1e30):
         b = np.full((2, 8), scale, np.float32)
-        found = compare(b * np.float32(1.5), b, ("T", "D"))
+        found = compare(b * np.float32(1.5), b, PLAIN)
         assert found.relative_l2 == pytest.approx(0.5)
 
 
 def test_masked_scores_are_left_out():
     b = np.ones((2, 3, 3), np.float32)
-    a = np.where(causal_mask(3), b, np.float32(-np.inf))
-    found = compare(a, b, ("N", "T", "S"), mask=causal_mask(3), heads=2)
+    a = np.where(attention_mask(np.arange(3)), b, np.float32(-np.inf))
+    found = compare(a, b, SCORES, mask=attention_mask(np.arange(3)), heads=2)
     assert found.identical
     assert found.count == 12
-    assert not compare(a, b, ("N", "T", "S"), heads=2).identical
+    assert not compare(a, b, SCORES, heads=2).identical
 
 
 def test_logits():
@@ -150,24 +159,27 @@ def test_the_largest_are_those_of_a_full_stable_sort(values, count):
 def test_nothing_compared_is_an_error():
     empty = np.zeros((0, 4), np.float32)
     with pytest.raises(UserError, match="nothing to compare"):
-        compare(empty, empty, ("T", "D"))
+        compare(empty, empty, PLAIN)
 
 
 # --- traces
 
 
+@BOTH
 def test_a_trace_and_itself_are_identical(traced, capsys):
     code, out = run(capsys, traced(), traced())
     assert code == 0
     assert "identical" in out
 
 
+@BOTH
 def test_aprt_against_safetensors(traced, capsys):
     code, out = run(capsys, traced(), traced("--format", "safetensors"))
     assert code == 0
     assert "identical" in out
 
 
+@BOTH
 def test_last_logits_against_all(traced, capsys):
     code, out = run(capsys, traced(), traced("--logits", "all"))
     assert code == 0
@@ -181,6 +193,7 @@ def test_dtypes_are_judged_by_the_coarser(traced, capsys):
     assert run(capsys, traced("--dtype", "bfloat16"), traced(), "--tolerance", "1e-6")[0] == 1
 
 
+@BOTH
 def test_a_foreign_trace_needs_the_model_and_the_tokens(traced, checkpoint, tmp_path, capsys):
     foreign = tmp_path / "foreign"
     shutil.copytree(traced(), foreign)
@@ -233,23 +246,157 @@ def test_nothing_selected_is_not_a_pass(traced, capsys):
         run(capsys, traced("--stages", "ffn_up"), traced(), "--stages", "ffn_gate")
 
 
+# --- positions and rows
+
+
+def test_other_positions_are_not_comparable(traced, checkpoint, tmp_path, capsys):
+    far = traced("--first-position", "3")
+    with pytest.raises(NotComparable, match="positions differ: they start at 0 / 3") as caught:
+        run(capsys, traced(), far, "--json", tmp_path / "d.json")
+    assert caught.value.exit_code == 3
+    told = json.loads((tmp_path / "d.json").read_text())
+    assert told["verdict"] == "not_comparable" and told["schema"] == 2
+    assert run(capsys, far, far)[0] == 0
+    foreign = without_manifest(far, tmp_path / "foreign")
+    given = ["--model", checkpoint, "--tokens", TOKENS]
+    with pytest.raises(NotComparable, match="positions differ: they start at 0 / 3"):
+        run(capsys, foreign, far, *given)
+    code, out = run(capsys, foreign, far, *given, "--first-position", "3")
+    assert code == 0 and "identical" in out
+
+
+def without_manifest(directory: Path, copy: Path) -> Path:
+    shutil.copytree(directory, copy)
+    (copy / manifest.NAME).unlink()
+    return copy
+
+
+def last_rows(trace, rows: int, layer: int) -> MemoryTrace:
+    """As an engine does that computes the end of the last layer for the last positions only."""
+    values = {}
+    for stage, number in trace.entries:
+        value = trace.read_rows(stage, number)
+        if number in (None, layer) and trace.row(stage).kind.name not in ("linear", "norm"):
+            axis = trace.row(stage).axes.index("T")
+            value = np.take(value, range(value.shape[axis] - rows, value.shape[axis]), axis)
+        values[stage, number] = value
+    return MemoryTrace("last", trace.config, trace.tokens, trace.dtype, values, trace.positions)
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [1, 5])
+def test_fewer_rows_on_one_side(checkpoint, rows):
+    """They are the last ones; what the other side has before them is not compared."""
+    whole = qwen_jax.trace_model(checkpoint, TOKENS)
+    part = last_rows(whole, rows, 1)
+    for a, b in ((whole, part), (part, whole)):
+        found = diff.diff(a, b)
+        assert found.agree and all(row.identical for row in found.rows.values())
+        for (stage, layer), row in found.rows.items():
+            shape = part.read(stage, layer).shape
+            count = np.prod(shape)
+            if stage == "attn_scores":
+                seen = 12 * 13 // 2 if layer == 0 else sum(range(12 - rows + 1, 13))
+                count = shape[0] * seen
+            assert row.count == count, (stage, layer)
+    assert part.rows_of("attn_softmax", 1) == rows and part.rows_of("attn_softmax", 0) == 12
+
+
+@pytest.mark.parametrize("stage", ["attn_softmax", "q_post_rope", "ffn_silu", "post_ffn_residual"])
+def test_a_difference_in_fewer_rows_is_placed_in_the_sequence(checkpoint, stage):
+    whole = qwen_jax.trace_model(checkpoint, TOKENS)
+    part = last_rows(whole, 5, 1)
+    values = {key: value.copy() for key, value in part.values.items()}
+    axis = whole.row(stage).axes.index("T")
+    wrong = np.zeros(values[stage, 1].ndim, int)
+    wrong[axis] = 2
+    values[stage, 1][tuple(wrong)] += 1
+    changed = MemoryTrace("changed", whole.config, whole.tokens, "float32", values)
+    for a, b in ((changed, whole), (whole, changed), (changed, part)):
+        found = diff.diff(a, b)
+        assert not found.agree and found.parting == (stage, 1)
+        row = found.rows[stage, 1]
+        assert row.at[axis] == 12 - 5 + 2 and row.worst["position"][0] == 12 - 5 + 2
+        assert [found.rows[key].identical for key in found.rows].count(False) == 1
+
+
+def test_a_difference_before_the_rows_in_common_is_none(checkpoint):
+    whole = qwen_jax.trace_model(checkpoint, TOKENS)
+    values = {key: value.copy() for key, value in whole.values.items()}
+    values["ffn_silu", 1][:7] += 1
+    values["attn_scores", 1][:, :7] = np.nan
+    values["attn_scores", 1][:, 7, 8:] = np.nan  # masked
+    changed = MemoryTrace("changed", whole.config, whole.tokens, "float32", values)
+    assert not diff.diff(changed, whole).agree
+    assert diff.diff(changed, last_rows(whole, 5, 1)).agree
+
+
+def test_a_foreign_dump_of_fewer_rows(traced, checkpoint, tmp_path, capsys):
+    whole = traced("--logits", "all")
+    foreign = without_manifest(whole, tmp_path / "foreign")
+    files = (("layer-1/ffn_up", 1), ("layer-1/attn_scores", 1), ("final_norm", None))
+    for name, layer in (*files, ("lm_head", None)):
+        value = open_trace(whole).read(name.rpartition("/")[2], layer)
+        last = value[:, -3:] if "scores" in name else value[-3:]
+        header, payload = aprt.encode(last, layer)
+        (foreign / f"{name}.bin").write_bytes(header + payload.tobytes())
+    given = ["--model", checkpoint, "--tokens", TOKENS]
+    for a, b in ((foreign, whole), (whole, foreign)):
+        code, out = run(capsys, a, b, *given)
+        assert code == 0 and "identical" in out and "arg-max equal at 3 of 3" in out
+
+
+# --- as a library
+
+
+@BOTH
+def test_a_trace_in_memory_against_one_on_disk(traced, checkpoint, tmp_path, capsys):
+    held = qwen_jax.trace_model(checkpoint, TOKENS, logits="last", dtype="bfloat16")
+    found = diff.diff(held, traced())
+    assert found.agree and found.a is held and found.tolerance == diff.TOLERANCE["bfloat16"]
+    narrow = traced("--dtype", "bfloat16")
+    assert all(row.identical for row in diff.diff(narrow, held).rows.values())
+    code, out = run(capsys, narrow, traced(), "--json", tmp_path / "d.json")
+    told = json.loads((tmp_path / "d.json").read_text())
+    again = diff.diff(narrow, str(traced()))
+    assert code == 0 and told == json.loads(json.dumps(again.to_json()))
+    assert str(again) == out
+    some = diff.diff(narrow, traced(), stages="ffn_up,lm_head", layers="1", tolerance=1e-9)
+    assert list(some.rows) == [("ffn_up", 1), ("lm_head", None)]
+    assert not some.agree and some.parting == ("ffn_up", 1)
+    assert some.smallest_tolerance == max(row.relative_l2 for row in some.rows.values()) > 1e-9
+
+
+def test_another_architecture_is_not_comparable(traced, tmp_path):
+    write_checkpoint(tmp_path / "three", model_type="qwen3")
+    three = qwen_jax.trace_model(tmp_path / "three", TOKENS)
+    with pytest.raises(NotComparable, match="configs differ: architecture 'qwen3' / 'qwen2'"):
+        diff.diff(three, traced())
+
+
 @pytest.mark.parametrize("tolerance", ["nan", "-1", "inf", "x"])
 def test_a_tolerance_that_would_disarm_the_gate_is_refused(traced, capsys, tolerance):
     with pytest.raises(UserError):
         run(capsys, traced(), traced(), f"--tolerance={tolerance}")
 
 
-@pytest.mark.parametrize("stage", [stage.name for stage in LAYER_STAGES])
+EVERY = [
+    (tables.name, row.name) for tables in ARCHITECTURES.values() for row in tables.layer_stages
+]
+
+
+@pytest.mark.parametrize(("checkpoint", "stage"), EVERY, indirect=["checkpoint"])
 def test_a_planted_fault_is_where_the_traces_part(
     stage, traced, checkpoint, tmp_path, monkeypatch, capsys
 ):
     """One stage function of ours is replaced, in all layers: the traces part in layer 0 there."""
-    right = model.FUNCTIONS[stage]
+    functions = models.FUNCTIONS[open_trace(traced()).tables.name]
+    right = functions[stage]
 
     def wrong(*args):
         return right(*args) * 1.001
 
-    monkeypatch.setitem(model.FUNCTIONS, stage, wrong)
+    monkeypatch.setitem(functions, stage, wrong)
     out = str(tmp_path / "wrong")
     common = ["--model", str(checkpoint), "--tokens", TOKENS, "--out", out]
     assert trace.main([*common, "--backend", "eager"]) == 0
@@ -318,7 +465,7 @@ def test_bad_input_from_the_shell(tmp_path, run_cli):
 def test_the_reference_page_is_up_to_date():
     """It is made from the tables that the code runs on."""
     assert reference.FILE.read_text(encoding="utf-8") == reference.render(), (
-        "run: python -m tools.reference"
+        "run: python -m tools.maintain.reference"
     )
     assert cli.size(1536) == "1.5 kB"
 
@@ -337,7 +484,7 @@ def test_against_extended_precision(seed):
             a = (b * (1 + change * random.standard_normal(shape))).astype(np.float32)
         zeros = random.random((2, *shape)) < random.choice([0, 0.1])
         a[zeros[0]], b[zeros[1]] = 0.0, -0.0
-        found = compare(a, b, ("T", "D"))
+        found = compare(a, b, PLAIN)
         x, y = a.astype(np.longdouble), b.astype(np.longdouble)
         error, size = np.sqrt(((x - y) ** 2).sum()), np.sqrt((y**2).sum())
         assert found.rms == pytest.approx(float(error / np.sqrt(a.size)), rel=3e-5)

@@ -3,10 +3,13 @@ is created by the splitting that float32 rounding would not create, and the same
 size however its devices are spread over processes."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,30 +18,23 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from qwen_jax.weights.huggingface import HuggingFaceWeights
-from qwen_jax.model import make_env
-from stages.table import (
-    END_STAGES,
-    LAYER_INPUT,
-    LAYER_STAGES,
-    QKV,
-    STAGE,
-    STAGES,
-    START_STAGES,
-    TOKENS,
-    axis_size,
-    stage_shape,
-)
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from qwen_jax import mesh, params, source, trace
+from oracle.recorder import modeling
+from qwen_jax import mesh, trace
 from qwen_jax.config import from_hf
+from qwen_jax.forward import abstract, read_parameters
+from qwen_jax.models.ops import positional_by_layer
 from qwen_jax.replay import Replay
+from qwen_jax.weights import open_model
+from qwen_jax.weights.huggingface import HuggingFaceWeights
 from stages import verdict
+from stages.architecture import LAYER_INPUT, QKV, TOKENS, Architecture
+from stages.architectures import ARCHITECTURES, any_stage
 from stages.errors import UserError
 from stages.trace import numpy_dtype, open_trace
 from tests.conftest import user_environment
-from tests.test_config import PUBLISHED
+from tests.test_config import PUBLISHED, PUBLISHED_3
 from tests.tiny import hf_config, write_checkpoint
 from tests.traces import check_stages
 
@@ -55,6 +51,7 @@ IDS = ",".join(map(str, np.random.default_rng(0).integers(0, 48, 19)))
 DTYPES = ("float32", "bfloat16")
 MESHES = [("heads", "float32", size) for size in (1, 2, 4, 8)]  # model, dtype, devices
 MESHES += [("heads", "bfloat16", 8), *(("demo", dtype, 2) for dtype in DTYPES)]
+MESHES += [("qwen3", "float32", 4), ("qwen3", "bfloat16", 8)]
 
 # Which axis of each stage, the batch in front, is split over the devices; None where all is
 # everywhere.
@@ -65,6 +62,8 @@ SPLIT = {
     "qkv_bias": 2,
     "q_post_rope": 2,
     "k_post_rope": 2,
+    "q_norm": 2,
+    "k_norm": 2,
     "attn_scores": 1,
     "attn_softmax": 1,
     "attention": 2,
@@ -84,7 +83,7 @@ SPLIT = {
 
 def placed(stage: str) -> tuple[str | None, ...]:
     """How a stage lies on the devices, by the list above."""
-    rank = 1 + len(STAGE[stage].axes)
+    rank = 1 + len(any_stage(stage).axes)
     return tuple("tp" if axis == SPLIT[stage] else None for axis in range(rank))
 
 
@@ -95,8 +94,9 @@ def placed(stage: str) -> tuple[str | None, ...]:
 WORKER = """
 import json, sys
 import jax
-from qwen_jax import mesh, trace, weights
-host, load, lies, alive = mesh.MeshEngine._host, weights.Weights.load, {}, []
+from qwen_jax import mesh, trace
+from qwen_jax.weights.base import Weights
+host, load, lies, alive = mesh.MeshEngine._host, Weights.load, {}, []
 def noting_host(self, stage, value):
     lies[stage] = list(value.sharding.spec)
     return host(self, stage, value)
@@ -104,7 +104,7 @@ def noting_load(self, name, start, out):
     shape = self.shapes["model.layers.0.self_attn.q_proj.weight"]
     alive.append(sum(array.shape == shape for array in jax.live_arrays()))
     load(self, name, start, out)
-mesh.MeshEngine._host, weights.Weights.load = noting_host, noting_load
+mesh.MeshEngine._host, Weights.load = noting_host, noting_load
 said, sys.stdout = sys.stdout, sys.stderr
 notes = {}
 for out, line in json.load(sys.stdin).items():
@@ -142,7 +142,8 @@ def arguments(model: str, dtype: str, size: int | None, *more: str) -> list[str]
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("mesh")
     write_checkpoint(folder / "heads", **HEADS)
-    alone = [(model, dtype, None) for model in ("heads", "demo") for dtype in DTYPES]
+    write_checkpoint(folder / "qwen3", model_type="qwen3", **HEADS)
+    alone = [(model, dtype, None) for model in ("heads", "qwen3", "demo") for dtype in DTYPES]
     lines = {"-".join(map(str, made)): arguments(*made) for made in (*MESHES, *alone)}
     few = ["--stages", "attn_scores,lm_head", "--layers", "1"]
     lines["few"] = arguments("heads", "bfloat16", 8, *few)
@@ -166,35 +167,38 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(("model", "dtype", "size"), MESHES)
 def test_every_stage_lies_where_it_should(world: World, model: str, dtype: str, size: int) -> None:
     lies = world.notes[f"{model}-{dtype}-{size}"]["lies"]
-    assert {stage: tuple(axes) for stage, axes in lies.items()} == {s: placed(s) for s in STAGE}
+    names = world.model(model).config.tables.names
+    assert {stage: tuple(axes) for stage, axes in lies.items()} == {s: placed(s) for s in names}
 
 
 @pytest.mark.parametrize(("model", "dtype", "size"), MESHES)
 def test_splitting_creates_no_error(world: World, model: str, dtype: str, size: int) -> None:
     """Each stage, replayed alone, has the bits of its precision, 20 at least in float32."""
-    checkpoint = world.model(model)
+    weights = world.model(model)
     opened = open_trace(world.folder / f"{model}-{dtype}-{size}")
-    config = checkpoint.config.to_json()
-    measured = 0
-    for m in Replay(opened, checkpoint, numpy_dtype(dtype), unoptimised=True):
-        item = verdict.judge(m.stage, m.layer, m.sums, m.segment, config, dtype)
+    config, dims = weights.config, weights.config.dims(len(opened.tokens))
+    measured = []
+    for m in Replay(opened, weights, numpy_dtype(dtype), unoptimised=True):
+        heads = m.stage.heads(dims)
+        item = verdict.judge(m.stage, m.layer, m.sums, m.segment, heads, 0, dtype)
         least = 20 if dtype == "float32" else 8.4
-        assert item.bits >= least, f"{m.stage}, layer {m.layer}: {item.bits:.1f} bits"
-        measured += 1
-    assert measured == 17 * checkpoint.config.num_hidden_layers + 3
+        assert item.bits >= least, f"{m.stage.name}, layer {m.layer}: {item.bits:.1f} bits"
+        measured.append((m.stage, m.layer))
+    assert measured == list(config.tables.computation_order(config.num_hidden_layers))
 
 
-def test_partial_products_are_rounded_once(world: World) -> None:
+@pytest.mark.parametrize("model", ["heads", "qwen3"])
+def test_partial_products_are_rounded_once(world: World, model: str) -> None:
     """After they are added up: then nearly every element is the exact sum, rounded to bfloat16. The
     rest lies so near the middle of two such numbers that float32 does not tell. With the parts
     rounded before, half of all elements differ, which costs no more than half a bit."""
-    checkpoint, bf16 = world.model("heads"), numpy_dtype("bfloat16")
-    opened = open_trace(world.folder / "heads-bfloat16-8")
-    for layer in range(checkpoint.config.num_hidden_layers):
-        weights = params.layer_params(checkpoint, layer)
-        for stage, weight in (("attn_out", weights.o_proj), ("ffn_out", weights.down_proj)):
-            x = opened.read(*(STAGE[stage].inputs[0], layer)).astype(np.float64)
-            exact = x @ weight.astype(bf16).astype(np.float64).T
+    weights, bf16 = world.model(model), numpy_dtype("bfloat16")
+    opened = open_trace(world.folder / f"{model}-bfloat16-8")
+    for layer in range(weights.config.num_hidden_layers):
+        parameters = read_parameters(weights, "layer", layer)
+        for stage, name in (("attn_out", "o_proj"), ("ffn_out", "down_proj")):
+            x = opened.read(*(any_stage(stage).inputs[0], layer)).astype(np.float64)
+            exact = x @ parameters[name].astype(bf16).astype(np.float64).T
             same = exact.astype(bf16) == opened.read(stage, layer).astype(bf16)
             assert same.mean() > 0.99, f"{stage}, layer {layer}: {same.mean():.1%}"
 
@@ -244,23 +248,26 @@ def port() -> int:
         return server.getsockname()[1]
 
 
-# Process 1 with a fault: it is gone when it is to gather the third value.
-DYING = """
-import os, sys
-from qwen_jax import mesh, trace
-from qwen_jax import cli
+# A process with a fault: something happens when it is to gather the third value.
+FAULT = """
+import os, signal
+from qwen_jax import cli, mesh, trace
 seen = []
 def host(self, stage, value):
     seen.append(stage)
-    if len(seen) == 3: os._exit(7)
+    if len(seen) == 3: {happens}
     return MeshEngine_host(self, stage, value)
 MeshEngine_host, mesh.MeshEngine._host = mesh.MeshEngine._host, host
 cli.run(trace.main)
 """
+DYING = FAULT.format(happens="os._exit(7)")
+KILLED = FAULT.format(happens="os.kill(os.getpid(), signal.SIGKILL)")
+HUNG = FAULT.format(happens="os.kill(os.getpid(), signal.SIGSTOP)")
+INTERRUPTED = FAULT.format(happens="raise KeyboardInterrupt")
 # Process 0 with a fault: its disk is full in layer 2.
 FULL = """
-from qwen_jax import trace
-from stages import cli, writer
+from qwen_jax import cli, trace
+from stages import writer
 from stages.errors import UserError
 write = writer.TraceWriter._write
 def full(self, stage, layer, array):
@@ -269,7 +276,16 @@ def full(self, stage, layer, array):
 writer.TraceWriter._write = full
 cli.run(trace.main)
 """
-COMMAND = "from stages import cli; from qwen_jax import trace; cli.run(trace.main)"
+# Process 0 cannot write the last file, the manifest, when the others have computed all.
+UNFINISHED = """
+from qwen_jax import cli, trace
+from stages import writer
+from stages.errors import UserError
+def finish(self, *args): raise UserError("no manifest today")
+writer.TraceWriter.finish = finish
+cli.run(trace.main)
+"""
+COMMAND = "from qwen_jax import cli, trace; cli.run(trace.main)"
 
 
 def together(
@@ -296,7 +312,8 @@ def together(
             yield process.returncode, out, err
     finally:
         for process in started:
-            process.kill()
+            with process:  # which closes what it has open
+                process.kill()
 
 
 def test_two_processes_write_what_one_writes(world: World, port: int) -> None:
@@ -314,20 +331,73 @@ def test_a_disk_that_is_full_ends_both_and_resume_goes_on(world: World, port: in
     first, second = together(world.folder, port, line, line, programs={0: FULL})
     assert first[0] == second[0] == 2
     assert "No space left" in first[2] and first[2].count("\n") == 1
-    assert second[2].startswith("error: process 0 failed: full: writing stopped")
-    assert second[2].count("\n") == 1
+    assert second[2] == "error: process 0 failed; it says why\n"
     again = [*line, "--resume"]
     first, second = together(world.folder, port, again, again)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert content(world.folder / "full") == content(world.folder / "heads-float32-8")
 
 
-def test_a_process_that_dies_ends_the_other(world: World, port: int) -> None:
-    line = [*arguments("heads", "float32", 8), "--out", "dead"]
-    first, second = together(world.folder, port, line, line, programs={1: DYING})
-    assert second[0] == 7
-    assert (first[0], first[2]) == (2, "error: process 1 ended before the trace was whole\n")
-    assert not (world.folder / "dead" / "manifest.json").exists()
+def test_a_failure_after_the_computation_is_told(world: World, port: int) -> None:
+    line = [*arguments("heads", "float32", 8), "--out", "unfinished"]
+    first, second = together(world.folder, port, line, line, programs={0: UNFINISHED})
+    assert first == (2, "", "error: no manifest today\n")
+    assert second == (2, "", "error: process 0 failed; it says why\n")
+    assert not (world.folder / "unfinished" / "manifest.json").exists()
+
+
+def test_a_failure_before_the_computation_is_told(world: World, port: int) -> None:
+    """Process 0 alone knows what is in --out, and looks when all are there."""
+    line = [*arguments("heads", "float32", 8), "--out", "begun"]
+    for _ in together(world.folder, port, line, line, programs={0: FULL}):
+        pass
+    other = [*line, "--tokens", "1,2,3", "--resume"]
+    first, second = together(world.folder, port, other, other)
+    assert first[0] == 2 and "begun" in first[2] and first[2].count("\n") == 1
+    assert second == (2, "", "error: process 0 failed; it says why\n")
+
+
+@pytest.mark.parametrize(("fault", "code"), [(DYING, 7), (KILLED, -9), (INTERRUPTED, 130)])
+def test_a_process_that_dies_ends_process_0(world: World, port: int, fault: str, code: int) -> None:
+    out = f"dead{code}"
+    line = [*arguments("heads", "float32", 8), "--out", out]
+    began = time.monotonic()
+    first, second = together(world.folder, port, line, line, programs={1: fault})
+    assert time.monotonic() - began < 60
+    assert second[0] == code
+    line = "error: another process ended before the trace was whole; it says why\n"
+    assert (first[0], first[2]) == (2, line)
+    assert not (world.folder / out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("fault", "code"), [(KILLED, -9), (INTERRUPTED, 130)])
+def test_process_0_that_dies_ends_the_other(world: World, port: int, fault: str, code: int) -> None:
+    """JAX's service goes with it, and JAX then aborts; what is there already goes on."""
+    out = f"headless{code}"
+    line = [*arguments("heads", "float32", 8), "--out", out]
+    began = time.monotonic()
+    first, second = together(world.folder, port, line, line, programs={0: fault})
+    assert time.monotonic() - began < 60
+    assert first[0] == code
+    assert second[0] in (2, -signal.SIGABRT)
+    assert "another process ended" in second[2] or "JAX distributed service" in second[2]
+    assert not (world.folder / out / "manifest.json").exists()
+    again = [*line, "--resume"]
+    first, second = together(world.folder, port, again, again)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert content(world.folder / out) == content(world.folder / "heads-float32-8")
+
+
+def test_a_process_that_hangs_ends_process_0(world: World, port: int) -> None:
+    """As a machine that is cut off: nothing is closed, but no sign comes of it any more."""
+    line = [*arguments("heads", "float32", 8), "--out", "hung"]
+    began = time.monotonic()
+    with closing(together(world.folder, port, line, line, programs={1: HUNG})) as ended:
+        code, _, said = next(ended)
+    assert time.monotonic() - began < 60
+    assert code == -signal.SIGABRT
+    assert "stopped sending heartbeats" in said
+    assert not (world.folder / "hung" / "manifest.json").exists()
 
 
 def test_processes_with_other_weights_are_told(world: World, port: int) -> None:
@@ -336,39 +406,69 @@ def test_processes_with_other_weights_are_told(world: World, port: int) -> None:
     lines = [[*line, "--out", "other"] for line in lines]
     first, second = together(world.folder, port, *lines)
     assert first[0] == second[0] == 2
-    assert "process 1 has other weights than process 0: model.layers.0." in first[2]
-    assert "process 1 has other weights" in second[2]
+    for said in (first[2], second[2]):
+        assert "error: process 1 has other weights than process 0: model.layers.0." in said
+        assert said.count("\n") == 1
     assert not (world.folder / "other" / "manifest.json").exists()
 
 
-def test_processes_with_other_arguments_are_told(world: World, port: int) -> None:
-    lines = [arguments("heads", dtype, 8, "--join-timeout", "20") for dtype in DTYPES]
-    first, second = together(world.folder, port, *lines)
-    line = "process 1 has other arguments than process 0: --dtype\n"
-    assert first == (2, "", f"error: {line}")
-    assert second == (2, "", f"error: process 0 failed: {line}")
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        (["--dtype", "bfloat16"], "--dtype"),
+        (["--mesh", "tp=4"], "--mesh"),  # another number of CPU devices too
+        (["--tokens", "1,2"], "tokens"),
+        (["--model", "demo", "--mesh", "tp=2"], "--mesh, config.json"),
+    ],
+)
+def test_processes_with_other_arguments_are_told(
+    world: World, port: int, more: list[str], name: str
+) -> None:
+    line = arguments("heads", "float32", 8)
+    told = f"error: process 1 has other arguments than process 0: {name}\n"
+    for process in together(world.folder, port, line, [*line, *more]):
+        assert process == (2, "", told)
+    assert not (world.folder / "heads-trace").exists()
 
 
-def test_a_process_that_never_comes(world: World, port: int) -> None:
-    """One line and exit code 2 on either side, where JAX itself would abort with a stack dump."""
+def alone(cwd: Path, where: str, number: int) -> tuple[int, str, str]:
+    """One of two processes, of which the other never comes."""
     line = arguments("heads", "float32", 8, "--join-timeout", "1", "--num-processes", "2")
-    where = ["--coordinator", f"127.0.0.1:{port}"]
-    said = {
-        0: f"error: process 1 did not come to --coordinator 127.0.0.1:{port} within 1 s; start "
-        "every --process-id from 0 to 1\n",
-        1: f"error: process 0 was not to be found at --coordinator 127.0.0.1:{port} within 1 s; "
-        "is it running there, without an error?\n",
-    }
-    for number, expected in said.items():
-        done = subprocess.run(
-            [sys.executable, "-c", COMMAND, *line, *where, "--process-id", str(number)],
-            cwd=world.folder,
-            env=user_environment(),
-            capture_output=True,
-            encoding="utf-8",
-            timeout=60,
-        )
-        assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *line, "--coordinator", where, "--process-id", f"{number}"],
+        cwd=cwd,
+        env=user_environment(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_never_comes(world: World, port: int, number: int) -> None:
+    """One line and exit code 2 on either side, where JAX itself would abort with a stack dump."""
+    where = f"127.0.0.1:{port}"
+    said = f"error: not all of 2 processes came to --coordinator {where} within 1 s; start every "
+    said += "--process-id from 0 to 1\n"
+    assert alone(world.folder, where, number) == (2, "", said)
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ("192.0.2.1:9911", "Cannot assign requested address"),
+        ("nowhere.invalid:9911", ""),  # the system's words
+        ("127.0.0.1:{taken}", "Address already in use"),
+    ],
+)
+def test_an_address_of_no_use(world: World, where: str, why: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = where.format(taken=server.getsockname()[1])
+        code, out, err = alone(world.folder, where, 0)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: --coordinator {where}: {why}")
+    assert err.endswith("; it must be a free port of the machine of process 0\n")
 
 
 # --- wrong use
@@ -409,14 +509,18 @@ def test_refused_in_one_line(line: str, tmp_path: Path) -> None:
 def plan_of_transformers(config: dict) -> dict[str, P]:
     """Tensor name -> how transformers splits it: colwise the outputs, bias included; rowwise the
     inputs."""
-    plan = {f"model.{name}": style for name, style in Qwen2Config.base_model_tp_plan.items()}
-    plan |= Qwen2ForCausalLM._tp_plan
+    parsed = from_hf(config)
+    theirs = CONFIG_MAPPING[parsed.architecture].base_model_tp_plan
+    plan = {f"model.{name}": style for name, style in theirs.items()}
+    plan |= getattr(modeling(parsed.tables), parsed.tables.hf_class)._tp_plan
     found = {}
-    for name, shape in expected_shapes(from_hf(config)).items():
+    for name, shape in parsed.shapes.items():
         module, kind = name.rsplit(".", 1)
         if config["tie_word_embeddings"] and module == "model.embed_tokens":
             module = "lm_head"  # one tensor, used as both
         style = plan.get(".".join("*" if part.isdecimal() else part for part in module.split(".")))
+        if style and style.startswith("replicated"):
+            style = None
         split = {None: None, "colwise": 0, "colwise_gather_output": 0, "rowwise": 1}[style]
         assert kind == "weight" or style == "colwise"
         found[name] = P(*("tp" if axis == split else None for axis in range(len(shape))))
@@ -424,59 +528,74 @@ def plan_of_transformers(config: dict) -> dict[str, P]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_plan_is_that_of_transformers(tied: bool) -> None:
-    config = hf_config(**HEADS, tie_word_embeddings=tied)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_plan_is_that_of_transformers(architecture: str, tied: bool) -> None:
+    config = hf_config(model_type=architecture, **HEADS, tie_word_embeddings=tied)
     assert mesh.tensor_specs(from_hf(config)) == plan_of_transformers(config)
 
 
-def test_axes_of_parameters_are_their_shapes() -> None:
-    config = from_hf(hf_config(**HEADS))
-    dims = config.dims(1) | {"K*H": config.num_key_value_heads * config.head_dim, "rows": 48}
-    weights = params.abstract(config, "float32")
-    for part in (weights.start, weights.layers[0], weights.end):
-        for field, value in vars(part).items():
-            axes = mesh.PARAMETER_AXES[field]
-            assert tuple(axis_size(axis, dims) for axis in axes) == value.shape, field
-
-
-def test_72b_over_eight_devices() -> None:
-    """Types alone: what every stage of the largest model is on each of eight devices."""
-    config, length, size = from_hf(PUBLISHED["Qwen2.5-72B"]), 5, 8
+@pytest.mark.parametrize("tables", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_a_part_of_a_parameter_is_one_of_the_smaller_model(tables: Architecture) -> None:
+    """What a device holds has the shape that the stage functions expect of a model of its size."""
+    config, size = from_hf(hf_config(model_type=tables.name, **HEADS)), 8
     devices = AbstractMesh((size,), ("tp",), axis_types=(AxisType.Explicit,))
-    weights = params.abstract(config, "bfloat16")
+    weights, own = abstract(config, "float32"), abstract(mesh.local(config, size), "float32")
+    counted = 0
+    for part, smaller in zip(
+        (weights.layers[0], weights.end), (own.layers[0], own.end), strict=True
+    ):
+        for name, where in mesh.parameter_specs(tables, part).items():
+            split = NamedSharding(devices, where).shard_shape(part[name].shape)
+            assert split == smaller[name].shape, name
+            counted += 1
+    assert counted == len(tables.parameters) - 1
+    # Of the embedding every device has the rows in use.
+    assert mesh.parameter_specs(tables, weights.start) == {"embed_tokens": P(None, None)}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),  # part: N, K, F and V of one device
+    [("Qwen2.5-72B", (8, 1, 3696, 19008)), ("Qwen3-32B", (8, 1, 3200, 18992))],
+)
+def test_the_largest_over_eight_devices(name: str, part: tuple[int, ...]) -> None:
+    """Types alone: what every stage of the largest models is on each of eight devices."""
+    config, length, size = from_hf((PUBLISHED | PUBLISHED_3)[name]), 5, 8
+    tables = config.tables
+    devices = AbstractMesh((size,), ("tp",), axis_types=(AxisType.Explicit,))
+    weights = abstract(config, "bfloat16")
 
     def on(value: object, spec: P) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(devices, spec)
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
 
-    env = make_env(config, np.arange(length)[None], np.ones((1, length), bool), False)
-    env = jax.tree.map(lambda value: on(value, P()), env)
+    pos = positional_by_layer(config, np.arange(length)[None])[False]
+    pos = jax.tree.map(lambda value: on(value, P()), pos)
     hidden = on(jax.ShapeDtypeStruct((1, length, config.hidden_size), "bfloat16"), P())
     tokens = on(jax.ShapeDtypeStruct((1, length), "int32"), P())
     found = {}
-    for rows, part, given in (
-        (START_STAGES, weights.start, {TOKENS: tokens}),
-        (LAYER_STAGES, weights.layers[79], {LAYER_INPUT: hidden}),
-        (END_STAGES, weights.end, {"post_ffn_residual": hidden}),
+    for rows, parameters, given in (
+        (tables.start_stages, weights.start, {TOKENS: tokens}),
+        (tables.layer_stages, weights.layers[-1], {LAYER_INPUT: hidden}),
+        (tables.end_stages, weights.end, {"post_ffn_residual": hidden}),
     ):
-        part = jax.tree.map(on, part, mesh.parameter_specs(part))
+        parameters = jax.tree.map(on, parameters, mesh.parameter_specs(tables, parameters))
         run = mesh.program(devices, rows, config, numpy_dtype("bfloat16"))
-        found |= jax.eval_shape(run, part, env, given)
-    assert set(found) == set(STAGE)
+        found |= jax.eval_shape(run, parameters, pos, given)
+    assert set(found) == set(tables.names)
     own = mesh.local(config, size).dims(length)
-    assert (own["N"], own["K"], own["F"], own["V"]) == (8, 1, 3696, 19008)
-    for stage in STAGES:
+    assert (own["N"], own["K"], own["F"], own["V"]) == part
+    for stage in tables.stages:
         value = found[stage.name]
-        assert value.shape == (1, *stage_shape(stage, config.dims(length)))
+        assert value.shape == (1, *stage.shape(config.dims(length)))
         assert tuple(value.sharding.spec) == placed(stage.name)
-        assert value.sharding.shard_shape(value.shape) == (1, *stage_shape(stage, own))
+        assert value.sharding.shard_shape(value.shape) == (1, *stage.shape(own))
         assert QKV not in stage.axes or value.sharding.shard_shape(value.shape)[2] == 10 * 128
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *PUBLISHED_3])
 def test_sizes_of_published_models(name: str) -> None:
     """Key/value heads are what limits every one of them."""
-    config = from_hf(PUBLISHED[name])
+    config = from_hf((PUBLISHED | PUBLISHED_3)[name])
     heads = config.num_key_value_heads
     assert mesh.sizes(config) == [n for n in (1, 2, 4, 8, 16, 32) if heads % n == 0]
     mesh.check(config, heads)

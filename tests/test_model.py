@@ -1,25 +1,33 @@
-"""The forward pass by itself: whole or layer by layer, in batches, in float64, at every size."""
+"""The forward pass by itself: whole or layer by layer, in batches, in float64, at every size; where
+it rounds, and RoPE tables and masks."""
 
+import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from qwen_jax.weights.huggingface import HuggingFaceWeights
-from qwen_jax.model import Env, Stages, forward, make_env
-from stages.table import STAGE, computation_order, stage_shape
-from transformers import Qwen2Config, Qwen2ForCausalLM
+import transformers
+from transformers import Qwen2Config
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from oracle.recorder import to_numpy
-from qwen_jax import params, rope
+from qwen_jax import rope, runtime
 from qwen_jax.config import from_hf
 from qwen_jax.engine import JaxEngine
+from qwen_jax.forward import Stages, abstract, forward, load
+from qwen_jax.models.ops import positional, positional_by_layer, rounded
+from qwen_jax.weights.huggingface import HuggingFaceWeights
+from stages.architectures import ARCHITECTURES
 from stages.trace import numpy_dtype
-from tests.test_config import PUBLISHED
+from tests.conftest import ROOT, user_environment
+from tests.test_config import PUBLISHED, PUBLISHED_3
 from tests.tiny import hf_config, write_checkpoint
 from tests.traces import Trace, check_stages, jax_trace, relative_l2, ulps
 
@@ -28,11 +36,12 @@ TOKENS = tuple(int(token) for token in np.random.default_rng(0).integers(0, 48, 
 REORDERED = 1e-6
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Grouped heads, one layer of each kind of attention, YaRN, eps large enough to matter."""
     return write_checkpoint(
         tmp_path_factory.mktemp("model") / "tiny",
+        model_type=request.param,
         num_hidden_layers=3,
         use_sliding_window=True,
         sliding_window=5,
@@ -40,12 +49,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rms_norm_eps=1e-2,
         rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     )
-
-
-def environments(model: HuggingFaceWeights, length: int) -> dict[bool, Env]:
-    positions = np.arange(length)[None]
-    valid = np.ones((1, length), bool)
-    return {s: make_env(model.config, positions, valid, s) for s in (False, True)}
 
 
 def flat(stages: Stages) -> Trace:
@@ -64,9 +67,10 @@ def flat(stages: Stages) -> Trace:
 def test_forward_is_the_engine_unjitted(tiny: Path, dtype: str) -> None:
     model = HuggingFaceWeights(tiny)
     ids = jax.numpy.array([TOKENS], np.int32)
-    weights = jax.tree.map(jax.numpy.asarray, params.load(model))
-    envs = environments(model, len(TOKENS))
-    whole = flat(forward(model.config, weights, ids, envs, numpy_dtype(dtype)))
+    pos = positional_by_layer(model.config, np.arange(len(TOKENS))[None])
+    with runtime.numerics():
+        weights, pos = jax.tree.map(jax.numpy.asarray, (load(model), pos))
+        whole = flat(forward(model.config, weights, ids, pos, numpy_dtype(dtype)))
     layers = jax_trace(tiny, TOKENS, dtype, "eager")
     assert set(whole) == set(layers)
     for key, value in layers.items():
@@ -77,9 +81,14 @@ def test_forward_is_the_engine_compiled(tiny: Path) -> None:
     """One program of three layers against one layer run three times. Identical where this was
     written; XLA may fuse across layers, which reorders sums."""
     model = HuggingFaceWeights(tiny)
-    program = jax.jit(partial(forward, model.config, dtype=np.float32))
+    program = jax.jit(
+        partial(forward, model.config, dtype=np.float32),
+        compiler_options=runtime.compiler_options(),
+    )
     ids = np.array([TOKENS], np.int32)
-    whole = flat(program(params.load(model), ids, environments(model, len(TOKENS))))
+    pos = positional_by_layer(model.config, np.arange(len(TOKENS))[None])
+    with runtime.numerics():
+        whole = flat(program(load(model), ids, pos))
     check_stages(model.config, whole, jax_trace(tiny, TOKENS), REORDERED)
 
 
@@ -94,9 +103,11 @@ def test_batches_and_left_padding(tiny: Path) -> None:
     tokens, valid = np.zeros((3, len(TOKENS)), np.int32), np.zeros((3, len(TOKENS)), bool)
     for row, sequence in enumerate(sequences):
         tokens[row, -len(sequence) :], valid[row, -len(sequence) :] = sequence, True
+    positions = np.maximum(np.cumsum(valid, 1) - 1, 0).astype(np.int32)
     values: Trace = {}
     JaxEngine(model, "float32", "xla", jax.devices("cpu")[0]).run_batch(
         tokens,
+        positions,
         valid,
         "all",
         lambda stage, layer: True,
@@ -106,19 +117,19 @@ def test_batches_and_left_padding(tiny: Path) -> None:
         pad = len(TOKENS) - len(sequence)
 
         def unpadded(stage: str, value: np.ndarray, pad: int = pad) -> np.ndarray:
-            keep = (slice(pad, None) if axis in "TS" else slice(None) for axis in STAGE[stage].axes)
-            return value[tuple(keep)]
+            axes = model.config.tables.stage[stage].axes
+            return value[tuple(slice(pad if axis in "TS" else 0, None) for axis in axes)]
 
         alone = {key: unpadded(key[0], value[row]) for key, value in values.items()}
         check_stages(model.config, alone, jax_trace(tiny, sequence), REORDERED)
 
-    network = Qwen2ForCausalLM.from_pretrained(tiny, attn_implementation="eager").eval()
-    positions = np.maximum(np.cumsum(valid, 1) - 1, 0)
+    network = getattr(transformers, model.config.tables.hf_class)
+    network = network.from_pretrained(tiny, attn_implementation="eager").eval()
     with torch.no_grad():
         theirs = network(
             torch.from_numpy(tokens).long(),
             attention_mask=torch.from_numpy(valid).long(),
-            position_ids=torch.from_numpy(positions),
+            position_ids=torch.from_numpy(positions).long(),
         ).logits.numpy()
     assert relative_l2(values["lm_head", None][valid], theirs[valid]) <= 1e-5
 
@@ -127,11 +138,12 @@ def test_batches_and_left_padding(tiny: Path) -> None:
 
 
 def plain_forward(model: HuggingFaceWeights, tokens: tuple[int, ...]) -> Trace:
-    """Qwen2 in NumPy and float64, one head and one query at a time, as in the papers.
+    """Both architectures in NumPy and float64, one head and one query at a time, as in the papers.
 
     The RoPE tables are the model's own float32 ones: tests of their own hold those."""
     c, trace = model.config, {}
-    weight = {name: model.read(name).astype(np.float64) for name in _tensors(model)}
+    weight = {name: model.read(name).astype(np.float64) for name in model.shapes}
+    weight.setdefault("lm_head.weight", weight["model.embed_tokens.weight"])
     length, h = len(tokens), c.head_dim
     cos, sin = (t.astype(np.float64) for t in rope.cos_sin(c, np.arange(length)))
 
@@ -145,14 +157,20 @@ def plain_forward(model: HuggingFaceWeights, tokens: tuple[int, ...]) -> Trace:
 
     x = trace["embedding", 0] = weight["model.embed_tokens.weight"][list(tokens)]
     for layer, sliding in enumerate(c.sliding_layers):
-        w = {n: weight[f"model.layers.{layer}.{n}"] for n in _layer_tensors()}
+        of = f"model.layers.{layer}."
+        w = {n.removeprefix(of): each for n, each in weight.items() if n.startswith(of)}
         s = {"attn_norm": norm(x, w["input_layernorm.weight"])}
         products = [s["attn_norm"] @ w[f"self_attn.{p}_proj.weight"].T for p in "qkv"]
-        q, k, v = (y + w[f"self_attn.{p}_proj.bias"] for p, y in zip("qkv", products, strict=True))
         s["qkv_matmul"] = np.concatenate(products, 1)
-        s["qkv_bias"] = np.concatenate([q, k, v], 1)
-        q, k = (rotated(y.reshape(length, -1, h)) for y in (q, k))
-        v = v.reshape(length, -1, h)
+        if c.architecture == "qwen2":
+            biases = (w[f"self_attn.{p}_proj.bias"] for p in "qkv")
+            products = [y + bias for y, bias in zip(products, biases, strict=True)]
+            s["qkv_bias"] = np.concatenate(products, 1)
+        q, k, v = (y.reshape(length, -1, h) for y in products)
+        if c.architecture == "qwen3":
+            q, k = (norm(y, w[f"self_attn.{p}_norm.weight"]) for p, y in (("q", q), ("k", k)))
+            s["q_norm"], s["k_norm"] = q, k
+        q, k = rotated(q), rotated(k)
         s["q_post_rope"], s["k_post_rope"] = q, k
         scores = np.zeros((c.num_attention_heads, length, length))
         probabilities, mixed = np.zeros_like(scores), np.zeros((length, q.shape[1], h))
@@ -181,23 +199,17 @@ def plain_forward(model: HuggingFaceWeights, tokens: tuple[int, ...]) -> Trace:
     return trace
 
 
-def _layer_tensors() -> list[str]:
-    linear = [f"self_attn.{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")]
-    linear += ["self_attn.o_proj.weight", *(f"mlp.{p}_proj.weight" for p in ("gate", "up", "down"))]
-    return ["input_layernorm.weight", "post_attention_layernorm.weight", *linear]
-
-
-def _tensors(model: HuggingFaceWeights) -> list[str]:
-    layers = range(model.config.num_hidden_layers)
-    inner = [f"model.layers.{layer}.{name}" for layer in layers for name in _layer_tensors()]
-    return ["model.embed_tokens.weight", *inner, "model.norm.weight", "lm_head.weight"]
+@pytest.mark.parametrize("backend", ["xla", "eager"])
+def test_float64_against_plain_numpy(tiny: Path, backend: str) -> None:
+    model = HuggingFaceWeights(tiny)
+    trace = jax_trace(tiny, TOKENS, "float64", backend)
+    check_stages(model.config, trace, plain_forward(model, TOKENS), 1e-12)
 
 
 @pytest.mark.parametrize("backend", ["xla", "eager"])
-def test_float64_against_plain_numpy(demo: HuggingFaceWeights, tiny: Path, backend: str) -> None:
-    for model in (HuggingFaceWeights(tiny), demo):
-        trace = jax_trace(model.directory, TOKENS, "float64", backend)
-        check_stages(model.config, trace, plain_forward(model, TOKENS), 1e-12)
+def test_float64_of_a_trained_model(demo: HuggingFaceWeights, backend: str) -> None:
+    trace = jax_trace(demo.directory, TOKENS, "float64", backend)
+    check_stages(demo.config, trace, plain_forward(demo, TOKENS), 1e-12)
 
 
 # --- every published size
@@ -210,29 +222,155 @@ COUNTS = {  # parameters, as published
     "Qwen2.5-14B": 14_770_033_664,
     "Qwen2.5-32B-Instruct": 32_763_876_352,
     "Qwen2.5-72B": 72_706_203_648,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *PUBLISHED_3])
 def test_published_sizes_fit_the_stage_table(name: str) -> None:
     """Every stage of the whole model by shape and dtype alone, without weights."""
-    config, length = from_hf(PUBLISHED[name]), 5
-    weights = params.abstract(config, "bfloat16")
+    raw = (PUBLISHED | PUBLISHED_3)[name]
+    config, length = from_hf(raw), 5
+    weights = abstract(config, "bfloat16")
     if name in COUNTS:
         leaves = jax.tree.leaves(weights)
-        tied = leaves[-1].size if config.tie_word_embeddings else 0
+        tied = weights.end["lm_head"].size if config.tie_word_embeddings else 0
         assert sum(leaf.size for leaf in leaves) - tied == COUNTS[name]
-    env = make_env(config, np.arange(length)[None], np.ones((1, length), bool), False)
+    pos = positional_by_layer(config, np.arange(length)[None])
     program = partial(forward, config, dtype=numpy_dtype("bfloat16"))
-    shaped = jax.eval_shape(
-        program, weights, jax.ShapeDtypeStruct((1, length), np.int32), {False: env}
-    )
-    assert len(shaped.layers) == PUBLISHED[name]["num_hidden_layers"]
-    for stage, layer in computation_order(config.num_hidden_layers):
+    shaped = jax.eval_shape(program, weights, jax.ShapeDtypeStruct((1, length), np.int32), pos)
+    assert len(shaped.layers) == raw["num_hidden_layers"]
+    for stage, layer in config.tables.computation_order(config.num_hidden_layers):
         group = {"start": shaped.start, "end": shaped.end}.get(stage.scope)
         value = (shaped.layers[layer] if group is None else group)[stage.name]
-        assert value.shape == (1, *stage_shape(stage, config.dims(length))), (stage.name, layer)
+        assert value.shape == (1, *stage.shape(config.dims(length))), (stage.name, layer)
         assert value.dtype == numpy_dtype("bfloat16")
+
+
+# --- rounding points
+
+
+def near_the_grid(dtype: np.dtype) -> np.ndarray:
+    """float32 numbers: every number of a 16-bit format, NaN and infinities too, every middle of two
+    neighbours, the numbers next to all of those, and random ones of every size."""
+    grid = np.arange(1 << 16, dtype=np.uint16).view(dtype).astype(np.float32)
+    finite = np.sort(grid[np.isfinite(grid)].astype(np.float64))
+    beyond = 2 * finite[-1] - finite[-2]  # what would come next
+    finite = np.concatenate([[-beyond], finite, [beyond]])
+    middles = ((finite[1:] + finite[:-1]) / 2).astype(np.float32)
+    exact = np.concatenate([grid, middles]).view(np.uint32)
+    random = np.random.default_rng(0)
+    bits = random.integers(0, 1 << 32, 1 << 18, dtype=np.uint32)
+    small = (random.standard_normal(1 << 18) * 2.0**-15).astype(np.float32).view(np.uint32)
+    step = np.uint32(1)
+    return np.concatenate([exact, exact + step, exact - step, bits, small]).view(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)], ids=str)
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_rounded_is_a_conversion_there_and_back(dtype: np.dtype) -> None:
+    """The same bits (of a NaN: it is one), jitted or not, and of a product that is made there."""
+    x = near_the_grid(dtype)
+    round_it = partial(rounded, dtype=dtype)
+    jitted = partial(jax.jit, compiler_options=runtime.compiler_options())
+
+    def check(found: jax.Array, given: np.ndarray, counts: np.ndarray | bool = True) -> None:
+        expected, found = given.astype(dtype).astype(np.float32), np.asarray(found)
+        wrong = found.view(np.uint32) != expected.view(np.uint32)
+        wrong &= ~(np.isnan(found) & np.isnan(expected)) & counts
+        assert not wrong.any(), (given[wrong][:5], found[wrong][:5], expected[wrong][:5])
+
+    check(round_it(jax.numpy.asarray(x)), x)
+    check(jitted(round_it)(x), x)
+    a, b = x[::4], np.random.default_rng(1).permutation(x)[::4]
+    # Numbers below the normal ones of float32 may be read and written as zero.
+    normal = np.min(np.abs([a, b, a * b]), axis=0) >= np.finfo(np.float32).smallest_normal
+    check(jitted(lambda a, b: round_it(a * b))(a, b), a * b, normal)
+
+
+def test_rounded_leaves_wider_numbers_alone() -> None:
+    with runtime.numerics():
+        for dtype in (np.float32, np.float64):
+            x = jax.numpy.asarray(np.array([1 / 3, 1e-40, np.inf]), dtype)
+            assert rounded(x, dtype) is x
+
+
+# Compiles both architectures' layers in both 16-bit formats; and a rotation that rounds by
+# converting there and back, of which it is known what may become of it.
+COMPILE = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from qwen_jax import runtime
+from qwen_jax.models import ops
+from tests.traces import jax_trace
+for directory in sys.argv[1:]:
+    for dtype in ("float16", "bfloat16"):
+        jax_trace(Path(directory), (1, 2, 3, 4, 5, 6, 7), dtype)
+ops.rounded = lambda x, dtype: x.astype(dtype).astype(x.dtype)
+def there_and_back(heads, cos, sin):
+    return ops.rotate(heads, ops.Positional(cos, sin, None)).astype(heads.dtype)
+heads, table = np.ones((1, 7, 2, 64), np.float16), np.ones((1, 7, 32), np.float32)
+jax.jit(there_and_back, compiler_options=runtime.compiler_options())(heads, table, table)
+"""
+ASSIGNMENT = re.compile(r"^ *(%[\w.]+) = (?:tail call |call )?(\w+) (.*)$", re.M)
+PASSES_ON = ("fneg", "shufflevector", "insertelement", "extractelement", "select", "phi", "freeze")
+
+
+def contractible(ir: str) -> list[str]:
+    """The additions in LLVM's language of which an operand is a product, both in a 16-bit format: a
+    processor that computes in it may do the two with one rounding."""
+    found = []
+    for body in re.findall(r"^define .*?^}", ir, re.M | re.S):
+        lines = [
+            (
+                name,
+                op,
+                bool(re.search(r"\b(half|bfloat)\b", rest)),
+                set(re.findall(r"%[\w.]+", rest)),
+            )
+            for name, op, rest in ASSIGNMENT.findall(body)
+        ]
+        products = {name for name, op, narrow, _ in lines if op == "fmul" and narrow}
+        while (
+            more := {n for n, op, _, read in lines if op in PASSES_ON and read & products}
+            - products
+        ):
+            products |= more
+        found += [n for n, op, narrow, read in lines
+                  if op in ("fadd", "fsub") and narrow and read & products]  # fmt: skip
+    return found
+
+
+def test_no_compiler_can_skip_a_rounding(tmp_path: Path) -> None:
+    """A processor with AVX512-FP16 has float16 multiply-add, and XLA lets LLVM use it. So no 16-bit
+    product that is rounded may be an operand of a 16-bit addition, on any machine."""
+    models = [
+        write_checkpoint(tmp_path / name, model_type=name, head_dim=64, num_hidden_layers=1)
+        for name in ARCHITECTURES
+    ]
+    flags = f"--xla_dump_to={tmp_path / 'ir'}"
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, *models],
+        cwd=ROOT,
+        env=user_environment()
+        | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    files = {path.name: path.read_text() for path in (tmp_path / "ir").glob("*.ir-with-opt.ll")}
+    layers = {name: ir for name, ir in files.items() if "jit_run_stages" in name}
+    control = {name: ir for name, ir in files.items() if "jit_there_and_back" in name}
+    assert any("half" in ir for ir in layers.values()), "not the code that was meant"
+    assert any("bfloat" in ir for ir in layers.values())
+    assert any(map(contractible, control.values())), "what must be found is not found"
+    assert {name: found for name, ir in layers.items() if (found := contractible(ir))} == {}
 
 
 # --- RoPE
@@ -318,5 +456,5 @@ def test_masks_are_those_of_transformers(length: int, window: int) -> None:
             torch.from_numpy(positions),
         )
         assert mask.shape == (2, 1, length, length)
-        ours = make_env(from_hf(raw), positions, valid, sliding).mask
+        ours = positional(from_hf(raw), positions, valid, sliding).mask
         np.testing.assert_array_equal(ours[valid], (mask[:, 0] == 0).numpy()[valid])

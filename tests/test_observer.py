@@ -9,25 +9,29 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from qwen_jax.weights.huggingface import HuggingFaceWeights
-from qwen_jax.model import UNROUNDED, make_env, run_stages
-from stages.table import LAYER_INPUT, LAYER_STAGES, NAMES, STAGE
 
-from qwen_jax import params
+from qwen_jax import runtime
 from qwen_jax.engine import JaxEngine
+from qwen_jax.forward import read_parameters, run_stages
+from qwen_jax.models.ops import positional_by_layer
+from qwen_jax.weights.huggingface import HuggingFaceWeights
+from stages.architecture import LAYER_INPUT
+from stages.architectures import ARCHITECTURES
 from stages.trace import numpy_dtype
 from tests.conftest import ROOT, user_environment
 from tests.tiny import write_checkpoint
 from tests.traces import Trace, collect, jax_trace, ulps
+from tools.parity.worker import REFERENCE as REFERENCE_FLAGS
 
 TOKENS = tuple(int(token) for token in np.random.default_rng(0).integers(0, 48, 37))
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Grouped heads, and one layer of each kind of attention."""
     return write_checkpoint(
         tmp_path_factory.mktemp("observer") / "tiny",
+        model_type=request.param,
         num_hidden_layers=3,
         use_sliding_window=True,
         sliding_window=9,
@@ -52,7 +56,8 @@ def test_what_is_captured_changes_no_byte(tiny: Path, backend: str, dtype: str) 
     first = engine()
     everything = observe(first, lambda stage, layer: True)
     head = "lm_head", None
-    choices = [lambda stage, layer, name=name: stage == name for name in NAMES]
+    names = first.tables.names
+    choices = [lambda stage, layer, name=name: stage == name for name in names]
     choices += [lambda stage, layer: False, lambda stage, layer: layer == 1]
     for want in choices:
         seen = observe(first, want)
@@ -77,52 +82,57 @@ def test_a_new_process_computes_the_same_bytes(
     assert file == here.astype(np.float32).tobytes()
 
 
-def recompute(model: HuggingFaceWeights, trace: Trace, layer: int, stage: str, dtype: str) -> np.ndarray:
+def recompute(
+    model: HuggingFaceWeights, trace: Trace, layer: int, stage: str, dtype: str
+) -> np.ndarray:
     """One stage of one layer, un-jitted, from the inputs that were captured."""
-    rows = [STAGE[stage]]
-    rows = [STAGE[name] for name in rows[0].inputs if (stage, name) in UNROUNDED] + rows
-    length = len(trace["embedding", 0])
-    env = make_env(
-        model.config,
-        np.arange(length)[None],
-        np.ones((1, length), bool),
-        model.config.sliding_layers[layer],
-    )
-    above = ("post_ffn_residual", layer - 1) if layer else ("embedding", 0)
-    captured = {s.name: trace[s.name, layer][None] for s in LAYER_STAGES}
+    tables, config = model.config.tables, model.config
+    row = tables.stage[stage]
+    rows = [*(tables.stage[name] for name in row.unrounded), row]
+    above = tables.stored_as(LAYER_INPUT, layer, config.num_hidden_layers)
+    captured = {s.name: trace[s.name, layer][None] for s in tables.layer_stages}
     captured[LAYER_INPUT] = trace[above][None]
-    given = {name: jax.numpy.asarray(captured[name]) for row in rows for name in row.inputs}
-    weights = jax.tree.map(jax.numpy.asarray, params.layer_params(model, layer))
-    values = run_stages(rows, model.config, weights, env, given, numpy_dtype(dtype))
-    return np.asarray(values[stage])[0]
+    pos = positional_by_layer(config, np.arange(len(TOKENS))[None])[config.sliding_layers[layer]]
+    with runtime.numerics():
+        given = {name: jax.numpy.asarray(captured[name]) for row in rows for name in row.inputs}
+        weights, pos = jax.tree.map(
+            jax.numpy.asarray, (read_parameters(model, "layer", layer), pos)
+        )
+        values = run_stages(rows, config, weights, pos, given, numpy_dtype(dtype))
+        return np.asarray(values[stage])[0]
 
 
-@pytest.mark.parametrize(("dtype", "differing"), [("bfloat16", 1e-3), ("float16", 8e-3)])
-def test_a_captured_value_is_the_consumed_one(
-    demo: HuggingFaceWeights, tiny: Path, dtype: str, differing: float
-) -> None:
+def check_consumed(model: HuggingFaceWeights, dtype: str) -> None:
     """Each captured stage follows from the captured stages before it. The float32 arithmetic may
     come out a few 2**-24 apart (fused multiply-add, order of a sum), which moves an element to the
     neighbouring 16-bit number once in some 2**16 (bfloat16) or 2**13 (float16) elements. Where a
     value is consumed without the rounding that its capture shows, 20 % of its readers differ."""
-    for model in (demo, HuggingFaceWeights(tiny)):
-        trace = jax_trace(model.directory, TOKENS, dtype)
-        for layer in range(model.config.num_hidden_layers):
-            for stage in LAYER_STAGES:
-                again = recompute(model, trace, layer, stage.name, dtype)
-                apart = (ulps(again, trace[stage.name, layer]) > 0).mean()
-                assert apart <= differing, f"{stage.name}, layer {layer}: {apart:.2%} differ"
+    differing = {"bfloat16": 1e-3, "float16": 8e-3}[dtype]
+    trace = jax_trace(model.directory, TOKENS, dtype)
+    for layer in range(model.config.num_hidden_layers):
+        for stage in model.config.tables.layer_stages:
+            again = recompute(model, trace, layer, stage.name, dtype)
+            apart = (ulps(again, trace[stage.name, layer]) > 0).mean()
+            assert apart <= differing, f"{stage.name}, layer {layer}: {apart:.2%} differ"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_captured_value_is_the_consumed_one(tiny: Path, dtype: str) -> None:
+    check_consumed(HuggingFaceWeights(tiny), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_captured_value_of_a_trained_model(demo: HuggingFaceWeights, dtype: str) -> None:
+    check_consumed(demo, dtype)
 
 
 REFERENCE = """
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from qwen_jax import runtime
-runtime.configure("cpu", reference=True)
 from tests.traces import jax_trace
-demo, tiny = map(Path, sys.argv[1:])
-cases = [(demo, "float32", 37), (demo, "bfloat16", 37), (tiny, "float16", 37), (tiny, "float32", 1)]
+demo, *tiny = map(Path, sys.argv[1:])
+cases = [(demo, "float32", 37), (demo, "bfloat16", 37)]
+cases += [(each, *case) for each in tiny for case in (("float16", 37), ("float32", 1))]
 for directory, dtype, length in cases:
     tokens = tuple(range(1, 1 + length))
     compiled = jax_trace(directory, tokens, dtype, "xla")
@@ -133,14 +143,18 @@ for directory, dtype, length in cases:
 """
 
 
-def test_reference_mode_compiles_to_what_unjitted_computes(demo: HuggingFaceWeights, tiny: Path) -> None:
+def test_reference_mode_compiles_to_what_unjitted_computes(
+    demo: HuggingFaceWeights, tmp_path: Path
+) -> None:
     """Byte for byte, every stage. Un-jitted, a stage is a function of what is captured because
     nothing else exists; so here the same holds of the compiled layer. In a process of its own:
     the flags of reference mode are read once."""
+    window = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+    tiny = [write_checkpoint(tmp_path / name, model_type=name, **window) for name in ARCHITECTURES]
     done = subprocess.run(
-        [sys.executable, "-c", REFERENCE, str(demo.directory), str(tiny)],
+        [sys.executable, "-c", REFERENCE, demo.directory, *tiny],
         cwd=ROOT,
-        env=user_environment(),
+        env=user_environment() | {"XLA_FLAGS": " ".join(REFERENCE_FLAGS), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         encoding="utf-8",
     )

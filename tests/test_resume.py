@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qwen_jax import command, engine, trace
-from stages import cli, manifest, writer
+from qwen_jax import cli, engine, trace, tracing
+from stages import manifest, writer
+from stages.architectures import ARCHITECTURES
 from stages.trace import open_trace
 from tests.conftest import Result
 from tests.tiny import write_checkpoint
@@ -35,14 +36,14 @@ def run(model, monkeypatch, capsys):
         emitted = []
 
         class Engine(engine.JaxEngine):
-            def run(self, tokens, logits, want, emit, resume=None):
+            def run(self, tokens, positions, logits, want, emit, resume=None):
                 def counted(stage, layer, value):
                     if len(emitted) == stop:
                         raise KeyboardInterrupt
                     emitted.append((stage, layer))
                     emit(stage, layer, value)
 
-                super().run(tokens, logits, want, counted, resume)
+                super().run(tokens, positions, logits, want, counted, resume)
 
         def leave(self, *_):
             self._stop()
@@ -94,6 +95,18 @@ def test_in_every_dtype_and_format(run, tmp_path, kind):
     assert content(tmp_path / "half") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", ["--first-position=5", "--dtype=bfloat16"])
+def test_a_model_of_qwen3(run, tmp_path, kind):
+    stages = 3 + LAYERS * len(ARCHITECTURES["qwen3"].layer_stages)
+    model = write_checkpoint(tmp_path / "3/model", model_type="qwen3", num_hidden_layers=LAYERS)
+    _, computed = run("--out", "whole", kind, model=model)
+    assert len(computed) == stages
+    run("--out", "half", kind, stop=50, model=model)
+    result, computed = run("--out", "half", kind, "--resume", model=model)
+    assert result.code == 0 and computed[0] == ("attn_norm", 2)
+    assert content(tmp_path / "half") == content(tmp_path / "whole")
+
+
 def test_a_damaged_file_is_made_anew(run, tmp_path):
     run("--out", "whole")
     run("--out", "half", stop=60)
@@ -123,7 +136,8 @@ def test_what_cannot_go_on_is_refused_and_left_as_it_is(run, tmp_path, model):
     before = content(tmp_path / "half")
     refused(run("--out", "whole", "--resume")[0], "is a whole trace")
     refused(run("--out", "half", "--resume", "--dtype=bfloat16")[0], "other dtype")
-    refused(run("--out", "half", "--resume", "--tokens=1,2")[0], "other tokens, positions")
+    refused(run("--out", "half", "--resume", "--tokens=1,2")[0], "other tokens, positions, steps")
+    refused(run("--out", "half", "--resume", "--first-position=1")[0], "other positions;")
     refused(run("--out", "half", "--resume", "--layers=0-2")[0], "other stages or layers")
     refused(run("--out", "half", "--resume", "--stages=lm_head")[0], "other stages or layers")
     refused(run("--out", "half", "--resume", "--backend=eager")[0], "backend ('xla', now 'eager')")
@@ -148,7 +162,7 @@ def test_a_trace_larger_than_the_free_disk_is_refused_before_it_starts(run, tmp_
     run("--out", "old")
     bytes_ = sum(map(len, (v for k, v in content(tmp_path / "old").items() if "json" not in k)))
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(command.shutil, "disk_usage", lambda path: usage(bytes_ // 2))
+    monkeypatch.setattr(tracing.shutil, "disk_usage", lambda path: usage(bytes_ // 2))
     result, computed = run("--out", "new")
     refused(result, "choose fewer --stages")
     assert not computed and not (tmp_path / "new").exists()
@@ -163,7 +177,7 @@ def test_the_mark_says_what_is_whole(run, tmp_path):
     assert {f"half/{entry.path}" for entry in marked.files} == {
         str(p.relative_to(tmp_path)) for p in (tmp_path / "half").rglob("*.bin")
     }
-    assert "model.layers.1.mlp.up_proj.weight" in marked.model["weights"]
+    assert "model.layers.1.mlp.up_proj.weight" in marked.model.weights
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,33 @@
 """Synthetic models: the published sizes, the same numbers however they are read, sane numerics."""
 
-import argparse
-
 import ml_dtypes
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen_jax.synthetic import MASSIVE_DAMP, SIZES, STEP, Synthetic, _fill, _quantiles
 
-from qwen_jax import runtime, source
+from qwen_jax import runtime
 from qwen_jax.engine import JaxEngine
-from qwen_jax.weights import EMBEDDING, HEAD, NORM
+from qwen_jax.prompt import Prompt, load_tokenizer, random_tokens
+from qwen_jax.weights import open_model
+from qwen_jax.weights.synthetic import (
+    MASSIVE_DAMP,
+    STEP,
+    SyntheticWeights,
+    _fill,
+    _quantiles,
+    size_names,
+)
+from stages.architectures import QWEN2, QWEN3
 from stages.errors import UserError
 
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
 K_BIAS = "model.layers.{}.self_attn.k_proj.bias"
 DOWN = "model.layers.1.mlp.down_proj.weight"
-SMALL = Synthetic("0.5b", 2)
+SMALL = SyntheticWeights(QWEN2, "0.5b", 2)
 
 
 def wide(array):
@@ -30,7 +41,8 @@ def rms(array):
 @pytest.mark.parametrize(
     ("size", "billions"),
     [("0.5b", 0.494), ("1.5b", 1.54), ("3b", 3.09), ("7b", 7.62), ("14b", 14.8), ("32b", 32.8),
-     ("72b", 72.7)],
+     ("72b", 72.7), ("0.6b", 0.596), ("1.7b", 1.72), ("4b", 4.02), ("8b", 8.19),
+     ("qwen3-14b", 14.8), ("qwen3-32b", 32.8)],
 )  # fmt: skip
 def test_the_published_sizes(size, billions):
     """The parameter counts of the model cards."""
@@ -42,18 +54,35 @@ def test_the_published_sizes(size, billions):
     assert model.directory is None
 
 
+@pytest.mark.parametrize(
+    ("spec", "tables", "name"),
+    [
+        ("qwen2-7b", QWEN2, "synthetic-7b"),
+        ("14B", QWEN2, "synthetic-14b"),
+        ("8b:3", QWEN3, "synthetic-qwen3-8b-3"),
+        ("Qwen3-14b", QWEN3, "synthetic-qwen3-14b"),
+    ],
+)
+def test_a_size_of_an_architecture(spec, tables, name):
+    model = open_model(f"synthetic:{spec}")
+    assert model.config.tables is tables and model.name == name
+
+
 def test_the_first_layers_of_a_size():
-    model = open_model("synthetic:7b:2")
-    assert model.config.num_hidden_layers == 2 and model.name == "synthetic-7b-2"
-    whole = open_model("synthetic:7B")
-    for name in model.shapes:
-        assert model.rows(name, 3, 5).tobytes() == whole.rows(name, 3, 5).tobytes()
+    for size, name in (("7b", "synthetic-7b-2"), ("8b", "synthetic-qwen3-8b-2")):
+        model = open_model(f"synthetic:{size}:2")
+        assert model.config.num_hidden_layers == 2 and model.name == name
+        whole = open_model(f"synthetic:{size.upper()}")
+        for tensor in model.shapes:
+            assert model.rows(tensor, 3, 5).tobytes() == whole.rows(tensor, 3, 5).tobytes()
 
 
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("synthetic:9b", "no size '9b'; choose one of 0.5b, 1.5b, 3b, 7b, 14b, 32b, 72b"),
+        ("synthetic:9b", "no size '9b'; choose one of 0.5b, 1.5b, 3b, 7b, 14b, 32b, 72b, 0.6b"),
+        ("synthetic:qwen4-7b", "no size 'qwen4-7b'"),
+        ("synthetic:qwen3-7b", "no size 'qwen3-7b'; choose one of 0.5b, "),
         ("synthetic:", "no size ''"),
         ("synthetic:7b:99", "'99' layers; 7b can be cut to 1 up to 28"),
         ("synthetic:7b:0", "1 up to 28"),
@@ -102,8 +131,9 @@ def test_any_rows_of_a_model(data):
 def test_no_two_tensors_are_alike():
     rows = {SMALL.rows(name, 0, 64).tobytes()[:128] for name in SMALL.shapes}
     assert len(rows) == len(SMALL.shapes)
-    other = Synthetic("1.5b", 2)
-    assert other.rows(NORM, 0, 64).tobytes() != SMALL.rows(NORM, 0, 64).tobytes()
+    others = [SyntheticWeights(QWEN2, "1.5b"), SyntheticWeights(QWEN2, "14b")]
+    others += [SyntheticWeights(QWEN3, "14b"), SMALL]
+    assert len({other.rows(NORM, 0, 64).tobytes() for other in others}) == 4
 
 
 def test_the_numbers_never_change():
@@ -111,10 +141,39 @@ def test_the_numbers_never_change():
     model = open_model("synthetic:0.5b:1")
     for name in (NORM, K_BIAS.format(0)):
         model.read(name)
-    assert [model.hashes[name]["xxh3"] for name in (NORM, K_BIAS.format(0))] == [
+    assert [model.hashes[name].xxh3 for name in (NORM, K_BIAS.format(0))] == [
         "f210bd03d8c83abb",
         "a0f9962e9490c466",
     ]
+
+
+# A row of every tensor of every layer, and those of Qwen2 from before Qwen3 was known.
+ROWS = {
+    "0.5b": "6312056bf325ffc1",
+    "1.5b": "03c4f74029d253bb",
+    "3b": "d34d5d64471c13ab",
+    "7b": "73b33a3f7d128d90",
+    "14b": "ad31a6e0bf1b1685",
+    "32b": "88af11dffde96737",
+    "72b": "8b0a22444c16ff90",
+    "0.6b": "5366fccdf0f6af10",
+    "1.7b": "6d917f772787ee03",
+    "4b": "e1f350af9dc8b274",
+    "8b": "429a9a138fe30fb9",
+    "qwen3-14b": "dc602ed26e6e861a",
+    "qwen3-32b": "f9b41dc35aadd424",
+}
+
+
+@pytest.mark.parametrize("size", ROWS)
+def test_no_size_ever_changes(size):
+    """Where a massive channel is one of a tensor's rows, the row of that channel."""
+    model, made = open_model(f"synthetic:{size}"), xxhash.xxh3_64()
+    for name, (count, *_) in model.shapes.items():
+        row = int(model.massive[0]) % count
+        made.update(name.encode() + model.rows(name, row, row + 1).tobytes())
+    assert made.hexdigest() == ROWS[size]
+    assert size_names() == list(ROWS)
 
 
 def test_the_statistics():
@@ -141,10 +200,21 @@ def test_the_k_biases_of_the_first_and_the_last_layer():
     assert norms == pytest.approx([605, 22, 22, 921], rel=0.1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_activations_stay_sane(dtype):
-    """No overflow, no collapse, a few channels far above the rest: through all 24 layers."""
-    model = open_model("synthetic:0.5b")
+def test_the_norms_of_heads():
+    """As those of layers, so that scores have a standard deviation of a few."""
+    model = open_model("synthetic:0.6b:1")
+    for part in "qk":
+        norm = model.read(f"model.layers.0.self_attn.{part}_norm.weight")
+        assert wide(norm).mean() == pytest.approx(2, rel=0.05)
+        assert wide(norm).std() == pytest.approx(0.25, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"), [("0.5b", "float32"), ("0.5b", "float16"), ("0.6b", "float16")]
+)
+def test_activations_stay_sane(size, dtype):
+    """No overflow, no collapse, a few channels far above the rest: through all layers."""
+    model = open_model(f"synthetic:{size}")
     found = {}
 
     def emit(stage, layer, value):
@@ -152,10 +222,10 @@ def test_activations_stay_sane(dtype):
         found[stage, layer] = value
 
     wanted = ("post_ffn_residual", "ffn_swigl", "lm_head")
-    engine = JaxEngine(model, dtype, "xla", runtime.configure("cpu"))
-    tokens = source.random_tokens(8, model)
-    engine.run(tokens, "last", lambda stage, layer: stage in wanted, emit)
-    for layer in range(24):
+    engine = JaxEngine(model, dtype, "xla", runtime.pick_device("cpu"))
+    tokens = random_tokens(8, model)
+    engine.run(tokens, tuple(range(8)), "last", lambda stage, layer: stage in wanted, emit)
+    for layer in range(model.config.num_hidden_layers):
         residual = wide(found["post_ffn_residual", layer])
         assert 1 < rms(residual) < 100, layer
         assert 0.1 < rms(found["ffn_swigl", layer]) < 10, layer
@@ -169,35 +239,25 @@ def test_activations_stay_sane(dtype):
 # --- tokens
 
 
-def tokens_of(*given):
-    parser = argparse.ArgumentParser()
-    source.add_model_arguments(parser)
-    return source.read_tokens(parser.parse_args(given), SMALL)
-
-
 def test_drawn_tokens():
-    drawn = tokens_of("--tokens", "random:64")
-    assert drawn == source.random_tokens(64, SMALL) == tokens_of("--tokens", "random:64")
+    drawn = Prompt(tokens="random:64").read(SMALL)
+    assert drawn == random_tokens(64, SMALL) == Prompt(tokens="random:64").read(SMALL)
     assert drawn[:4] == (129240, 96777, 77660, 40990)  # once and for all
     assert len(drawn) == 64 and all(type(t) is int and 0 <= t < 151936 for t in drawn)
-    assert max(source.random_tokens(10000, SMALL)) > 0.99 * 151936
+    assert max(random_tokens(10000, SMALL)) > 0.99 * 151936
 
 
 @pytest.mark.parametrize("text", ["random:0", "random:", "random", "random:-1", "random:1,2", ""])
 def test_what_is_no_tokens(text):
     with pytest.raises(UserError, match="expected ids such as 1,2,3, or random:64"):
-        tokens_of("--tokens", text)
+        Prompt(tokens=text).read(SMALL)
 
 
 def test_text_needs_a_tokenizer():
-    assert source.load_tokenizer(SMALL) is None
-    for given_ in ((), ("--prompt", "x")):
+    assert load_tokenizer(SMALL) is None
+    for prompt in (Prompt(), Prompt(text="x")):
         with pytest.raises(UserError, match=r"^synthetic-0.5b-2 has no tokenizer.*random:64"):
-            tokens_of(*given_)
-
-
-def test_every_size_is_listed():
-    assert list(SIZES) == ["0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b"]
+            prompt.read(SMALL)
 
 
 def test_the_oracle_needs_files(run_cli):

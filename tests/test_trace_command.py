@@ -1,6 +1,5 @@
 """``python -m qwen_jax.trace`` as people and programs use it, and every way to use it wrongly."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -11,16 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from stages.table import LAYER_STAGES, NAMES, computation_order, stage_shape
 
-from qwen_jax import command, source, trace
-from stages import cli, manifest
+import qwen_jax
+from qwen_jax import cli, trace, trace_command
+from qwen_jax.prompt import Prompt, load_tokenizer
+from stages import manifest
+from stages.architectures import ALL_NAMES, ARCHITECTURES
 from stages.errors import UserError
 from stages.trace import numpy_dtype, open_trace
 from tests.conftest import Result, user_environment
 from tests.tiny import hf_config, write_checkpoint, write_json
 
-ALL_FILES = 1 + 2 * len(LAYER_STAGES) + 2
+NAMES = ARCHITECTURES["qwen2"].names
+ALL_FILES = 1 + 2 * len(ARCHITECTURES["qwen2"].layer_stages) + 2
 
 
 def snapshot(directory):
@@ -79,18 +81,18 @@ def run(monkeypatch, capsys):
 class FakeEngine:
     """Numbers that depend on all that is asked, in no time, where the model does not matter."""
 
-    def __init__(self, model, args):
-        self.model, self.args = model, args
+    def __init__(self, args, *more):
+        self.model, self.args = more[-1].model, args
 
     def describe(self):
         return {"name": "fake", "backend": self.args.backend}
 
-    def run(self, tokens, logits, want, emit, resume=None):
+    def run(self, tokens, positions, logits, want, emit, resume=None):
         config = self.model.config
-        for stage, layer in computation_order(config.num_hidden_layers):
+        for stage, layer in config.tables.computation_order(config.num_hidden_layers):
             if want(stage.name, layer) or stage.name == "lm_head":
-                shape = stage_shape(stage, config.dims(len(tokens)), logits)
-                seed = [*tokens, NAMES.index(stage.name), layer or 0]
+                shape = stage.shape(config.dims(len(tokens)), logits)
+                seed = [*tokens, *positions, ALL_NAMES.index(stage.name), layer or 0]
                 values = np.random.default_rng(seed).standard_normal(shape)
                 emit(stage.name, layer, values.astype(numpy_dtype(self.args.dtype)))
 
@@ -131,6 +133,12 @@ BAD = [
     (("--tokens", "1.0"), "expected ids"),
     (("--tokens", "1,"), "expected ids"),
     (("--tokens", ""), "expected ids"),
+    (("--tokens", "1,,2"), "expected ids"),
+    (("--tokens", "random:0"), "or random:64 for 64 drawn ids"),
+    (("--tokens", "random:12345678"), "expected ids"),
+    (("--first-position", "-1"), "--first-position -1: expected 0 or more"),
+    (("--first-position", "x"), "invalid int value: 'x'"),
+    (("--first-position", str(2**31 - 2)), "--first-position 2147483646"),  # of 3 tokens
     (("--tokens", ",".join(["1"] * 32768)), "use --format safetensors"),  # N T S is 2**32
     (("--prompt", ""), "the prompt is empty"),
     (("--prompt", "  "), "the prompt is empty"),
@@ -169,7 +177,8 @@ BAD = [
     # the rest
     (("--format", "aprt", "--dtype", "float64"), "use --format safetensors"),
     (("--format", "npz"), "invalid choice: 'npz'"),
-    (("--dtype", "float8"), "invalid choice: 'float8'"),
+    (("--dtype", "float8"), "'float8' is none of float32, bfloat16, float16, float64"),
+    (("--dtype", ""), "'' is none of float32"),
     (("--logits", "some"), "invalid choice: 'some'"),
     (("--backend", "torch"), "invalid choice: 'torch'"),
     (("--device", "tpu"), "invalid choice: 'tpu'"),
@@ -221,7 +230,7 @@ def test_bad_input_costs_no_import_of_jax(world):
     code = (
         "import sys\n"
         "from qwen_jax import trace\n"
-        "from stages import cli\n"
+        "from qwen_jax import cli\n"
         "cli.leave = sys.exit\n"
         "try:\n"
         "    cli.run(trace.main)\n"
@@ -288,8 +297,8 @@ def test_all_stages_of_all_layers(world, run):
     assert len(opened.entries) == ALL_FILES
     assert {stage for stage, _ in opened.entries} == set(NAMES)
     assert opened.tokens == (1, 2, 3) and opened.manifest.positions == (0, 1, 2)
-    assert opened.manifest.model["name"] == "model" and opened.dtype == "float32"
-    assert len(opened.manifest.model["weights"]) == 27
+    assert opened.manifest.model.name == "model" and opened.dtype == "float32"
+    assert len(opened.manifest.model.weights) == 27
     for key in opened.entries:
         assert np.isfinite(opened.read(*key)).all(), key
 
@@ -330,12 +339,106 @@ def test_text_a_file_and_ids_give_the_same_trace(world, run, fake):
     tokens = strict_json(run("--model", "model", "--prompt", "the cat sat", "--dry-run",
                              "--json", "-").stdout)["tokens"]  # fmt: skip
     assert tokens == [1, 3, 5]
-    given = (("--prompt", "the cat sat"), ("--prompt-file", "prompt.txt"), ("--tokens", " 1, 3,5"))
-    for prompt in given:
-        assert run("--model", "model", *prompt, "--out", prompt[0][2:]).code == 0
-    traces = [snapshot(world / name) for name in ("prompt", "prompt-file", "tokens")]
-    assert traces[0] == traces[1] == traces[2]
-    assert open_trace(world / "tokens").tokens == (1, 3, 5)
+    given = [("--prompt", "the cat sat"), ("--prompt-file", "prompt.txt")]
+    given += [("--tokens", ids) for ids in (" 1, 3,5", "1 3 5", "1,3 , 5", "\t1  3\n5 ")]
+    for number, prompt in enumerate(given):
+        assert run("--model", "model", *prompt, "--out", str(number)).code == 0
+    traces = [snapshot(world / str(number)) for number in range(len(given))]
+    assert all(each == traces[0] for each in traces)
+    assert open_trace(world / "2").tokens == (1, 3, 5)
+
+
+def test_tokens_that_are_drawn(world, run, fake):
+    """Once and for all: the same in every run, and from the whole vocabulary."""
+    for name in "ab":
+        run("--model", "model", "--tokens", "random:500", "--out", name, "--stages", "lm_head")
+    a, b = (open_trace(world / name).tokens for name in "ab")
+    assert a == b and len(a) == 500 and set(a) == set(range(48))
+
+
+# --- positions
+
+
+def test_the_first_position(world, run):
+    """RoPE alone knows of it: the scores depend on how far apart two tokens are, and on no more,
+    but for its tables, which are float32."""
+    for first in (0, 7):
+        asked = ("--first-position", first, "--out", first, "--dtype", "float64")
+        assert run(*MODEL, *asked).code == 0
+    near, far = open_trace(world / "0"), open_trace(world / "7")
+    assert (near.positions, far.positions) == ((0, 1, 2), (7, 8, 9))
+    assert far.manifest.positions == (7, 8, 9)
+    assert snapshot(world / "7")["manifest.json"] != snapshot(world / "0")["manifest.json"]
+    for key in near.entries:
+        x, y = near.read(*key), far.read(*key)
+        apart = np.abs(x - y).max() / np.abs(x).max()
+        assert (apart > 1e-2) == (key[0] in ("q_post_rope", "k_post_rope")), key
+        assert apart < 1e-6 or "rope" in key[0], key
+
+
+def test_json_tells_the_positions(world, run, fake):
+    asked = ("--first-position", "4", "--stages", "lm_head", "--out", "out", "--json", "-")
+    dry, real = run(*MODEL, *asked, "--dry-run"), run(*MODEL, *asked)
+    for result in (dry, real):
+        data = strict_json(result.stdout)
+        assert data["positions"] == [4, 5, 6] and data["architecture"] == "qwen2"
+
+
+# --- another architecture
+
+
+@pytest.fixture
+def qwen3(world):
+    write_checkpoint(world / "model3", model_type="qwen3")
+    return "--model", "model3", *TOKENS
+
+
+def test_all_stages_of_a_qwen3(world, run, qwen3):
+    result = run(*qwen3, "--out", "out", "--json", "-")
+    assert result.code == 0
+    data, opened = strict_json(result.stdout), open_trace(world / "out")
+    tables = ARCHITECTURES["qwen3"]
+    assert data["architecture"] == opened.manifest.architecture == "qwen3"
+    assert opened.tables is tables
+    wanted = [(stage.name, layer) for stage, layer in tables.computation_order(2)]
+    assert [(entry.stage, entry.layer) for entry in opened.manifest.files] == wanted
+    assert [row["stage"] for row in data["stages"]] == list(tables.names)
+    assert opened.read("q_norm", 1).shape == (3, 4, 8)
+    assert opened.read("k_norm", 1).shape == (3, 2, 8)
+    assert opened.read("attention", 1).shape == (3, 32)  # N*H, which is not D
+    assert len(opened.manifest.model.weights) == 2 + 2 * 11 + 1
+    for key in opened.entries:
+        assert np.isfinite(opened.read(*key)).all(), key
+
+
+def test_the_head_norms_of_a_qwen3(world, run, qwen3):
+    """What is written is the RMSNorm of every head, computed here by hand."""
+    run(*qwen3, "--out", "out", "--dtype", "float64")
+    opened, tensors = open_trace(world / "out"), load_file(world / "model3/model.safetensors")
+    for layer in (0, 1):
+        qkv = opened.read("qkv_matmul", layer).reshape(3, 8, 8)
+        for name, heads in (("q_norm", qkv[:, :4]), ("k_norm", qkv[:, 4:6])):
+            weight = tensors[f"model.layers.{layer}.self_attn.{name}.weight"].astype(np.float64)
+            mean = (heads**2).mean(-1, keepdims=True)
+            expected = weight * heads / np.sqrt(mean + 1e-6)
+            np.testing.assert_allclose(opened.read(name, layer), expected, rtol=1e-12)
+
+
+def test_a_stage_that_the_architecture_lacks(world, run, qwen3):
+    assert refused(run(*qwen3, "--stages", "qkv_bias"), "unknown stage 'qkv_bias'")
+    assert refused(run(*MODEL, "--stages", "q_norm"), "unknown stage 'q_norm'")
+
+
+def test_the_library_computes_what_the_command_writes(world, run, qwen3):
+    for model in (MODEL, qwen3):
+        out = f"{model[1]}-out"
+        assert run(*model, "--logits", "all", "--first-position", "2", "--out", out).code == 0
+        held = qwen_jax.trace_model(model[1], tokens="1 2 3", first_position=2)
+        written = open_trace(world / out)
+        assert list(held.entries) == list(written.entries)
+        assert held.positions == written.positions == (2, 3, 4)
+        for key in held.entries:
+            np.testing.assert_array_equal(held.read(*key), written.read(*key))
 
 
 @pytest.mark.parametrize("text", ["a\r\nb\n", "a\nb", " a", "\ufeffa", "é\0"])
@@ -343,13 +446,9 @@ def test_a_prompt_is_taken_as_it_is(tmp_path, demo, text):
     """The same bytes are the same tokens, from the command line and from a file."""
     (tmp_path / "prompt.txt").write_bytes(text.encode())
 
-    def tokens(**given):
-        args = {"prompt": None, "prompt_file": None, "tokens": None} | given
-        return source.read_tokens(argparse.Namespace(**args), demo)
-
-    from_file = tokens(prompt_file=tmp_path / "prompt.txt")
-    assert from_file == tokens(prompt=text)
-    assert source.load_tokenizer(demo).decode(from_file) == text
+    from_file = Prompt(file=tmp_path / "prompt.txt").read(demo)
+    assert from_file == Prompt(text=text).read(demo)
+    assert load_tokenizer(demo).decode(from_file) == text
 
 
 def test_all_logits_end_in_the_last(world, run):
@@ -361,7 +460,7 @@ def test_all_logits_end_in_the_last(world, run):
     assert open_trace(world / "all").manifest.logits == "all"
 
 
-@pytest.mark.parametrize("dtype", command.DTYPES)
+@pytest.mark.parametrize("dtype", manifest.DTYPES)
 def test_safetensors_hold_the_dtype_of_the_model(world, run, fake, dtype):
     asked = ("--dtype", dtype, "--format", "safetensors", "--stages", "ffn_up,lm_head")
     assert run(*MODEL, *asked, "--out", "out").code == 0
@@ -371,6 +470,18 @@ def test_safetensors_hold_the_dtype_of_the_model(world, run, fake, dtype):
         assert opened.read(*key).dtype.name == opened.entries[key].dtype == dtype
     names = {Path(name).suffix for name, content in snapshot(world / "out").items() if content}
     assert names == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize(
+    ("short", "dtype"),
+    [("bf16", "bfloat16"), ("fp16", "float16"), ("f16", "float16"), ("f32", "float32"),
+     ("BFloat16", "bfloat16"), ("BF16", "bfloat16")],
+)  # fmt: skip
+def test_short_names_of_dtypes(world, run, fake, short, dtype):
+    asked = ("--stages", "lm_head", "--out", "out", "--json", "-")
+    data = strict_json(run(*MODEL, "--dtype", short, *asked).stdout)
+    opened = open_trace(world / "out")
+    assert data["dtype"] == opened.dtype == opened.entries["lm_head", None].dtype == dtype
 
 
 def test_float64_is_written_as_safetensors_by_default(world, run, fake):
@@ -395,7 +506,7 @@ def test_both_formats_hold_the_same_values(world, run, fake):
 def test_json_on_stdout_is_alone_there(world, run, fake):
     result = run(*MODEL, "--stages", "lm_head", "--out", "out", "--json", "-")
     data = strict_json(result.stdout)
-    assert data["schema"] == 1 and data["tokens"] == [1, 2, 3] and data["files"] == 1
+    assert data["schema"] == 2 and data["tokens"] == [1, 2, 3] and data["files"] == 1
     assert "next token" in result.stderr and "out/: 1 files" in result.stderr
 
 
@@ -431,7 +542,7 @@ def test_logits_that_are_not_finite(world, run):
 
 @pytest.mark.filterwarnings("error")
 def test_infinite_logits_have_no_probabilities():
-    top = command._top(None, np.array([1.0, np.inf, -np.inf, 2.0]), 2)
+    top = trace_command._top(None, np.array([1.0, np.inf, -np.inf, 2.0]), 2)
     assert [row["token"] for row in top] == [1, 3]
     assert np.isnan(top[0]["probability"])
 
@@ -452,7 +563,7 @@ def test_names_are_printed_as_they_are(world, run, fake):
 
 def test_tokens_are_printed_as_they_are(capsys):
     row = {"token": 7, "text": "[/INST] :cat:", "logit": 1.0, "probability": 0.5}
-    command._print_top(cli.console(), [row])
+    trace_command._print_top(cli.console(), [row])
     assert "'[/INST] :cat:'" in capsys.readouterr().out
 
 
@@ -460,7 +571,7 @@ def test_tokens_are_printed_as_they_are(capsys):
 def test_help(run, option):
     result = run(option)
     assert (result.code, result.stderr) == (0, "")
-    for name in ("--stages", "--layers", "--dry-run", "post_ffn_residual"):
+    for name in ("--stages", "--layers", "--dry-run", "--first-position", *ALL_NAMES):
         assert name in result.stdout
 
 

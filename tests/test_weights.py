@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax import weights
 from qwen_jax.engine import JaxEngine
-from qwen_jax.weights import Weights, aligned_empty
+from qwen_jax.weights import base
+from qwen_jax.weights.base import Weights, aligned_empty
 from tests.tiny import write_checkpoint
 from tests.traces import jax_trace
 
@@ -26,7 +26,10 @@ class Numbers(Weights):
         self.stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         bits = np.random.default_rng(0).bytes(int(np.prod(shape)) * self.stored.itemsize)
         self.values = np.frombuffer(bits, self.stored).reshape(shape)
-        self.shapes = {"x": shape}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"x": self.values.shape}
 
     def dtype(self, name: str) -> np.dtype:
         return self.stored
@@ -42,7 +45,7 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 
 @pytest.fixture(autouse=True, params=[1, 64, 1 << 20])
 def block(request, monkeypatch):
-    monkeypatch.setattr(weights, "BLOCK", request.param)
+    monkeypatch.setattr(base, "BLOCK", request.param)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -99,7 +102,7 @@ def test_blocks_are_the_tensor(step):
 
 def test_memory_is_aligned():
     for size in range(1, 50):
-        assert aligned_empty((size, 3), np.dtype("float16")).ctypes.data % weights.ALIGNMENT == 0
+        assert aligned_empty((size, 3), np.dtype("float16")).ctypes.data % base.ALIGNMENT == 0
 
 
 def test_weights_widened_on_the_way_give_the_same_trace(tmp_path: Path, monkeypatch, block):

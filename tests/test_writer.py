@@ -1,6 +1,7 @@
 """Traces on disk: written and read back exactly, never mixed, never whole when they are not."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -15,15 +16,17 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from safetensors.numpy import save_file
 
 from stages import manifest, writer
 from stages.errors import UserError
-from stages.manifest import Manifest
+from stages.manifest import Manifest, Model, WeightEntry
 from stages.trace import Layout, open_trace
 from stages.writer import TraceWriter
 
-MODEL = {"name": "tiny", "config": {"num_hidden_layers": 3}, "weights": {}}
+CONFIG = {"architecture": "qwen2", "num_hidden_layers": 3}
+MODEL = Model(name="tiny", config=CONFIG, weights={})
 UP, HEAD = ("ffn_up", 1), ("lm_head", None)
 FLOATS = {
     "float32": np.float32,
@@ -37,22 +40,25 @@ PAIRS += [("safetensors", dtype) for dtype in FLOATS]
 
 def header(format="aprt", dtype="float32", tokens=(7, 0)):
     return Manifest(
+        architecture="qwen2",
         format=format,
         dtype=dtype,
         logits="last",
         tokens=tokens,
         positions=tuple(range(len(tokens))),
+        steps=(len(tokens),),
         model=MODEL,
         producer={"name": "test"},
+        files=(),
     )
 
 
 def write(directory, stages, overwrite=False, **kind):
     """A trace of {(stage, layer): array}."""
-    with TraceWriter(directory, header(**kind), overwrite) as trace:
+    with TraceWriter(directory, header(**kind), {}, overwrite) as trace:
         for key, array in stages.items():
             trace.add(*key, array)
-        return trace.finish(MODEL, list(stages))
+        return trace.finish(list(stages))
 
 
 def values(seed=0, shape=(2, 5), dtype=np.float32):
@@ -90,7 +96,7 @@ def test_round_trip(tmp_path, format, dtype):
     trace = open_trace(tmp_path)
     assert trace.manifest == written
     assert list(trace.entries) == [UP, HEAD]
-    assert (trace.tokens, trace.config, trace.dtype) == ((7, 0), MODEL["config"], dtype)
+    assert (trace.tokens, trace.config, trace.dtype) == ((7, 0), CONFIG, dtype)
     stored = np.float32 if format == "aprt" else FLOATS[dtype]
     for key, array in ((UP, up), (HEAD, head)):
         assert trace.entries[key].dtype == dtype and trace.entries[key].shape == array.shape
@@ -125,7 +131,8 @@ def test_values_that_are_not_contiguous(tmp_path, format, dtype):
     base = np.arange(24).astype(dtype).reshape(4, 6)
     views = {"ffn_up": base.T, "ffn_gate": base[::2, 1::3], "ffn_silu": base[::-1]}
     stages = {(name, 0): view for name, view in views.items()}
-    write(tmp_path, stages, format=format, dtype=np.dtype(dtype).name)
+    kind = {"format": format, "dtype": np.dtype(dtype).name, "tokens": tuple(range(6))}
+    write(tmp_path, stages, **kind)
     for name, view in views.items():
         assert open_trace(tmp_path).read(name, 0).tolist() == view.tolist()
 
@@ -153,18 +160,85 @@ def test_the_same_values_give_the_same_bytes(tmp_path, format, dtype):
 
 
 def test_bytes_counts_what_is_on_disk(tmp_path):
-    with TraceWriter(tmp_path, header()) as trace:
+    with TraceWriter(tmp_path, header(), {}) as trace:
         trace.add(*UP, values())
         trace.add(*HEAD, values(shape=(9,)))
-        trace.finish(MODEL, [UP, HEAD])
+        trace.finish([UP, HEAD])
     found = files(tmp_path)
     found.pop("manifest.json")
     assert trace.bytes == sum(map(len, found.values())) == 12 + 40 + 12 + 36
 
 
+@pytest.mark.parametrize("format", ["aprt", "safetensors"])
+def test_the_last_rows_of_a_stage(tmp_path, format):
+    """As many tokens as there are rows in the others; the axes are whole whatever is kept."""
+    some = {("ffn_up", 2): values(2, (1, 5)), ("attn_scores", 2): values(3, (4, 2, 3))}
+    stages = {UP: values(1, (3, 5)), **some, HEAD: values(4, (9,))}
+    written = write(tmp_path, stages, format=format, tokens=(7, 0, 7))
+    trace = open_trace(tmp_path)
+    assert trace.manifest == written
+    assert [entry.rows for entry in written.files] == [None, 1, 2, None]
+    rows = {key: trace.rows_of(*key) for key in stages}
+    assert rows == {UP: 3, ("ffn_up", 2): 1, ("attn_scores", 2): 2, HEAD: 1}
+    for key, array in stages.items():
+        same_bits(trace.read(*key), array)
+        same_bits(trace.read_rows(*key), array if key != HEAD else array[None])
+
+
+def test_hashes_that_come_to_be_known_are_written(tmp_path):
+    """Weights are hashed as they are read, while stages are written."""
+    hashes = {}
+    with TraceWriter(tmp_path, header(), hashes) as trace:
+        trace.add(*UP, values())
+        for name in ("b", "a"):
+            hashes[name] = WeightEntry(dtype="float32", shape=(2,), xxh3="0123456789abcdef")
+        trace.finish([UP])
+    assert list(open_trace(tmp_path).manifest.model.weights) == ["a", "b"]
+
+
+def test_the_mark_says_what_there_is_to_be_and_what_is_whole(tmp_path):
+    hashes = {"a": WeightEntry(dtype="float32", shape=(2,), xxh3="0123456789abcdef")}
+    planned = [UP, HEAD]
+    with (
+        pytest.raises(KeyError),
+        TraceWriter(tmp_path, header(), hashes, planned=planned) as trace,
+    ):
+        assert manifest.read(tmp_path, manifest.PARTIAL).files == ()
+        trace.add(*UP, values())
+        raise KeyError
+    marked = manifest.read(tmp_path, manifest.PARTIAL)
+    assert marked.planned == tuple(planned) and marked.model.weights == hashes
+    assert [(entry.stage, entry.layer) for entry in marked.files] == [UP]
+
+
+def test_kept_files_of_an_interrupted_trace(tmp_path):
+    """They stay as they are and count as added; everything else of the trace goes."""
+    with pytest.raises(KeyError), TraceWriter(tmp_path, header(), {}) as trace:
+        for layer in range(3):
+            trace.add("ffn_up", layer, values(layer))
+        raise KeyError
+    before = files(tmp_path)
+    kept = manifest.read(tmp_path, manifest.PARTIAL).files
+    kept = [entry for entry in kept if entry.layer != 2]
+    with TraceWriter(tmp_path, header(), {}, kept=kept) as trace:
+        assert files(tmp_path).keys() == before.keys() - {"layer-2/ffn_up.bin"}
+        trace.add(*HEAD, values(9, (9,)))
+        trace.finish([("ffn_up", 0), UP, HEAD])
+    assert trace.bytes == 2 * 52 + 48
+    found = open_trace(tmp_path)
+    assert list(found.entries) == [("ffn_up", 0), UP, HEAD]
+    for layer in (0, 1):
+        same_bits(found.read("ffn_up", layer), values(layer))
+    message = refusal(TraceWriter, tmp_path, header(), {}, kept=kept)
+    assert "another process has just finished it" in message
+    assert files(tmp_path).keys() == {
+        "layer-0/ffn_up.bin", "layer-1/ffn_up.bin", "lm_head.bin", "manifest.json"
+    }  # fmt: skip
+
+
 def test_a_stage_that_was_never_added(tmp_path):
-    with pytest.raises(RuntimeError, match="ffn_up"), TraceWriter(tmp_path, header()) as trace:
-        trace.finish(MODEL, [UP])
+    with pytest.raises(RuntimeError, match="ffn_up"), TraceWriter(tmp_path, header(), {}) as trace:
+        trace.finish([UP])
     assert "interrupted" in refusal(open_trace, tmp_path)
 
 
@@ -229,11 +303,11 @@ def test_a_file_in_the_way(tmp_path, where):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_two_writers_at_once(tmp_path, overwrite):
-    with TraceWriter(tmp_path, header()) as first:
+    with TraceWriter(tmp_path, header(), {}) as first:
         first.add(*UP, values())
-        message = refusal(TraceWriter, tmp_path, header(), overwrite=overwrite)
+        message = refusal(TraceWriter, tmp_path, header(), {}, overwrite=overwrite)
         assert "another process is writing" in message
-        first.finish(MODEL, [UP])
+        first.finish([UP])
     same_bits(open_trace(tmp_path).read(*UP), values())
     write(tmp_path, {UP: values(1)}, overwrite=True)  # the first is done
 
@@ -245,6 +319,10 @@ class Crash(BaseException):
     """The process dies."""
 
 
+class CrashInThread(Exception):
+    """The same in a thread that writes, which hands it on to the one that adds."""
+
+
 def crash_before(patch, number):
     """Let the process die, as it were, before its renaming or removing of this number."""
     calls = []
@@ -253,7 +331,8 @@ def crash_before(patch, number):
         def call(*args, **options):
             calls.append(real)
             if len(calls) > number:
-                raise Crash
+                main = threading.current_thread() is threading.main_thread()
+                raise Crash if main else CrashInThread
             return real(*args, **options)
 
         return call
@@ -271,20 +350,21 @@ def test_overwriting_may_stop_anywhere(tmp_path, monkeypatch, format):
     while not outcomes or outcomes[-1] != "new":
         directory = tmp_path / str(len(outcomes))
         write(directory, old)
-        with monkeypatch.context() as patch, contextlib.suppress(Crash):
+        with monkeypatch.context() as patch, contextlib.suppress(Crash, CrashInThread):
             crash_before(patch, len(outcomes))
             write(directory, new, overwrite=True, format=format)
         outcomes.append(outcome(directory, old, new))
         write(directory, new, overwrite=True)  # and the directory is usable again
         assert outcome(directory, old, new) == "new"
-    # Until the mark is there the old trace is whole, and from then on none is until the end.
-    assert outcomes == ["old", *["interrupted"] * (len(outcomes) - 2), "new"]
+    # Until the mark is there (something in its way is removed, then it is renamed) the old trace is
+    # whole, and from then on none is until the end.
+    assert outcomes == ["old", "old", *["interrupted"] * (len(outcomes) - 3), "new"]
     assert len(outcomes) > 1 + len(files(tmp_path / "0"))
 
 
 def outcome(directory, old, new):
     try:
-        trace = open_trace(directory, Layout(config={"num_hidden_layers": 3}, dims={}, tokens=()))
+        trace = open_trace(directory, Layout(config=CONFIG, dims={}, tokens=(), positions=()))
     except UserError as error:
         assert "interrupted" in str(error)
         return "interrupted"
@@ -301,12 +381,13 @@ import sys
 import numpy as np
 from pathlib import Path
 from qwen_jax import cli
-from stages.manifest import Manifest
+from stages.manifest import Manifest, Model
 from stages.writer import TraceWriter
 
-MODEL = {"name": "tiny", "config": {"num_hidden_layers": 3}, "weights": {}}
-HEADER = Manifest(format="aprt", dtype="float32", logits="last", tokens=(7, 0), positions=(0, 1),
-                  model=MODEL, producer={"name": "test"})
+CONFIG = {"architecture": "qwen2", "num_hidden_layers": 3}
+HEADER = Manifest(architecture="qwen2", format="aprt", dtype="float32", logits="last",
+                  tokens=(7, 0), positions=(0, 1), steps=(2,),
+                  model=Model(name="tiny", config=CONFIG, weights={}), producer={}, files=())
 """
 
 
@@ -324,7 +405,7 @@ def test_a_kill_in_the_middle(tmp_path, overwrite):
         write(tmp_path, {UP: values()})
     code = """
         import time
-        with TraceWriter(Path(sys.argv[1]), HEADER, overwrite=True) as trace:
+        with TraceWriter(Path(sys.argv[1]), HEADER, {}, overwrite=True) as trace:
             for layer in range(20):
                 trace.add("ffn_up", layer, np.ones((2, 5), np.float32))
             while trace.bytes < 20 * 52:
@@ -345,10 +426,10 @@ def test_a_kill_in_the_middle(tmp_path, overwrite):
 
 FILLS = """
     def main(argv):
-        with TraceWriter(Path(argv[0]), HEADER) as trace:
+        with TraceWriter(Path(argv[0]), HEADER, {}) as trace:
             for layer in range(40):
                 trace.add("ffn_up", layer, np.ones((2, int(argv[1])), np.float32))
-            trace.finish(MODEL, [("ffn_up", layer) for layer in range(40)])
+            trace.finish([("ffn_up", layer) for layer in range(40)])
         return 0
 
     if len(sys.argv) > 3:  # the largest file that this process may write
@@ -398,7 +479,7 @@ def test_a_full_disk(tmp_path):
 
 def test_a_failed_write_is_told_to_the_thread_that_adds(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "stage_path", lambda *args: "absent/absent/x.bin")
-    with pytest.raises(UserError, match="incomplete"), TraceWriter(tmp_path, header()) as trace:
+    with pytest.raises(UserError, match="incomplete"), TraceWriter(tmp_path, header(), {}) as trace:
         for _ in range(10_000):
             trace.add(*UP, values())
     assert "interrupted" in refusal(open_trace, tmp_path)
@@ -412,7 +493,7 @@ def test_a_failed_last_write_is_told_at_the_end(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_error_in_the_computation(tmp_path, error):
-    with pytest.raises(error), TraceWriter(tmp_path, header()) as trace:
+    with pytest.raises(error), TraceWriter(tmp_path, header(), {}) as trace:
         trace.add(*UP, values())
         raise error
     assert "interrupted" in refusal(open_trace, tmp_path)
@@ -428,7 +509,7 @@ def test_few_stages_are_in_memory_at_a_time(tmp_path, monkeypatch):
         real(self, *stage)
 
     monkeypatch.setattr(TraceWriter, "_write", slow)
-    with TraceWriter(tmp_path, header()) as trace:
+    with TraceWriter(tmp_path, header(), {}) as trace:
 
         def compute():
             for key in stages:
@@ -442,7 +523,7 @@ def test_few_stages_are_in_memory_at_a_time(tmp_path, monkeypatch):
         assert computing.is_alive() and len(added) == bound < 16
         gate.set()
         computing.join(30)
-        trace.finish(MODEL, stages)
+        trace.finish(stages)
     assert list(open_trace(tmp_path).entries) == stages
 
 
@@ -510,11 +591,11 @@ def test_a_missing_file(tmp_path, format):
 
 
 DIMS = {"T": 2, "S": 2, "N": 4, "K": 2, "H": 8, "D": 24, "F": 5, "V": 9}
-LAYOUT = Layout(config={"num_hidden_layers": 3}, dims=DIMS, tokens=(7, 0))
+LAYOUT = Layout(config=CONFIG, dims=DIMS, tokens=(7, 0), positions=(0, 1))
 
 
-def foreign(directory, stages):
-    write(directory, stages)
+def foreign(directory, stages, **kind):
+    write(directory, stages, **kind)
     (directory / manifest.NAME).unlink()
     return directory
 
@@ -531,6 +612,60 @@ def test_a_foreign_trace(tmp_path):
     assert list(trace.entries) == [UP, HEAD]
     for key, array in stages.items():
         same_bits(trace.read(*key), array)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_foreign_trace_of_last_rows(tmp_path, rows):
+    """Some engines compute the end of the last layer for the last positions only."""
+    stages = {
+        UP: values(1, (3, 5)),
+        ("attn_scores", 2): values(2, (4, rows, 3)),
+        ("ffn_up", 2): values(3, (rows, 5)),
+        ("final_norm", None): values(4, (rows, 24)),
+        HEAD: values(5, (rows, 9) if rows > 1 else (9,)),
+    }
+    layout = Layout(
+        config=CONFIG, dims=DIMS | {"T": 3, "S": 3}, tokens=(7, 0, 7), positions=(4, 5, 9)
+    )
+    trace = open_trace(foreign(tmp_path, stages, tokens=(7, 0, 7)), layout)
+    assert trace.positions == (4, 5, 9)
+    order = [UP, ("attn_scores", 2), ("ffn_up", 2), ("final_norm", None), HEAD]
+    assert list(trace.entries) == order
+    for key in order:
+        assert trace.rows_of(*key) == (3 if key == UP else rows)
+        same_bits(trace.read(*key), stages[key])
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (4, 5), (3, 6), (0, 5)])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_foreign_stage_of_other_rows(tmp_path, shape, layer):
+    """In a layer before the last, fewer rows are a mistake in the tokens; more are anywhere."""
+    foreign(tmp_path, {("ffn_up", layer): values(1, shape)}, tokens=tuple(range(4)))
+    layout = Layout(config=CONFIG, dims=DIMS | {"T": 3}, tokens=(7, 0, 7), positions=(0, 1, 2))
+    if layer == 2 and shape == (1, 5):
+        assert open_trace(tmp_path, layout).entries["ffn_up", 2].rows == 1
+    else:
+        message = refusal(open_trace, tmp_path, layout)
+        assert "T x F is 3 x 5" in message and "are its 3 --tokens right?" in message
+
+
+def test_a_foreign_trace_of_qwen3(tmp_path):
+    """Its stages are its architecture's; files under the other's names are passed over."""
+    stages = {("q_norm", 1): values(1, (2, 4, 8)), UP: values()}
+    with TraceWriter(tmp_path, replace(header(), architecture="qwen3"), {}) as trace:
+        for key, array in stages.items():
+            trace.add(*key, array)
+        trace.finish(list(stages))
+    (tmp_path / manifest.NAME).unlink()
+    three = open_trace(
+        tmp_path, dataclasses.replace(LAYOUT, config={**CONFIG, "architecture": "qwen3"})
+    )
+    assert list(three.entries) == [("q_norm", 1), UP]
+    same_bits(three.read("q_norm", 1), stages["q_norm", 1])
+    assert list(open_trace(tmp_path, LAYOUT).entries) == [UP]
+    (tmp_path / "layer-1/ffn_up.bin").unlink()
+    assert "no trace" in refusal(open_trace, tmp_path, LAYOUT)
+    assert "--model" in refusal(open_trace, tmp_path)
 
 
 def test_a_foreign_trace_with_all_logits_and_the_alias(tmp_path):

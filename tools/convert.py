@@ -1,8 +1,9 @@
 """``python -m tools.convert SOURCE DESTINATION``: a model between Hugging Face and orbax files.
 
 SOURCE is whatever ``--model`` takes: a Hugging Face directory or hub id, an orbax directory made by
-this command, or synthetic:SIZE. Weights go over bit for bit, some rows at a time, and are read back
-and compared before DESTINATION gets its name; config.json and the tokenizer go along as they are.
+this command, a GGUF file, or synthetic:SIZE. Weights go over bit for bit, some rows at a time, and
+are read back and compared before DESTINATION gets its name; config.json and the tokenizer go along
+as they are. What a GGUF file has quantised becomes float32.
 """
 
 import argparse
@@ -15,13 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwen_jax import cli
-from qwen_jax.weights import huggingface, open_model, orbax
+from qwen_jax.weights import UNFINISHED, huggingface, open_model, orbax
 from qwen_jax.weights.base import Weights
 from stages.errors import UserError
 from stages.lock import lock
 
 FORMATS = {"hf": "Hugging Face safetensors", "orbax": "orbax"}
-NOTE = "CONVERTING"  # the file that says whose a directory is, and that it is unfinished
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,16 +92,16 @@ def unfinished(destination: Path) -> Iterator[Path]:
     try:
         directory.mkdir()
     except FileExistsError:
-        if not (directory / NOTE).exists():
+        if not (directory / UNFINISHED).exists():
             raise UserError(f"{directory} is in the way; remove it") from None
     except OSError as error:
         raise UserError(f"{directory}: {error.strerror}") from None
-    (directory / NOTE).touch()
+    (directory / UNFINISHED).touch()
     descriptor = lock(directory, f"{directory}: another process is converting there")
     try:
         _clear(directory)  # of a process that was killed
         yield directory
-        (directory / NOTE).unlink()
+        (directory / UNFINISHED).unlink()
         directory.rename(destination)
     except OSError as error:
         why = error.strerror or str(error)
@@ -111,7 +111,7 @@ def unfinished(destination: Path) -> Iterator[Path]:
         if directory.exists():
             with suppress(OSError):
                 _clear(directory)
-                (directory / NOTE).unlink()
+                (directory / UNFINISHED).unlink()
                 directory.rmdir()
 
 
@@ -119,7 +119,7 @@ def _clear(directory: Path) -> None:
     for path in directory.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != NOTE:
+        elif path.name != UNFINISHED:
             path.unlink()
 
 
@@ -138,9 +138,13 @@ def read_back(model: Weights, to: str, directory: Path, read: Callable[[int], No
     Raises:
         UserError: it is not what was read from the source.
     """
-    written = open_model(directory)
+    written: Weights = (
+        orbax.OrbaxWeights(directory)
+        if to == "orbax"
+        else huggingface.HuggingFaceWeights(directory)
+    )
     for name in model.shapes:
-        if written.hash(name) != model.hash(name):
+        if written.hash(name) != model.value_hash(name):
             raise UserError(f"{directory}: {name} reads back otherwise than it was written")
         read(math.prod(model.shapes[name]) * model.dtype(name).itemsize)
 

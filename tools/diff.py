@@ -138,6 +138,15 @@ def _common_rows(row: Stage, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, 
     return x[place], y[place]
 
 
+def _in_the_sequence(found: Difference, row: Stage, before: int) -> Difference:
+    """``found`` in the last rows of a stage, with positions counted from the sequence's start."""
+    axis, worst = row.axes.index("T"), dict(found.worst)
+    if "position" in worst:
+        worst["position"] = worst["position"][0] + before, worst["position"][1]
+    at = (*found.at[:axis], found.at[axis] + before, *found.at[axis + 1 :])
+    return replace(found, at=at, worst=worst)
+
+
 def compare_traces(
     a: Trace, b: Trace, keys: list[Key]
 ) -> tuple[dict[Key, Difference], LogitsDifference | None]:
@@ -164,6 +173,7 @@ def compare_traces(
         if row.kind.masked and layer is not None:
             mask = layer_mask(b.config, layer, b.positions)[-x.shape[1] :]
         found = compare(x, y, row, dtype, mask, row.heads(dims))
+        found = _in_the_sequence(found, row, len(b.tokens) - x.shape[row.axes.index("T")])
         # of the one row that is usually kept, its place goes without saying
         return replace(found, at=found.at[1:]) if row.last and len(x) == 1 else found
 

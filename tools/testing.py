@@ -29,7 +29,7 @@ from tools.diff import diff
 
 @pytest.fixture(scope="session")
 def trace_model() -> Callable[..., Trace]:
-    """``qwen_jax.trace`` that remembers: the same model, tokens and more are traced once a
+    """``qwen_jax.trace_model`` that remembers: the same model, tokens and more are traced once a
     session."""
     kept: dict[tuple[Any, ...], Trace] = {}
 
@@ -40,7 +40,7 @@ def trace_model() -> Callable[..., Trace]:
         spec = None if model is None else str(model)
         key = (spec, ids, *sorted(more.items()))
         if key not in kept:
-            kept[key] = qwen_jax.trace(spec, ids, **more)
+            kept[key] = qwen_jax.trace_model(spec, ids, **more)
         return kept[key]
 
     return trace

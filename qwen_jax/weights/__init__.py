@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from qwen_jax.weights import huggingface, orbax, synthetic
+from qwen_jax.weights import gguf, huggingface, orbax, synthetic
 from qwen_jax.weights.base import Weights
+from qwen_jax.weights.gguf_file import is_gguf
+from stages.errors import UserError, called
 
 DEMO = Path(__file__).parents[1] / "demo"
+UNFINISHED = "CONVERTING"  # the file that marks a directory in which tools.convert is at work
 
 
 class Form(NamedTuple):
@@ -45,6 +48,12 @@ FORMS = (
         synthetic.open_synthetic,
     ),
     Form(
+        "FILE.gguf",
+        "a GGUF file (of a split model the first)",
+        lambda spec: is_gguf(Path(spec)),
+        lambda spec: gguf.GgufWeights(Path(spec)),
+    ),
+    Form(
         "DIR",
         "a directory that tools.convert has made",
         lambda spec: orbax.is_orbax(Path(spec)),
@@ -66,4 +75,9 @@ def open_model(spec: str | Path | None = None) -> Weights:
         UserError: no such model, another architecture, or files that are damaged or missing.
     """
     spec = "demo" if spec is None else str(spec)
+    if (Path(spec) / UNFINISHED).exists():
+        raise UserError(
+            f"{spec}: an unfinished conversion: run {called('tools.convert')} again, which starts "
+            "anew there, or remove the directory"
+        )
     return next(form for form in FORMS if form.accepts(spec)).open(spec)

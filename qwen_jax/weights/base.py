@@ -62,12 +62,24 @@ class Weights(ABC):
         name: what traces of the model are named after.
         config: the architecture.
         directory: where its tokenizer lies; None for a model that is not on disk.
+        files: what it is read from; empty for a model that is not on disk.
+        no_tokenizer: what to say of the model where it has no tokenizer.
         hashes: tensor name -> what a manifest says of it, for every tensor read whole so far.
     """
 
     name: str
     config: Config
     directory: Path | None
+
+    @property
+    def no_tokenizer(self) -> str:
+        return "has no tokenizer.json"
+
+    @property
+    def files(self) -> list[Path]:
+        if self.directory is None:
+            return []
+        return [path for path in sorted(self.directory.rglob("*")) if path.is_file()]
 
     def __init__(self) -> None:
         self.hashes: dict[str, WeightEntry] = {}
@@ -125,14 +137,22 @@ class Weights(ABC):
         following, digest = self._hashing.pop(name, (0, None)) if start else (0, xxhash.xxh3_64())
         if digest is None or start != following:
             return  # not in order; the next pass from the start will do
-        digest.update(raw_bytes(rows))
+        content, dtype = self._hashed(name, start, rows)
+        digest.update(content)
         shape = self.shapes[name]
         if start + len(rows) < shape[0]:
             self._hashing[name] = start + len(rows), digest
         else:
-            self.hashes[name] = WeightEntry(
-                dtype=str(rows.dtype), shape=shape, xxh3=digest.hexdigest()
-            )
+            self.hashes[name] = WeightEntry(dtype=dtype, shape=shape, xxh3=digest.hexdigest())
+
+    def _hashed(self, name: str, start: int, rows: np.ndarray) -> tuple[memoryview, str]:
+        """The bytes that a content hash is of, and the name of their dtype: those of the values,
+        unless a form makes these of something else."""
+        return raw_bytes(rows), str(rows.dtype)
+
+    def value_hash(self, name: str) -> WeightEntry:
+        """As ``hash``, of the values that are read, whatever they are made of."""
+        return self.hash(name)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows ``start`` to ``stop`` (of the first axis) of one tensor, in its own dtype."""

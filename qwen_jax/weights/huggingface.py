@@ -1,14 +1,12 @@
 """Hugging Face checkpoints: are all tensors there, in which shard, reading and writing them.
 
-Imports neither jax nor torch. Shards are opened lazily and read, not mapped: pages of a mapped file
-count as memory of the process for as long as it is mapped.
+Imports neither jax nor torch.
 """
 
 import json
 import math
 import os
 import re
-import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ import xxhash
 
 from qwen_jax.config import from_hf, read_json
 from qwen_jax.weights.base import BLOCK, COMPANIONS, Weights, misfits, raw_bytes, some
+from qwen_jax.weights.files import Files
 from stages.errors import UserError
 from stages.trace import numpy_dtype
 
@@ -50,9 +49,6 @@ class HuggingFaceWeights(Weights):
         self._files = self._locate()
         self._dtypes: dict[str, np.dtype] = {}
         self._places: dict[str, int] = {}  # where a tensor's bytes begin in its file
-        self._states: dict[Path, tuple[int, int]] = {}
-        self._opened: dict[Path, int] = {}  # descriptors
-        weakref.finalize(self, _close, self._opened)
         self._check()
 
     def _locate(self) -> dict[str, Path]:
@@ -98,8 +94,8 @@ class HuggingFaceWeights(Weights):
         if problems := misfits(expected, headers, FLOATS):
             raise UserError(f"{self.directory}: weights do not fit config.json: {problems}")
         self._dtypes = {name: numpy_dtype(FLOATS[dtype]) for name, (_, dtype) in headers.items()}
-        for path in set(self._files.values()):
-            self._states[path] = _state(path)
+        self._opened = Files(set(self._files.values()))
+        for path in self._opened.states:
             self._places |= _places(path)
         for head, held in needless.items():
             # Equal hashes are equal bits; that holds for NaN too, and for a block at a time.
@@ -139,22 +135,8 @@ class HuggingFaceWeights(Weights):
 
     def fill(self, name: str, start: int, out: np.ndarray) -> None:
         """Read straight into ``out``: a mapped file would be copied from, and count as memory."""
-        path = self._files[name]
         at = self._places[name] + start * (out.nbytes // len(out))
-        left = raw_bytes(out)
-        try:
-            if path not in self._opened:  # once, not for every row of the embedding
-                self._opened[path] = os.open(path, os.O_RDONLY)
-            file = self._opened[path]
-            if _state(path) != self._states[path]:  # replaced or written to
-                raise UserError(f"{path}: was changed while it was being read")
-            while left:
-                count = os.preadv(file, [left], at)
-                if not count:
-                    raise UserError(f"{path}: ends within {name}; it was cut short")
-                left, at = left[count:], at + count
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        self._opened.read(self._files[name], at, out, name)
 
 
 def _open(path: Path) -> safetensors.safe_open:
@@ -162,17 +144,6 @@ def _open(path: Path) -> safetensors.safe_open:
         return safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
-
-
-def _close(opened: dict[Path, int]) -> None:
-    for file in opened.values():
-        os.close(file)
-
-
-def _state(file: Path) -> tuple[int, int]:
-    """What tells that a file was changed."""
-    found = os.stat(file)
-    return found.st_size, found.st_mtime_ns
 
 
 def _places(path: Path) -> dict[str, int]:
@@ -223,7 +194,8 @@ def _write_file(path: Path, model: Weights, names: Collection[str]) -> Iterator[
     of them in memory."""
     names = sorted(names, key=lambda name: -model.dtype(name).itemsize)  # so that all are aligned
     stored = {dtype: name for name, dtype in FLOATS.items()}
-    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    # transformers asks for the format
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
         shape, dtype = model.shapes[name], model.dtype(name)

@@ -92,7 +92,7 @@ class OrbaxWeights(Weights):
         import tensorstore
 
         if name not in self._stores:
-            spec = _array(self.directory / PARAMS, name)
+            spec = _array(self.directory / PARAMS, name) | {"fill_missing_data_reads": False}
             try:
                 opened = tensorstore.open(spec, context=self._context, read=True).result()
             except Exception as error:
@@ -191,25 +191,23 @@ def write(directory: Path, model: Weights) -> Iterator[int]:
     """Write a model's weights as one orbax checkpoint, in bounded memory, and then the list of its
     files. Yields the bytes written, block by block.
 
-    orbax holds all of a tree, and up to three copies of each array, while it saves. So it makes the
-    checkpoint of arrays without content, and TensorStore fills them, some rows at a time.
+    orbax holds all of a tensor, and its chunks are neither whole rows nor have a checksum. So it
+    saves the tree with a byte for each tensor, and TensorStore puts an array of the tensor's shape
+    there and fills it, some rows at a time.
 
     Raises:
         OSError: writing failed; what is there is no checkpoint.
+        UserError: an orbax that does not see the arrays.
     """
-    import tensorstore
-
     params = (directory / PARAMS).resolve()
     try:
         with ThreadPoolExecutor(1) as pool:  # an interrupt waits for it; orbax's threads go on
-            pool.submit(_save_empty, params, model).result()
-        for name in model.shapes:
-            spec = _array(params, name)
-            store = tensorstore.open(spec, write=True).result()
-            chunk = store.chunk_layout.write_chunk.shape[0]
-            row = math.prod(store.shape[1:]) * model.dtype(name).itemsize
+            arrays = pool.submit(_make_arrays, params, model).result()
+        for name, array in arrays.items():
+            chunk = array.chunk_layout.write_chunk.shape[0]
+            row = math.prod(array.shape[1:]) * model.dtype(name).itemsize
             for start, rows in model.blocks(name, chunk * max(1, WRITE // (chunk * row))):
-                writing = store[start : start + len(rows)].write(rows)
+                writing = array[start : start + len(rows)].write(rows)
                 try:
                     writing.result()
                 finally:
@@ -223,43 +221,56 @@ def write(directory: Path, model: Weights) -> Iterator[int]:
     (directory / MARK).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
-def _save_empty(params: Path, model: Weights) -> None:
-    """An orbax checkpoint of a model's tree whose arrays have shape, dtype and chunks only."""
-    import jax
+def _make_arrays(params: Path, model: Weights) -> dict[str, Any]:
+    """An orbax checkpoint of a model's tree, and its arrays by name, which have no content yet.
+
+    Raises:
+        UserError: orbax does not see these arrays: it has what belongs to them elsewhere, too.
+    """
     import orbax.checkpoint as ocp
     import tensorstore
-    from flax.traverse_util import unflatten_dict
+    from flax.traverse_util import flatten_dict, unflatten_dict
 
-    class Tensor:
-        """What orbax asks of a leaf."""
-
-        def __init__(self, name: str) -> None:
-            self.shape, self.dtype = model.shapes[name], model.dtype(name)
-            self.size = math.prod(self.shape)
-
-    class Handler(ocp.type_handlers.NumpyHandler):
-        """Creates the array that orbax would make of a NumPy array, and leaves it empty."""
-
-        async def _open_and_write(self, value: Tensor, tspec: dict, ts_context: Any) -> None:
-            count, *rest = value.shape
-            row = math.prod(rest) * value.dtype.itemsize
-            chunks = -(-count // min(count, max(1, CHUNK // row)))
-            chunk = [-(-count // chunks), *rest]  # all alike, for the last one is stored whole
-            tspec["metadata"] |= {
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-                "codecs": [
-                    {"name": "bytes", "configuration": {"endian": "little"}},
-                    {"name": "crc32c"},  # damage is found when a chunk is read
-                ],
-            }
-            await tensorstore.open(tspec, create=True, open=True, context=ts_context)
-
-    tree = unflatten_dict({name: Tensor(name) for name in model.shapes}, sep=".")
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (Tensor, Handler(deepcopy_host_arrays=False)),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),  # without it orbax warns
-    )
-    # orbax looks for the content of an array before it has any, but not in this version of Zarr.
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_zarr3=True)
-    with ocp.Checkpointer(handler) as checkpointer:
+    tree = unflatten_dict(dict.fromkeys(model.shapes, np.zeros(1, np.uint8)), sep=".")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_zarr3=True)) as checkpointer:
         checkpointer.save(params, args=ocp.args.PyTreeSave(tree))
+        # One cache, and all at once: a few files in all. Else there are a hundred for each array.
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE}})
+        opening = {
+            name: tensorstore.open(
+                _array(params, name) | _layout(shape, model.dtype(name)),
+                context=context,
+                create=True,
+                delete_existing=True,
+            )
+            for name, shape in model.shapes.items()
+        }
+        arrays = {name: array.result() for name, array in opening.items()}
+        seen = flatten_dict(checkpointer.metadata(params).item_metadata.tree, sep=".")
+    if {name: (tuple(each.shape), each.dtype) for name, each in seen.items()} != {
+        name: (shape, model.dtype(name)) for name, shape in model.shapes.items()
+    }:
+        raise UserError(
+            f"orbax-checkpoint {ocp.__version__} does not see the arrays that TensorStore makes; "
+            "install a version that pyproject.toml names"
+        )
+    return arrays
+
+
+def _layout(shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
+    """How TensorStore is to lay an array out: in chunks of whole rows, each with a checksum."""
+    count, *rest = shape
+    row = math.prod(rest) * dtype.itemsize
+    chunks = -(-count // min(count, max(1, CHUNK // row)))
+    chunk = [-(-count // chunks), *rest]  # all alike, for the last one is stored whole
+    metadata = {
+        "shape": shape,
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "crc32c"},  # damage is found when a chunk is read
+        ],
+    }
+    # A chunk of zeros is stored as any other, for orbax takes one that is not there for damage.
+    return {"metadata": metadata, "store_data_equal_to_fill_value": True}

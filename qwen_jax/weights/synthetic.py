@@ -150,7 +150,7 @@ def size_names() -> list[str]:
 
 def hf_config(tables: Architecture, size: str, layers: int) -> dict[str, Any]:
     """The ``config.json`` of a size, as it is published but for the number of layers."""
-    return {
+    published = {
         "architectures": [tables.hf_class],
         "attention_dropout": 0.0,
         "hidden_act": "silu",
@@ -164,6 +164,7 @@ def hf_config(tables: Architecture, size: str, layers: int) -> dict[str, Any]:
         **tables.published[size],
         "num_hidden_layers": layers,
     }
+    return dict(sorted(published.items()))
 
 
 def _seed(size: str, name: str) -> int:

@@ -5,6 +5,7 @@ dump was created at that stage; what arrived there from before cannot show.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,16 @@ def main(argv: list[str]) -> int:
         raise UserError("--against-model is the model of --against; give that too")
     model, prompt = open_model(args.model), arguments.prompt_of(args)
 
-    from qwen_jax import runtime
+    from qwen_jax import compile_cache, runtime
     from tools.localize.show import show_localization
 
     runtime.for_a_command("cpu")
     try:
-        reports = [run(args.trace, model, prompt)]
-        if args.against:
-            other = open_model(args.against_model) if args.against_model else model
-            reports.append(run(args.against, other, prompt))
+        with compile_cache.use("localize", model.config, os.environ.get("XLA_FLAGS")):
+            reports = [run(args.trace, model, prompt)]
+            if args.against:
+                other = open_model(args.against_model) if args.against_model else model
+                reports.append(run(args.against, other, prompt))
     except NotComparable as error:
         if args.json:
             nothing: dict[str, Any] = {"faults": [], "precision": {}, "skipped": []}

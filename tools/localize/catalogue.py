@@ -220,8 +220,7 @@ def _(case: StageReplay) -> Candidates:
 @mistake("rope_before_norm", "RoPE applied before the norm", f"{NORMS} {ROPES}")
 def _(case: StageReplay) -> Candidates:
     norm = _head_norm(case)
-    heads = None if norm is None else _projected(case)
-    if norm is not None and heads is not None:
+    if norm and (heads := _projected(case, norm)) is not None:
         x = _rotated(case, heads)
         yield "", x / jnp.sqrt(_mean_square(case, x)) * case.parameter(norm.parameters[0])
 
@@ -233,9 +232,9 @@ def _head_norm(case: StageReplay) -> Stage | None:
     return row if row.kind is NORM and row.axes[-1] == "H" else None
 
 
-def _projected(case: StageReplay) -> Array | None:
-    """The same heads before any norm."""
-    value = case.computed(_head_norm(case).inputs[0])
+def _projected(case: StageReplay, norm: Stage) -> Array | None:
+    """The same heads before the norm."""
+    value = case.computed(norm.inputs[0])
     if value is None:
         return None
     q, k, _ = split_heads(case.config, value)
@@ -509,7 +508,8 @@ def _(case: StageReplay) -> Candidates:
 
 @mistake("input_not_normed", "RoPE of the projection instead of the norm of it", ROPES)
 def _(case: StageReplay) -> Candidates:
-    if _head_norm(case) and (heads := _projected(case)) is not None:
+    norm = _head_norm(case)
+    if norm and (heads := _projected(case, norm)) is not None:
         yield "", _rotated(case, heads)
 
 
@@ -522,7 +522,8 @@ def _(case: StageReplay) -> Candidates:
 
 @mistake("rope_position_off_by_one", "RoPE positions off by {}", ROPES)
 def _(case: StageReplay) -> Candidates:
-    for step in (1, -1):
+    first = int(case.replay.positions[0, 0])  # some count from 0 wherever they begin
+    for step in dict.fromkeys((1, -1, -first or 1)):
         yield f"{step:+d}", case.run(pos=_table(case, case.positions + step))
 
 
@@ -966,7 +967,9 @@ def _(case: StageReplay) -> Candidates:
 def _(case: StageReplay) -> Candidates:
     for row in case.tables.layer_stages if case.layer is not None else ():
         if row is not case.stage and row.axes == case.stage.axes:
-            other = case.other(row.name)
+            # of the right value of this stage, which the other may be made of
+            right = {**case.overrides, (case.stage.name, case.layer): case.exact}
+            other = StageReplay(case.replay, row, case.layer, right)
             if other.replayable:
                 yield row.name, other.exact
 

@@ -33,7 +33,7 @@ def localize(
     Arguments:
         trace: a trace, or its directory.
         model: the weights that made it, or what ``open_model`` takes; None is the demo model.
-        tokens, prompt, first_position: of a dump without a manifest, as of ``qwen_jax.trace``.
+        tokens, prompt, first_position: of a dump without a manifest, as of ``trace_model``.
         advance: is called after every stage.
 
     Raises:

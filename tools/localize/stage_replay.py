@@ -12,7 +12,14 @@ from jax import Array
 from qwen_jax import rope
 from qwen_jax.config import Config
 from qwen_jax.models.ops import Positional
-from qwen_jax.replay import Replay, cut_inputs, last_rows, size_squared, stage_value
+from qwen_jax.replay import (
+    Replay,
+    allowance,
+    cut_inputs,
+    last_rows,
+    size_squared,
+    stage_value,
+)
 from qwen_jax.weights.base import Weights
 from stages import verdict
 from stages.architecture import TOKENS, Architecture, Key, Stage
@@ -349,11 +356,21 @@ class StageReplay:
             return -60.0  # nothing to compare, or NaN where the dump has a number
         error = jnp.where(keep, jnp.square(self.dump - candidate), 0.0)
         scale = jnp.where(keep, self.size + jnp.square(candidate), 0.0)
-        found = float(verdict.bits(error.sum(), scale.sum()))
+        allowed = jnp.where(keep, self.allowed, 0.0)
+        found = float(verdict.lenient_bits(error.sum(), scale.sum(), allowed.sum()))
         if focus is not None:
-            there = verdict.bits((error * focus).sum(), (scale * focus).sum())
-            found = min(found, float(there))
+            sums = [(x * focus).sum() for x in (error, scale, allowed)]
+            found = min(found, float(verdict.lenient_bits(*sums)))
         return found
+
+    @cached_property
+    def allowed(self) -> Array:
+        """The squared error that an angle, of late positions, lets sound arithmetic have."""
+        if self.stage.kind.allows != "angle":
+            return jnp.zeros(())
+        angles, dtype = self.replay.angles, self.replay.dtype
+        found = allowance(self.stage, self.config, self.pos, angles, self.inputs, self.exact, dtype)
+        return jnp.square(found)
 
     @cached_property
     def finite(self) -> Array:

@@ -204,8 +204,8 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 class Context:
     """What an operation reads: earlier values by stage name, weights, and the engine's arithmetic.
 
-    ``c["layer_input"]`` is the layer's input; ``c["tokens"]`` the ids and ``c["positions"]`` theirs.
-    Outside the layers ``layer`` is None and ``c["post_ffn_residual"]`` the last layer's output.
+    ``c["layer_input"]`` is the layer's input; ``c["tokens"]`` the ids. Outside the layers
+    ``layer`` is None and ``c["post_ffn_residual"]`` is the last layer's output.
     """
 
     engine: "Engine"

@@ -1217,11 +1217,12 @@ _add_dump(
 )
 _add_dump(
     "k_norm",
-    "norm_skipped",
+    "dump_before_norm",
     lambda engine, values, key: Context(
         engine, key[0], {"qkv_matmul": values[key[0], "qkv_matmul"]}
     ).normed("k_norm"),
     "dumped before the norm",
+    "norm_skipped",
 )
 
 

@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
 def _entry(point: Point, row: Row) -> Row:
     """A point and its row as ``--json`` has them."""
     row = {name: value for name, value in row.items() if name != "key"}
-    return {"point": vars(point), "failure": report.failure(point, row)} | row
+    return {"point": point.to_json(), "failure": report.failure(point, row)} | row
 
 
 def _summary(
@@ -189,10 +189,7 @@ def finished(out: Path, stamp: Row, overwrite: bool) -> dict[str, Row]:
 
 def _stamp(job: Row, model: Weights, machine: Row) -> Row:
     """What finished points depend on. A change of any of it makes them another sweep's."""
-    files = (
-        [f for f in sorted(model.directory.rglob("*")) if f.is_file()] if model.directory else []
-    )
-    states = {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+    states = {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in model.files}
     code = hashlib.sha256((ROOT / "tools" / "diff.py").read_bytes())
     for package in ("stages", "qwen_jax", "tools/parity"):
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -323,7 +320,7 @@ class Workers:
     def lines(self, process: tuple[str, bool], points: list[Point]) -> Iterator[Row]:
         """The lines that one worker prints, and last ``{"ended": exit code, "last": ...}``."""
         flags, excess = process
-        points_json = [vars(point) for point in points]
+        points_json = [point.to_json() for point in points]
         job = self.job | {"flags": flags, "excess": excess, "points": points_json}
         child = subprocess.Popen(
             [sys.executable, "-m", "tools.parity.worker"],

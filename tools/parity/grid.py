@@ -5,35 +5,25 @@ stands for their product; an axis that it leaves out has the default of ``Point`
 """
 
 import itertools
-import math
-import tomllib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
 
 from qwen_jax.config import Config
 from stages.errors import UserError
+from stages.manifest import DType
 
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml"))}
 
-CHOICES = {
-    "dtype": ("float32", "bfloat16", "float16", "float64"),
-    "precision": ("highest", "high", "default"),
-    "loop": ("layer", "program", "scan"),
-    "attention": ("stages", "fused"),
-    "flags": ("reference", "no-fma", "no-ynn", "default"),
-    "device": ("any", "cpu", "gpu"),
-    "trial": (
-        "reference", "captured", "stages", "rerun", "recompiled", "unobserved", "process", "threads"
-    ),
-    "plant": ("", "bf16_stage", "truncated_sum", "scaled_bias"),
-}  # fmt: skip
 REQUIRE = "identical"
+Count = Annotated[int, Meta(ge=1)]
+Bits = Annotated[float, Meta(ge=-64, le=64)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Point:
+class Point(Struct, frozen=True, kw_only=True):
     """One thing to run and compare.
 
     Attributes:
@@ -58,23 +48,36 @@ class Point:
         require: "identical", the least significant bits of every stage, or nothing.
     """
 
-    dtype: str = "float32"
-    precision: str = "highest"
-    length: int = 17
-    batch: int = 1
+    dtype: DType = "float32"
+    precision: Literal["highest", "high", "default"] = "highest"
+    length: Count = 17
+    batch: Count = 1
     excess: bool = False
-    loop: str = "layer"
-    attention: str = "stages"
-    flags: str = "reference"
-    device: str = "any"
-    trial: str = "reference"
-    plant: str = ""
-    require: str | float | None = None
+    loop: Literal["layer", "program", "scan"] = "layer"
+    attention: Literal["stages", "fused"] = "stages"
+    flags: Literal["reference", "no-fma", "no-ynn", "default"] = "reference"
+    device: Literal["any", "cpu", "gpu"] = "any"
+    trial: Literal[
+        "reference",
+        "captured",
+        "stages",
+        "rerun",
+        "recompiled",
+        "unobserved",
+        "process",
+        "threads",
+    ] = "reference"
+    plant: Literal["", "bf16_stage", "truncated_sum", "scaled_bias"] = ""
+    require: Literal["identical"] | Bits | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Its axes, by name."""
+        return msgspec.structs.asdict(self)
 
     @property
     def key(self) -> str:
         """What finished points are found by: everything but what is required."""
-        return " ".join(str(v) for name, v in asdict(self).items() if name != "require")
+        return " ".join(str(v) for name, v in self.to_json().items() if name != "require")
 
     @property
     def process(self) -> tuple[str, bool]:
@@ -107,13 +110,13 @@ def load(spec: str) -> list[Point]:
     """
     path = SHIPPED.get(spec, Path(spec))
     try:
-        blocks = tomllib.loads(path.read_text(encoding="utf-8")).get("grid")
+        blocks = msgspec.toml.decode(path.read_bytes()).get("grid")
     except FileNotFoundError:
         known = ", ".join(SHIPPED)
         raise UserError(f"--sweep {spec}: no such file, and none of {known}") from None
     except OSError as error:
         raise UserError(f"--sweep {spec}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # msgspec's kind, and text that is not UTF-8
         raise UserError(f"--sweep {path}: not TOML: {error}") from None
     if not isinstance(blocks, list) or not blocks:
         raise UserError(f"--sweep {path}: expected blocks [[grid]]")
@@ -126,7 +129,7 @@ def load(spec: str) -> list[Point]:
 
 
 def _product(block: dict[str, Any], path: Path) -> Iterator[Point]:
-    types = {f.name: f.type for f in fields(Point)}
+    types = get_type_hints(Point, include_extras=True)
     lists = {}
     for name, value in block.items():
         if name not in types:
@@ -145,18 +148,14 @@ def _product(block: dict[str, Any], path: Path) -> Iterator[Point]:
 
 
 def _check(name: str, value: Any, kind: Any, path: Path) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if name in CHOICES:
-        ok, expected = value in CHOICES[name], ", ".join(filter(None, CHOICES[name]))
-    elif kind is int:
-        ok, expected = number and isinstance(value, int) and value > 0, "a positive whole number"
-    elif kind is bool:
-        ok, expected = isinstance(value, bool), "true or false"
-    else:
-        bits = number and math.isfinite(value)
-        ok, expected = value == REQUIRE or bits, f"{REQUIRE!r} or a number of bits"
-    if not ok:
-        raise UserError(f"--sweep {path}: {name} = {value!r}; expected {expected}")
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        choices = [each for each in get_args(kind) if isinstance(each, str) and each]
+        if name == "require":
+            choices = [repr(REQUIRE) + " or a number of bits"]
+        expected = f"expected {', '.join(choices)}" if choices else str(error)
+        raise UserError(f"--sweep {path}: {name} = {value!r}; {expected}") from None
 
 
 def impossible(point: Point, config: Config, device: str) -> str | None:

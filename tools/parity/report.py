@@ -139,7 +139,7 @@ def _required(point: Point) -> str:
 
 def _point(point: Point) -> list[str]:
     """The cells of ``POINT``."""
-    program = [point.loop]
+    program: list[str] = [point.loop]
     if point.attention == "fused":
         program.append("fused")
     if point.precision != "highest":

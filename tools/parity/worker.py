@@ -211,7 +211,7 @@ class Worker:
         values = self.candidate(point)(self.batch(point))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "values.npz"
-            job = self.job | {"points": [vars(point)], "save": str(path), "cores": cores}
+            job = self.job | {"points": [point.to_json()], "save": str(path), "cores": cores}
             done = subprocess.run(
                 [sys.executable, "-m", "tools.parity.worker"],
                 input=json.dumps(job),

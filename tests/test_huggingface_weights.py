@@ -1,4 +1,4 @@
-"""Checkpoints: every form that is published is read exactly, and nothing damaged is read at all."""
+"""Hugging Face directories: what is published is read exactly, what is damaged not at all."""
 
 import json
 import os
@@ -12,16 +12,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 import xxhash
-from qwen_jax.checkpoint import INDEX, SINGLE, Checkpoint
 from safetensors.numpy import load_file, save_file
 
-from qwen_jax import source
 from qwen_jax.config import from_hf
-from qwen_jax.weights import HEAD, expected_shapes
+from qwen_jax.forward import read_parameters
+from qwen_jax.weights import open_model
+from qwen_jax.weights.huggingface import INDEX, SINGLE, HuggingFaceWeights
 from stages.errors import UserError
+from stages.manifest import WeightEntry
 from tests.tiny import hf_config, random_tensors, write_checkpoint, write_json, write_tensors
 
 EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 NORM = "model.norm.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 FLOATS = ("float32", "bfloat16", "float16")
@@ -29,7 +31,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 def refusal(directory):
     with pytest.raises(UserError) as error:
-        Checkpoint(directory)
+        HuggingFaceWeights(directory)
     message = str(error.value)
     assert len(message.splitlines()) == 1 and str(directory) in message
     return message
@@ -52,73 +54,89 @@ def reindexed(directory, change):
 # --- what there must be
 
 
-def test_the_tensors_of_a_model():
-    """A literal: 12 tensors a layer and three around them, [out, in]."""
-    shapes = expected_shapes(from_hf(hf_config(num_hidden_layers=1)))
-    assert shapes == {
+LAYER = {
+    "input_layernorm.weight": (24,),
+    "self_attn.q_proj.weight": (32, 24),
+    "self_attn.k_proj.weight": (16, 24),
+    "self_attn.v_proj.weight": (16, 24),
+    "self_attn.o_proj.weight": (24, 32),
+    "post_attention_layernorm.weight": (24,),
+    "mlp.gate_proj.weight": (40, 24),
+    "mlp.up_proj.weight": (40, 24),
+    "mlp.down_proj.weight": (24, 40),
+}
+OWN = {
+    "qwen2": {
+        "self_attn.q_proj.bias": (32,),
+        "self_attn.k_proj.bias": (16,),
+        "self_attn.v_proj.bias": (16,),
+    },
+    "qwen3": {"self_attn.q_norm.weight": (8,), "self_attn.k_norm.weight": (8,)},
+}
+
+
+@pytest.mark.parametrize("architecture", OWN)
+def test_the_tensors_of_a_model(architecture):
+    """A literal: 12 or 11 tensors a layer and three around them, [out, in]."""
+    shapes = from_hf(hf_config(model_type=architecture, num_hidden_layers=1)).shapes
+    layer = LAYER | OWN[architecture]
+    assert shapes == {f"model.layers.0.{name}": shape for name, shape in layer.items()} | {
         "model.embed_tokens.weight": (48, 24),
-        "model.layers.0.input_layernorm.weight": (24,),
-        "model.layers.0.self_attn.q_proj.weight": (32, 24),
-        "model.layers.0.self_attn.k_proj.weight": (16, 24),
-        "model.layers.0.self_attn.v_proj.weight": (16, 24),
-        "model.layers.0.self_attn.q_proj.bias": (32,),
-        "model.layers.0.self_attn.k_proj.bias": (16,),
-        "model.layers.0.self_attn.v_proj.bias": (16,),
-        "model.layers.0.self_attn.o_proj.weight": (24, 32),
-        "model.layers.0.post_attention_layernorm.weight": (24,),
-        "model.layers.0.mlp.gate_proj.weight": (40, 24),
-        "model.layers.0.mlp.up_proj.weight": (40, 24),
-        "model.layers.0.mlp.down_proj.weight": (24, 40),
         "model.norm.weight": (24,),
         "lm_head.weight": (48, 24),
     }
 
 
 def test_a_tied_model_has_no_head():
-    tied = expected_shapes(from_hf(hf_config(tie_word_embeddings=True)))
-    assert expected_shapes(from_hf(hf_config())).keys() - tied.keys() == {HEAD}
+    tied = from_hf(hf_config(tie_word_embeddings=True)).shapes
+    assert from_hf(hf_config()).shapes.keys() - tied.keys() == {HEAD}
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_tensor_is_read_exactly(tmp_path, dtype, shards):
-    model = Checkpoint(write_checkpoint(tmp_path / "tiny", shards=shards, dtype=dtype))
-    assert model.name == "tiny" and model.config == from_hf(hf_config())
-    for name, expected in random_tensors(hf_config(), dtype=dtype).items():
+@pytest.mark.parametrize("architecture", OWN)
+def test_every_tensor_is_read_exactly(tmp_path, architecture, dtype, shards):
+    raw = hf_config(model_type=architecture)
+    directory = write_checkpoint(
+        tmp_path / "tiny", model_type=architecture, shards=shards, dtype=dtype
+    )
+    model = HuggingFaceWeights(directory)
+    assert model.name == "tiny" and model.config == from_hf(raw)
+    for name, expected in random_tensors(raw, dtype=dtype).items():
         found = model.read(name)
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
         assert found.tobytes() == expected.tobytes()
-        assert model.hashes[name] == {
-            "dtype": dtype,
-            "shape": list(expected.shape),
-            "xxh3": xxhash.xxh3_64_hexdigest(expected.tobytes()),
-        }
-    assert model.hashes.keys() == expected_shapes(model.config).keys()
+        xxh3 = xxhash.xxh3_64_hexdigest(expected.tobytes())
+        assert model.hashes[name] == WeightEntry(dtype=dtype, shape=expected.shape, xxh3=xxh3)
+    assert model.hashes.keys() == model.config.shapes.keys()
 
 
 def test_dtypes_may_be_mixed(tmp_path):
     write_checkpoint(tmp_path, dtype="bfloat16")
     changed(tmp_path, lambda tensors: tensors.update({NORM: np.ones(24, np.float32)}))
-    model = Checkpoint(tmp_path)
+    model = HuggingFaceWeights(tmp_path)
     assert model.read(NORM).dtype == np.float32
     assert model.read(EMBED).dtype == ml_dtypes.bfloat16
 
 
-def test_groups_are_read_by_field(tmp_path):
-    model = Checkpoint(write_checkpoint(tmp_path))
-    group = model.read_group({"norm": NORM, "up": UP})
-    assert group.keys() == {"norm", "up"} and group["up"].shape == (40, 24)
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_read_by_name(tmp_path, tied):
+    model = HuggingFaceWeights(write_checkpoint(tmp_path, tie_word_embeddings=tied))
+    layer, end = read_parameters(model, "layer", 1), read_parameters(model, "end")
+    assert layer["up_proj"].tobytes() == model.read(UP).tobytes() and len(layer) == 12
+    assert end.keys() == {"norm", "lm_head"}
+    assert end["lm_head"].tobytes() == model.read(EMBED if tied else HEAD).tobytes()
 
 
 def test_nothing_is_read_before_it_is_asked_for(tmp_path):
-    assert Checkpoint(write_checkpoint(tmp_path)).hashes == {}
+    assert HuggingFaceWeights(write_checkpoint(tmp_path)).hashes == {}
 
 
 def test_hashes_do_not_depend_on_the_files(tmp_path):
     hashes = []
     for shards in (1, 2):
-        model = Checkpoint(write_checkpoint(tmp_path / str(shards), shards=shards))
-        for name in expected_shapes(model.config):
+        model = HuggingFaceWeights(write_checkpoint(tmp_path / str(shards), shards=shards))
+        for name in model.config.shapes:
             model.read(name)
         hashes.append(model.hashes)
     assert hashes[0] == hashes[1]
@@ -128,7 +146,7 @@ def test_old_rotary_buffers_are_no_weights(tmp_path):
     write_checkpoint(tmp_path)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     changed(tmp_path, lambda tensors: tensors.update({name: np.ones(4, np.float32)}))
-    Checkpoint(tmp_path)
+    HuggingFaceWeights(tmp_path)
 
 
 # --- tied heads
@@ -136,12 +154,12 @@ def test_old_rotary_buffers_are_no_weights(tmp_path):
 
 def test_a_tied_head_that_is_there_is_the_embedding(tmp_path):
     write_checkpoint(tmp_path, tie_word_embeddings=True)
-    plain = Checkpoint(tmp_path)
+    plain = HuggingFaceWeights(tmp_path)
     plain.read(EMBED)
     changed(tmp_path, lambda tensors: tensors.update({HEAD: tensors[EMBED].copy()}))
     with pytest.raises(UserError, match="changed while it was being read"):
         plain.read(EMBED)
-    model = Checkpoint(tmp_path)
+    model = HuggingFaceWeights(tmp_path)
     model.read(EMBED)
     assert model.hashes == plain.hashes and HEAD not in model.hashes
     assert model.shapes == plain.shapes
@@ -155,7 +173,7 @@ def test_a_tied_head_may_hold_nan(tmp_path):
         tensors[HEAD] = tensors[EMBED].copy()
 
     changed(tmp_path, change)
-    Checkpoint(tmp_path)
+    HuggingFaceWeights(tmp_path)
 
 
 def test_a_tied_head_that_differs(tmp_path):
@@ -221,6 +239,14 @@ def test_layers_that_the_config_does_not_have(tmp_path):
     write_checkpoint(tmp_path)
     write_json(tmp_path / "config.json", hf_config(num_hidden_layers=1))
     assert "unexpected 12 tensors (model.layers.1.input_layernorm" in refusal(tmp_path)
+
+
+def test_the_tensors_of_another_architecture(tmp_path):
+    write_checkpoint(tmp_path)
+    write_json(tmp_path / "config.json", hf_config(model_type="qwen3"))
+    message = refusal(tmp_path)
+    assert "missing 4 tensors (model.layers.0.self_attn.q_norm.weight, " in message
+    assert "unexpected 6 tensors (model.layers.0.self_attn.k_proj.bias, " in message
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (960,), (40, 24, 1)])
@@ -330,7 +356,7 @@ def test_an_index_that_does_not_list_all(tmp_path):
     """The shards say what they hold; transformers reads them whole too."""
     write_checkpoint(tmp_path, shards=2)
     reindexed(tmp_path, lambda weight_map: weight_map.pop(NORM))
-    assert Checkpoint(tmp_path).read(NORM).shape == (24,)
+    assert HuggingFaceWeights(tmp_path).read(NORM).shape == (24,)
 
 
 def test_a_tensor_in_two_shards(tmp_path):
@@ -380,7 +406,7 @@ def test_shards_may_be_links_as_in_the_hub_cache(tmp_path):
     for number, path in enumerate(sorted(model.iterdir())):
         path.rename(tmp_path / "blobs" / str(number))
         path.symlink_to(Path("..") / "blobs" / str(number))
-    assert Checkpoint(model).read(NORM).shape == (24,)
+    assert HuggingFaceWeights(model).read(NORM).shape == (24,)
 
 
 # --- what is no checkpoint

@@ -1,0 +1,210 @@
+"""What the commands say with ``--json``: the format, as types. Published in docs/schema/.
+
+Fields that are only there where they have something to say are ``UNSET`` otherwise.
+"""
+
+from typing import Any, Literal
+
+from msgspec import UNSET, Struct, UnsetType
+
+Axes = dict[Literal["heads", "positions", "channels"], str]
+
+
+class StageOfLayer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A stage, and the layer it is of; null for a whole-model stage."""
+
+    stage: str
+    layer: int | None
+
+
+# --- localize
+
+
+class Diagnosis(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mistake that explains a fault, and the significant bits that it brings back."""
+
+    name: str
+    bits: float
+    says: str
+
+
+class FaultEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One cause of wrong values.
+
+    Attributes:
+        layer: a number; "all", or a range such as "1-3"; null for a whole-model stage.
+        bits: significant bits that there are; null where values are NaN.
+        expected_bits: those that there should be.
+        where: ranges of heads, positions (rows of the sequence) and channels, or "all".
+        also: other stages with the same mistake.
+        segment: the stages that were not dumped, and the one that was judged for all of them.
+        nonfinite: elements that are NaN or infinite though their inputs are finite.
+        dump_only: later stages used the right value.
+        shape: the error in a sentence, where no known mistake explains it.
+    """
+
+    layer: int | str | None
+    stage: str
+    bits: float | None
+    expected_bits: float
+    where: Axes
+    diagnosis: list[Diagnosis]
+    also: list[str] | UnsetType = UNSET
+    segment: list[str] | UnsetType = UNSET
+    nonfinite: int | UnsetType = UNSET
+    dump_only: bool | UnsetType = UNSET
+    shape: str | UnsetType = UNSET
+
+
+class PrecisionEntry(Struct, frozen=True, kw_only=True, rename={"klass": "class"}):
+    """What a stage really ran at: a precision class, [lowest, highest] significant bits over its
+    layers, and the number format that explains them."""
+
+    klass: str
+    bits: tuple[float, float]
+    format: str | None = None
+
+
+class Skipped(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was not checked alone, and why; in some layers, or in all."""
+
+    stage: str
+    why: str
+    layers: list[int | None] | UnsetType = UNSET
+    checked_through: list[str] | UnsetType = UNSET
+
+
+class Judgement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A stage of two engines, and which of them is right there."""
+
+    stage: str
+    a: dict[str, Any]
+    b: dict[str, Any]
+    right: Literal["A", "B", "both", "neither"]
+
+
+class LocalizeResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``tools.localize --json``."""
+
+    schema: Literal[2]
+    verdict: Literal["clean", "precision", "fault", "not_comparable"]
+    faults: list[FaultEntry]
+    precision: dict[str, PrecisionEntry]
+    skipped: list[Skipped]
+    trace: str | UnsetType = UNSET
+    model: str | UnsetType = UNSET
+    dtype: str | UnsetType = UNSET
+    why: str | UnsetType = UNSET
+    against: dict[str, Any] | UnsetType = UNSET
+    right: list[Judgement] | UnsetType = UNSET
+    same_weights: bool | None | UnsetType = UNSET
+
+
+# --- diff
+
+
+class Worst(Struct, frozen=True, array_like=True):
+    """A slice, and its relative L2."""
+
+    index: int
+    relative_l2: float | None
+
+
+class DifferenceRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One stage of two traces; see ``stages.compare.Difference``. What is not finite is null."""
+
+    stage: str
+    layer: int | None
+    count: int
+    identical: bool
+    max_abs: float | None
+    at: list[int]
+    rms: float | None
+    relative_l2: float | None
+    cosine: float | None
+    ulp_max: int
+    ulp_0: float
+    ulp_1: float
+    nonfinite_a: int
+    nonfinite_b: int
+    unmatched: int
+    worst: dict[Literal["position", "head", "channel"], Worst]
+
+
+class LogitsRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the difference means for the next token; see ``stages.compare.LogitsDifference``."""
+
+    positions: int
+    argmax_equal: int
+    top5_overlap: float
+    kl_mean: float | None
+    kl_max: float | None
+    margin: float | None
+
+
+class DiffResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``tools.diff --json``."""
+
+    schema: Literal[2]
+    verdict: Literal["agree", "differ", "not_comparable"]
+    why: str | UnsetType = UNSET
+    a: str | UnsetType = UNSET
+    b: str | UnsetType = UNSET
+    notes: list[str] | UnsetType = UNSET
+    tolerance: float | UnsetType = UNSET
+    smallest_tolerance: float | None | UnsetType = UNSET
+    parting: StageOfLayer | None | UnsetType = UNSET
+    only_a: list[StageOfLayer] | UnsetType = UNSET
+    only_b: list[StageOfLayer] | UnsetType = UNSET
+    rows: list[DifferenceRow] | UnsetType = UNSET
+    logits: LogitsRow | None | UnsetType = UNSET
+
+
+# --- trace
+
+
+class StageRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is stored of a stage, over all layers; ``bytes`` are those of the tensors."""
+
+    stage: str
+    axes: list[str]
+    shape: list[int]
+    files: int
+    bytes: int
+
+
+class NextToken(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of the most likely tokens after the last position."""
+
+    token: int
+    text: str | None
+    logit: float | None
+    probability: float | None
+
+
+class TraceResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``qwen_jax.trace --json`` and ``oracle.trace --json``, with and without ``--dry-run``."""
+
+    schema: Literal[2]
+    architecture: str
+    model: str
+    out: str
+    dtype: str
+    format: str
+    tokens: list[int]
+    positions: list[int]
+    layers: list[int]
+    stages: list[StageRow]
+    files: int
+    bytes: int
+    peak_memory_bytes: int
+    file_bytes: int | UnsetType = UNSET
+    top: list[NextToken] | UnsetType = UNSET
+    seconds: float | UnsetType = UNSET
+
+
+RESULTS: dict[str, type[Struct]] = {
+    "localize": LocalizeResult,
+    "diff": DiffResult,
+    "trace": TraceResult,
+}

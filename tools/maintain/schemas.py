@@ -1,0 +1,44 @@
+"""``python -m tools.maintain.schemas``: write docs/schema/ from the types that the code runs on."""
+
+from pathlib import Path
+
+import msgspec
+
+from qwen_jax import cli
+from stages.manifest import KIND, SCHEMA, Manifest
+from stages.results import RESULTS
+
+FOLDER = Path(__file__).parents[2] / "docs" / "schema"
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def render() -> dict[str, bytes]:
+    """File name -> JSON Schema, of the manifest and of what each command says with --json."""
+    found = {name: msgspec.json.schema(kind) for name, kind in RESULTS.items()}
+    manifest = msgspec.json.schema(Manifest)
+    whole = manifest["$defs"]["Manifest"]
+    whole["properties"] = {
+        "schema": {"const": SCHEMA},
+        "kind": {"const": KIND},
+        **whole["properties"],
+    }
+    whole["required"] = ["schema", "kind", *whole["required"]]
+    found["manifest"] = manifest
+    return {
+        f"{name}.json": msgspec.json.format(msgspec.json.encode({"$schema": DIALECT} | schema))
+        + b"\n"
+        for name, schema in found.items()
+    }
+
+
+def main(argv: list[str]) -> int:
+    cli.Parser("tools.maintain.schemas", __doc__).parse_args(argv)
+    FOLDER.mkdir(exist_ok=True)
+    for name, content in render().items():
+        (FOLDER / name).write_bytes(content)
+        print(f"wrote {FOLDER / name}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
