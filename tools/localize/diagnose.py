@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +23,7 @@ from tools.localize.stage_replay import StageReplay, confine, focus_of
 # must be better than the right function by at least as much.
 SLACK = 2.5
 VAGUE = 4.0  # an input that lacks that many bits cannot show what a stage made of it
+SMOOTH_SHAPES = ("constant_factor", "additive_constant", "row_scaled", "function_approximate")
 SHOWN = 3  # explanations listed for one fault
 
 
@@ -162,7 +162,8 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
 
     def consider(rank: int, name: str, says: str, candidate: Array) -> None:
         score = case.scored(candidate, focus)
-        if score >= needed:
+        least = _smooth_needed(base, suspect.expected) if name in SMOOTH_SHAPES else needed
+        if score >= least:
             found.append((rank, Explanation(name, score, says)))
 
     entries = _entries(case, finding.dump_only)
@@ -257,8 +258,20 @@ def _matched(case: StageReplay, entries: list[Mistake], expected: float) -> bool
     """Whether one of the entries explains the dump, and better than the right function does."""
     needed = max(expected - SLACK, case.scored(case.exact) + SLACK)
     known = (c for entry in entries for _, c in entry.candidates(case))
-    uniform = (c for _, _, c in shapes.uniform(case))
-    return any(case.scored(candidate) >= needed for candidate in chain(uniform, known))
+    if any(case.scored(candidate) >= needed for candidate in known):
+        return True
+    smooth = _smooth_needed(case.scored(case.exact), expected)
+    return any(case.scored(candidate) >= smooth for _, _, candidate in shapes.uniform(case))
+
+
+# A factor or an offset need not bring back everything: a factor that was in the weights when they
+# were quantised comes out with their rounding, a float16 scale's at least.
+SMOOTH = 10.0
+
+
+def _smooth_needed(base: float, expected: float) -> float:
+    """The bits that a factor or an offset has to bring back."""
+    return max(min(expected - SLACK, SMOOTH), base + SLACK)
 
 
 def _off_grid(

@@ -13,7 +13,7 @@ from stages.architectures import any_stage
 from stages.trace import Trace
 from stages.verdict import LocalError, Suspect
 from tools.localize.fitting import Fitted
-from tools.localize.formats import coarsest
+from tools.localize.formats import PLAIN_FORMAT, coarsest
 
 SCHEMA = 2
 COLOURS = {
@@ -61,8 +61,14 @@ class Localization:
             if found:
                 entry["class"] = coarsest(f.level for f in found)
                 entry["format"] = ", ".join(dict.fromkeys(f.name for f in found))
-                entry["says"] = "; ".join(dict.fromkeys(f.says for f in found))
         return table
+
+    @property
+    def computed_in(self) -> list[str]:
+        """The number formats that stages are computed in, for people."""
+        stages = dict.fromkeys(item.stage for item in self.items)
+        said = {part for s in stages for f in self.fitted.names(s) for part in f.says.split("; ")}
+        return sorted(said - {PLAIN_FORMAT.says})
 
     def to_json(self) -> dict[str, Any]:
         """The object of ``--json``."""
@@ -204,8 +210,7 @@ def sentence(report: Localization) -> str:
     for stage, entry in report.precision.items():
         if entry["class"] not in ("exact", "f64", "f32"):
             lowered.setdefault(entry["class"], []).append(stage)
-    how = sorted({p["says"] for p in report.precision.values() if "says" in p})
-    added = f" ({'; '.join(how)})" if how else ""
+    added = f" ({'; '.join(report.computed_in)})" if report.computed_in else ""
     if not lowered:
         return f"clean: every stage that could be checked has the bits of float32 or better{added}"
     meaning = _meaning(report, lowered)

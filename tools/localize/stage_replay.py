@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -283,6 +283,9 @@ class StageReplay:
                 inputs = list(self.inputs)
                 inputs[place] = unsure
                 found = found + self._squared(inputs)
+        if format.unsure is not None:
+            unsure = partial(format.unsure, self.config, self.inputs)
+            found = found + _applied(self.stage, unsure, self.weights)
         if format.allows is not None:
             found = found + jnp.square(format.allows(self))
         if format.leaves is not None:
