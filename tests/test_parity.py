@@ -6,22 +6,25 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import jax
 import numpy as np
 import pytest
-from qwen_jax.weights.huggingface import HuggingFaceWeights
+
+import qwen_jax
+from qwen_jax.prompt import Prompt
+from qwen_jax.weights import open_model
+from qwen_jax.weights.base import Weights
+from stages import aprt
+from stages.errors import NotComparable, UserError
+from tests.conftest import interruptible, user_environment
+from tests.tiny import write_checkpoint
+from tools.parity import __main__ as parity
 from tools.parity import grid, measure, programs, report, variants
 from tools.parity.grid import Point
 from tools.parity.memory import sequences
-
-from qwen_jax import source
-from stages import aprt
-from stages.errors import NotComparable, UserError
-from tests.conftest import user_environment
-from tests.tiny import write_checkpoint
-from tools import parity
-from tools.testing import assert_traces_agree, trace_model, trace_of  # noqa: F401 -- a fixture
+from tools.testing import assert_traces_agree, trace_model  # noqa: F401 -- a fixture
 
 TOKENS = tuple(int(n) for n in np.random.default_rng(1).integers(48, size=20))
 
@@ -29,6 +32,12 @@ TOKENS = tuple(int(n) for n in np.random.default_rng(1).integers(48, size=20))
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("parity") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3."""
+    return write_checkpoint(tmp_path_factory.mktemp("parity") / "tiny3", model_type="qwen3")
 
 
 def sweep_file(directory: Path, text: str) -> Path:
@@ -63,9 +72,9 @@ def test_a_block_stands_for_the_product_of_its_axes(tmp_path: Path) -> None:
     [
         ("[[grid]]\ncolour = 1\n", "no axis 'colour'"),
         ("[[grid]]\ndtype = 'float8'\n", "float32, bfloat16"),
-        ("[[grid]]\nlength = 0\n", "positive whole number"),
-        ("[[grid]]\nlength = true\n", "positive whole number"),
-        ("[[grid]]\nexcess = 1\n", "true or false"),
+        ("[[grid]]\nlength = 0\n", "Expected `int` >= 1"),
+        ("[[grid]]\nlength = true\n", "Expected `int`, got `bool`"),
+        ("[[grid]]\nexcess = 1\n", "Expected `bool`"),
         ("[[grid]]\nrequire = 'equal'\n", "number of bits"),
         ("[[grid]]\nrequire = nan\n", "number of bits"),
         ("[[grid]]\nrequire = 20\ntrial = 'rerun'\n", "no bits to require"),
@@ -86,7 +95,9 @@ def test_the_shipped_grids_load_and_cover_the_axes() -> None:
         grid.load("none-such")
     assert {"quick", "full", "plants"} <= grid.SHIPPED.keys()
     full = grid.load("full")
-    for axis, choices in grid.CHOICES.items():
+    hints = {axis: get_args(hint) for axis, hint in get_type_hints(Point).items()}
+    for axis in ("dtype", "precision", "loop", "attention", "flags", "device", "trial", "plant"):
+        choices = hints[axis]
         seen = {getattr(point, axis) for point in full}
         absent = {"dtype": {"float64"}, "device": {"cpu"}, "plant": set(choices[1:])}
         plants = axis == "plant"
@@ -96,7 +107,7 @@ def test_the_shipped_grids_load_and_cover_the_axes() -> None:
     assert {p.batch for p in full} == {1, 3} and {p.excess for p in full} == {False, True}
 
 
-def test_every_impossible_point_has_its_reason(demo: HuggingFaceWeights) -> None:
+def test_every_impossible_point_has_its_reason(demo: Weights, tiny3: Path) -> None:
     for changed, device, reason in [
         ({"device": "gpu"}, "cpu", "needs --device gpu"),
         ({"flags": "no-fma"}, "gpu", "CPU"),
@@ -110,6 +121,8 @@ def test_every_impossible_point_has_its_reason(demo: HuggingFaceWeights) -> None
     ]:
         assert reason in (grid.impossible(Point(**changed), demo.config, device) or "")
     assert grid.impossible(Point(), demo.config, "cpu") is None
+    qwen3 = open_model(tiny3).config
+    assert "qkv_bias" in grid.impossible(Point(plant="scaled_bias"), qwen3, "cpu")
 
 
 # --- what fails a sweep
@@ -196,7 +209,7 @@ def test_identical_resumed_and_impossible(tiny: Path, tmp_path: Path, capsys) ->
     ]
     first = data["points"][1]
     assert first["argmax_equal"] == first["positions"] == 5 and first["kl_max"] == 0
-    assert first["local_bits"]["worst"] > 20 and first["classes"]["matmul"] == "f32"
+    assert first["local_bits"]["worst"] > 20 and first["classes"]["linear"] == "f32"
     table = (out / parity.TABLE).read_text()
     assert "### Not run: needs --device gpu" in table and table.count("| identical |") == 2
 
@@ -233,14 +246,15 @@ def test_interrupted_it_says_how_to_go_on(tiny: Path, tmp_path: Path) -> None:
     ids = ",".join(map(str, TOKENS))
     sweep = sweep_file(tmp_path, "[[grid]]\ntrial = 'rerun'\nlength = [1, 2, 3, 4, 5, 6, 7, 8]\n")
     given = f"--sweep {sweep} --model {tiny} --tokens {ids} --out {tmp_path / 'out'}"
-    child = subprocess.Popen(
-        [sys.executable, "-m", "tools.parity", *given.split()],
-        env=user_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        cwd=tmp_path,
-    )
+    with interruptible():
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tools.parity", *given.split()],
+            env=user_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            cwd=tmp_path,
+        )
     first = child.stderr.readline()
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
@@ -294,9 +308,19 @@ def test_no_gpu_is_one_line_and_exit_2(run_cli) -> None:
 # --- what it stands on
 
 
-def test_padding_reaches_nothing(tiny: Path) -> None:
-    model, device = HuggingFaceWeights(tiny), jax.devices("cpu")[0]
-    engine = programs.Layers(model, "float32", "xla", device, variants.variant("stages", ""))
+def layers(model: Weights, attention: str = "stages") -> programs.Layers:
+    """The engine that traces."""
+    variant = variants.variant(model.config.tables, attention, "")
+    return programs.Layers(model, "float32", "xla", jax.devices("cpu")[0], variant)
+
+
+BOTH = pytest.mark.parametrize("which", ["tiny", "tiny3"])
+
+
+@BOTH
+def test_padding_reaches_nothing(which: str, request: pytest.FixtureRequest) -> None:
+    model = open_model(request.getfixturevalue(which))
+    engine = layers(model)
     batch = programs.make_batch(TOKENS, 9, 3)
     assert batch.lengths == [9, 5, 9]
     other = programs.Batch(np.where(batch.valid, batch.tokens, 7), batch.valid)
@@ -307,16 +331,42 @@ def test_padding_reaches_nothing(tiny: Path) -> None:
     assert measure.agreement(first[1:2], single).within("float32")
 
 
-@pytest.mark.parametrize("form", ["program", "scan", "unobserved"])
-def test_whole_programs_compute_the_same_model(tiny: Path, form: str) -> None:
-    model, device = HuggingFaceWeights(tiny), jax.devices("cpu")[0]
+@BOTH
+def test_other_programs_compute_the_same_model(which: str, request: pytest.FixtureRequest) -> None:
+    model = open_model(request.getfixturevalue(which))
     batch = programs.make_batch(TOKENS, 6, 2)
-    layers = programs.Layers(model, "float32", "xla", device, variants.variant("stages", ""))
-    whole = programs.Whole(model, "float32", device, form)
-    ours, theirs = (sequences(p.values(batch), batch, model, "float32") for p in (whole, layers))
-    found = measure.agreement(ours, theirs)
-    assert found.within("float32")
-    assert found.stages == (1 if form == "unobserved" else len(theirs[0].entries))
+    theirs = sequences(layers(model).values(batch), batch, model, "float32")
+    count = len(theirs[0].entries)
+    for form, stages in [
+        ("program", count),
+        ("scan", count),
+        ("unobserved", 1),
+        ("fused", count - 2 * model.config.num_hidden_layers),
+    ]:
+        if form == "fused":
+            program = layers(model, "fused")
+        else:
+            program = programs.Whole(model, "float32", jax.devices("cpu")[0], form)
+        ours = sequences(program.values(batch), batch, model, "float32")
+        found = measure.agreement(ours, theirs)
+        assert found.within("float32"), form
+        assert found.stages == stages, form
+
+
+def test_a_sweep_of_a_qwen3_is_identical_too(tiny3: Path, tmp_path: Path) -> None:
+    file = sweep_file(
+        tmp_path,
+        """
+        [[grid]]
+        loop = ["layer", "scan"]
+        length = 9
+        batch = 2
+        require = "identical"
+        """,
+    )
+    code, data = run(file, tiny3, tmp_path / "out")
+    assert (code, data["verdict"]) == (0, "pass")
+    assert {point["verdict"] for point in data["points"]} == {"identical"}
 
 
 # --- for other people's tests
@@ -328,7 +378,7 @@ def test_traces_agree_or_show_the_table(tiny: Path, trace_model) -> None:  # noq
     assert_traces_agree(ours, ours, bits=math.inf)
     eager = trace_model(tiny, TOKENS, backend="eager")
     assert_traces_agree(ours, eager)
-    wrong = trace_of(str(tiny), TOKENS)
+    wrong = qwen_jax.trace_model(tiny, TOKENS)
     wrong.values["ffn_up", 1] = wrong.values["ffn_up", 1] * np.float32(1.01)
     with pytest.raises(AssertionError) as caught:
         assert_traces_agree(wrong, eager, bits=16)
@@ -340,8 +390,8 @@ def test_traces_agree_or_show_the_table(tiny: Path, trace_model) -> None:  # noq
 
 
 def test_what_was_not_compared_does_not_agree(tiny: Path) -> None:
-    whole = trace_of(str(tiny), TOKENS)
-    part = trace_of(str(tiny), TOKENS)
+    whole = qwen_jax.trace_model(tiny, TOKENS)
+    part = qwen_jax.trace_model(tiny, TOKENS)
     for layer in (0, 1):
         del part.entries["ffn_up", layer]
     assert_traces_agree(part, whole)
@@ -354,7 +404,7 @@ def test_what_was_not_compared_does_not_agree(tiny: Path) -> None:
     with pytest.raises(AssertionError, match=r"not on both sides: layer 1$"):
         assert_traces_agree(part, whole, layers="0-1")
     with pytest.raises(AssertionError, match="tokens"):
-        assert_traces_agree(trace_of(str(tiny), TOKENS[:-1]), whole)
+        assert_traces_agree(qwen_jax.trace_model(tiny, TOKENS[:-1]), whole)
 
 
 def test_a_dump_without_manifest_is_of_the_other_sides_model(
@@ -376,6 +426,5 @@ def test_a_dump_without_manifest_is_of_the_other_sides_model(
 def test_a_model_without_tokenizer_is_swept_with_drawn_ids(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "bare")
     (directory / "tokenizer.json").unlink()
-    args = parity.parser().parse_args([])
-    tokens = parity.read_tokens(args, open_model(str(directory)))
+    tokens = parity.read_tokens(Prompt(), open_model(directory))
     assert len(tokens) == 64 and max(tokens) < 48

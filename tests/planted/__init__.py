@@ -1,6 +1,6 @@
-"""An independent Qwen2 engine with faults planted by hand: what a localizer is put on trial with.
+"""What the localizer is put on trial with: hard small models, and the planted faults in them.
 
-Nothing here imports the project's own forward pass or its catalogue of mistakes. ``engine`` is a
-plain NumPy forward that dumps a foreign trace, ``faults`` replaces one of its operations with a
-wrong one, ``checkpoints`` makes small models whose statistics are hard.
+The engine that has the faults, and the faults, are ``tools.numpy_engine``: a plain NumPy forward
+that dumps a foreign trace. Neither it nor ``checkpoints`` imports the project's own forward pass or
+its catalogue of mistakes.
 """

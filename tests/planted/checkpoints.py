@@ -2,7 +2,8 @@
 
 Hard means what the published Qwen2 checkpoints are and small random ones are not: in the first and
 last layer the bias of k is tens of times k itself, and a few channels of the residual stream are
-hundreds of times the rest, above all at the first token. Either makes a cosine blind.
+hundreds of times the rest, above all at the first token. Either makes a cosine blind. In a Qwen3
+the weight of k's norm stands for the bias, and q and k are small before their norms.
 """
 
 import json
@@ -35,6 +36,13 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "use_sliding_window": False,
     "vocab_size": 192,
+}
+QWEN3: dict[str, Any] = {  # what differs in one: N*H is not D
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 16,
+    "hidden_size": 64,
+    "model_type": "qwen3",
 }
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -79,7 +87,11 @@ def random_weights(config: dict[str, Any], random: np.random.Generator) -> Weigh
         }
         for name, heads in (("q", n), ("k", k), ("v", k)):
             part[f"self_attn.{name}_proj.weight"] = linear(heads * h, d)
-            part[f"self_attn.{name}_proj.bias"] = normal(heads * h, rms=0.3)
+            if config["model_type"] == "qwen2":
+                part[f"self_attn.{name}_proj.bias"] = normal(heads * h, rms=0.3)
+            elif name != "v":
+                part[f"self_attn.{name}_proj.weight"] *= np.float32(0.1)
+                part[f"self_attn.{name}_norm.weight"] = 1.2 + normal(h, rms=0.4)
         weights |= {f"model.layers.{layer}.{name}": w for name, w in part.items()}
     weights["model.norm.weight"] = 1 + normal(d, rms=0.2)
     if not config["tie_word_embeddings"]:
@@ -90,7 +102,7 @@ def random_weights(config: dict[str, Any], random: np.random.Generator) -> Weigh
 def random_checkpoint(
     directory: str | Path, seed: int = 0, dtype: str = "float32", **overrides: Any
 ) -> Path:
-    """A small random model; ``overrides`` are attributes of ``CONFIG``."""
+    """A small random model; ``overrides`` are attributes of ``CONFIG``, or those of ``QWEN3``."""
     config = CONFIG | overrides
     weights = random_weights(config, np.random.default_rng(seed))
     return write_checkpoint(directory, config, weights, dtype)
@@ -101,8 +113,11 @@ MARKER = 5  # the channel in which the first token's embedding says that it is t
 WRITERS = (100, 300)  # the neurons that read the marker and write the massive channels
 
 
-def hard_checkpoint(directory: str | Path, seed: int = 0, dtype: str = "bfloat16") -> Path:
-    """A model of 4 layers with the statistics of a published Qwen2, at hidden size 256.
+def hard_checkpoint(
+    directory: str | Path, seed: int = 0, dtype: str = "bfloat16", **overrides: Any
+) -> Path:
+    """A model of 4 layers with the statistics of a published one, at hidden size 256; ``overrides``
+    may be ``QWEN3``, whose N*H is then 320.
 
     The prompt has to begin with token 0 (``hard_tokens``). Its embedding has a large value in one
     channel, on which two neurons of layer 1 fire; their columns of the down projection write the
@@ -110,13 +125,19 @@ def hard_checkpoint(directory: str | Path, seed: int = 0, dtype: str = "bfloat16
     some tens of times the rest there.
     """
     random = np.random.default_rng(seed)
-    config = CONFIG | {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_attention_heads": 8,
-        "num_hidden_layers": 4,
-        "vocab_size": 512,
-    }
+    qwen3 = overrides.get("model_type") == "qwen3"
+    config = (
+        CONFIG
+        | overrides
+        | {
+            "head_dim": 32,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_attention_heads": 10 if qwen3 else 8,
+            "num_hidden_layers": 4,
+            "vocab_size": 512,
+        }
+    )
     weights = random_weights(config, random)
     head, last = 32, config["num_hidden_layers"] - 1
     weights["model.embed_tokens.weight"][0, MARKER] = 0.5
@@ -127,12 +148,14 @@ def hard_checkpoint(directory: str | Path, seed: int = 0, dtype: str = "bfloat16
     # k's bias: in published models it lies in the pairs that turn slowly, where it moves every
     # score of a row alike and the softmax takes it out again.
     slow = np.arange(head) % (head // 2) >= head // 4
-    for number in range(last + 1):
+    for number in range(last + 1) if not qwen3 else ():
         bias = layer(number, "self_attn.k_proj.bias")
         rms = 35.0 if number in (0, last) else 1.0
         loud = np.where(np.resize(slow, bias.shape), rms * 2**0.5, 0.3)
         bias[:] = loud * np.sign(bias) * random.uniform(0.8, 1.2, bias.shape)
         bias *= rms / np.sqrt(np.mean(bias**2))
+    for number in (0, last) if qwen3 else ():
+        layer(number, "self_attn.k_norm.weight")[slow] *= 8
 
     channels = list(MASSIVE)
     sign = np.array([1, -1, 1], np.float32)
@@ -198,7 +221,7 @@ class Hardness:
     """What makes one layer hard.
 
     Attributes:
-        bias: root mean square of the bias of k.
+        bias: root mean square of the bias of k, or of the weight of its norm.
         k: root mean square of k before it.
         first, others: the largest channel of the layer's output over the median magnitude, at the
             first token and at the others.
@@ -215,13 +238,14 @@ class Hardness:
 def hardness(engine: Engine, run: Run) -> list[Hardness]:
     """The statistics of every layer of a run."""
     rows, shape = [], engine.shape
+    name = "k_proj.bias" if shape.architecture == "qwen2" else "k_norm.weight"
     for layer in range(shape.layers):
         stream = np.abs(run.stages[layer, "post_ffn_residual"])
         k = run.stages[layer, "qkv_matmul"].reshape(len(stream), -1, shape.head)
         k = k[:, shape.heads : shape.heads + shape.kv_heads]
         rows.append(
             Hardness(
-                bias=rms(engine.weights[f"model.layers.{layer}.self_attn.k_proj.bias"]),
+                bias=rms(engine.weights[f"model.layers.{layer}.self_attn.{name}"]),
                 k=rms(k),
                 first=float(stream[0].max() / np.median(stream)),
                 others=float(stream[1:].max() / np.median(stream)),

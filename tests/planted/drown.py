@@ -1,4 +1,4 @@
-"""``python -m tools.numpy_engine.drown``: how small a fault may be and still be found.
+"""``python -m tests.planted.drown``: how small a fault may be and still be found.
 
 Each row is one kind of fault at growing size, planted in layer 2 of the demo model; a cell is the
 smallest size that the localizer places at the right stage and layer.
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.numpy_engine.engine import OPERATIONS, Array, Context, Engine, rms_norm, softmax
 from tests.planted.matrix import ONE_LAYER, Bench, make_bench
+from tools.numpy_engine.engine import OPERATIONS, Array, Context, Engine, rms_norm, softmax
 
 SIZES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 MODES = ("f32", "f16", "bf16", "act8")
@@ -90,5 +90,5 @@ def table() -> str:
 if __name__ == "__main__":
     from qwen_jax import runtime
 
-    runtime.configure("cpu")
+    runtime.for_a_command("cpu")
     print(table())

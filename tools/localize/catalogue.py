@@ -44,6 +44,7 @@ class Mistake:
             explain the difference.
         dump_only: True if it is a mistake of the dump alone: later stages used the right value.
             False if they used the wrong one. None if it can be either.
+        rotated: the candidates are rotated, though the stage is no rotation.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Mistake:
     candidates: Entry
     dump_only: bool | None
     near: bool
+    rotated: bool
 
 
 CATALOGUE: list[Mistake] = []
@@ -73,14 +75,20 @@ HEADS_INSIDE = " ".join(n for n in WITH_HEADS.split() if not any_stage(n).heads_
 
 
 def mistake(
-    name: str, says: str, stages: str, dump_only: bool | None = False, near: bool = False
+    name: str,
+    says: str,
+    stages: str,
+    dump_only: bool | None = False,
+    near: bool = False,
+    rotated: bool = False,
 ) -> Callable[[Entry], Entry]:
     """Enter the decorated function into the catalogue."""
 
     def enter(
         candidates: Callable[[StageReplay], Candidates],
     ) -> Callable[[StageReplay], Candidates]:
-        CATALOGUE.append(Mistake(name, says, tuple(stages.split()), candidates, dump_only, near))
+        where = tuple(stages.split())
+        CATALOGUE.append(Mistake(name, says, where, candidates, dump_only, near, rotated))
         return candidates
 
     return enter
@@ -217,7 +225,7 @@ def _(case: StageReplay) -> Candidates:
         yield "", x / jnp.sqrt(mean) * _norm_weight(case)
 
 
-@mistake("rope_before_norm", "RoPE applied before the norm", f"{NORMS} {ROPES}")
+@mistake("rope_before_norm", "RoPE applied before the norm", f"{NORMS} {ROPES}", rotated=True)
 def _(case: StageReplay) -> Candidates:
     norm = _head_norm(case)
     if norm and (heads := _projected(case, norm)) is not None:

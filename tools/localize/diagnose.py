@@ -96,6 +96,7 @@ def _clear(
             continue
         # as the engine would have handed it on: scores in the hundreds make a rounding matter
         exact = case.exact.astype(replay.dtype).astype(case.exact.dtype)
+        certain = case.certain
         for key in readers:
             reader = by_key[key]
             row = replay.tables.stage[key[0]]
@@ -103,7 +104,7 @@ def _clear(
             if not case.replayable:
                 continue
             focus = focus_of(case, reader.masks) if reader.why == "slice" else None
-            if case.scored(case.exact, focus) >= min(reader.expected, 24.0) - SLACK:
+            if case.scored(case.exact, focus) >= min(reader.expected, 24.0, certain) - SLACK:
                 cleared.add(key)
                 dump_only.add(suspect.key)
                 overrides[suspect.key] = exact
@@ -160,8 +161,8 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     needed = max(sound, base + SLACK)
     found: list[tuple[int, Explanation]] = []
 
-    def consider(rank: int, name: str, says: str, candidate: Array) -> None:
-        score = case.scored(candidate, focus)
+    def consider(rank: int, name: str, says: str, candidate: Array, rotated: bool = False) -> None:
+        score = case.scored(candidate, focus, rotated)
         least = _smooth_needed(base, suspect.expected) if name in SMOOTH_SHAPES else needed
         if score >= least:
             found.append((rank, Explanation(name, score, says)))
@@ -170,7 +171,8 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     entries.sort(key=lambda entry: entry.name not in hints)
     for rank, entry in enumerate(entries):
         for detail, candidate in entry.candidates(case):
-            consider(rank, entry.name, entry.says.replace("{}", detail), candidate)
+            says = entry.says.replace("{}", detail)
+            consider(rank, entry.name, says, candidate, entry.rotated)
         if found and entry.name in hints:
             break
     if not found and suspect.why != "nan":
@@ -197,9 +199,7 @@ def _entries(case: StageReplay, dump_only: bool) -> list[Mistake]:
     ]
 
 
-def _confined(
-    case: StageReplay, finding: Finding, found: list[tuple[int, Explanation]]
-) -> None:
+def _confined(case: StageReplay, finding: Finding, found: list[tuple[int, Explanation]]) -> None:
     """A linear layer whose error lies in a few output channels has that many wrong rows of its
     weight: nothing else of it can confine an error so."""
     masks = finding.suspect.masks

@@ -34,7 +34,7 @@ def _cell(item: LocalError | None, faulty: bool) -> Text:
     number = "exact" if item.bits >= verdict.EXACT_BITS else f"{item.bits:.1f}"
     if faulty:
         return Text(number + "*", style="bold red")
-    found = verdict.class_of(item.level, item.row) or "lower"
+    found = verdict.class_of(item.level, item.row, item.segment) or "lower"
     return Text(number, style=COLOURS[found])
 
 

@@ -12,17 +12,10 @@ from jax import Array
 from qwen_jax import rope
 from qwen_jax.config import Config
 from qwen_jax.models.ops import Positional
-from qwen_jax.replay import (
-    Replay,
-    allowance,
-    cut_inputs,
-    last_rows,
-    size_squared,
-    stage_value,
-)
+from qwen_jax.replay import Replay, cut_inputs, last_rows, size_squared, stage_value
 from qwen_jax.weights.base import Weights
 from stages import verdict
-from stages.architecture import TOKENS, Architecture, Key, Stage
+from stages.architecture import ROTATION, TOKENS, Architecture, Key, Stage
 from tools.localize.formats import NUDGE, Format
 
 Weight = Array | np.ndarray
@@ -346,34 +339,45 @@ class StageReplay:
 
         return _applied(self.stage, function, {**self.weights, **(weights or {})})
 
-    def scored(self, candidate: Array, focus: Array | None = None) -> float:
+    def scored(self, candidate: Array, focus: Array | None = None, rotated: bool = False) -> float:
         """The significant bits that the dump has if ``candidate`` is what it should be.
 
         ``focus`` [1, ...] bool: where the error is. The worse of everywhere and there counts, so
-        that a candidate cannot win on what was right before.
+        that a candidate cannot win on what was right before. ``rotated``: the candidate is, though
+        the stage is no rotation.
         """
+        # NumPy: XLA would compile a program for every operation and shape
         if candidate.shape != self.dump.shape:
             return -60.0
-        keep = self.finite
-        if not bool(keep.any()) or bool((keep & ~jnp.isfinite(candidate)).any()):
+        value, dump, keep = np.asarray(candidate), np.asarray(self.dump), np.asarray(self.finite)
+        if not keep.any() or (keep & ~np.isfinite(value)).any():
             return -60.0  # nothing to compare, or NaN where the dump has a number
-        error = jnp.where(keep, jnp.square(self.dump - candidate), 0.0)
-        scale = jnp.where(keep, self.size + jnp.square(candidate), 0.0)
-        allowed = jnp.where(keep, self.allowed, 0.0)
+        with np.errstate(all="ignore"):
+            error = np.where(keep, np.square(dump - value), 0.0)
+            scale = np.where(keep, np.asarray(self.size) + np.square(value), 0.0)
+            turned = rotated or self.stage.kind is ROTATION
+            allowed = np.where(keep, self._angle_error(value), 0.0) if turned else np.zeros(())
         found = float(verdict.lenient_bits(error.sum(), scale.sum(), allowed.sum()))
         if focus is not None:
-            sums = [(x * focus).sum() for x in (error, scale, allowed)]
+            sums = [(x * np.asarray(focus)).sum() for x in (error, scale, allowed)]
             found = min(found, float(verdict.lenient_bits(*sums)))
         return found
 
-    @cached_property
-    def allowed(self) -> Array:
-        """The squared error that an angle, of late positions, lets sound arithmetic have."""
-        if self.stage.kind.allows != "angle":
-            return jnp.zeros(())
-        angles, dtype = self.replay.angles, self.replay.dtype
-        found = allowance(self.stage, self.config, self.pos, angles, self.inputs, self.exact, dtype)
-        return jnp.square(found)
+    def _angle_error(self, value: np.ndarray) -> np.ndarray:
+        """The squared error of rotated heads [1, rows, heads, H] that the rounding of their angles
+        to float32 lets sound arithmetic have: much at late positions."""
+        first, second = np.split(np.square(value), 2, -1)
+        angles = np.asarray(self.replay.angles)[None, -self.rows :, None] * 2.0**-24
+        return np.concatenate([(first + second) * np.square(angles)] * 2, -1)
+
+    @property
+    def certain(self) -> float:
+        """The bits to which sound arithmetic agrees on the stage."""
+        if self.stage.kind is not ROTATION:
+            return verdict.EXACT_BITS
+        exact = np.asarray(self.exact)
+        scale = np.asarray(self.size).sum() + np.square(exact).sum()
+        return float(verdict.bits(4 * self._angle_error(exact).sum(), scale))
 
     @cached_property
     def finite(self) -> Array:
@@ -411,13 +415,15 @@ def _applied(
 def _right_outside(case: StageReplay, focus: Array, needed: float) -> bool:
     """Whether the dump is right to ``needed`` bits everywhere but in ``focus``, and in each other
     position and channel: an error of the whole must not hide that of a slice."""
-    outside = jnp.where(focus, case.exact, case.dump)
-    error = jnp.square(outside - case.exact)
-    scale = case.size + jnp.square(case.exact)
-    if not bool(jnp.isfinite(error).all()):
+    exact = np.asarray(case.exact)
+    outside = np.where(np.asarray(focus), exact, np.asarray(case.dump))
+    with np.errstate(all="ignore"):
+        error = np.square(outside - exact)
+        scale = np.asarray(case.size) + np.square(exact)
+    if not np.isfinite(error).all():
         return False
     for kept in range(1, case.dump.ndim):
-        others = [axis for axis in range(1, case.dump.ndim) if axis != kept]
+        others = tuple(axis for axis in range(1, case.dump.ndim) if axis != kept)
         if float(verdict.bits(error.sum(others), scale.sum(others)).min()) < needed - 2.0:
             return False
     return True

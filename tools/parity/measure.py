@@ -138,7 +138,7 @@ class Local:
 
 
 def class_of(item: LocalError) -> str:
-    return verdict.class_of(item.level, item.row) or "lower"
+    return verdict.class_of(item.level, item.row, item.segment) or "lower"
 
 
 def _coarseness(name: str) -> int:
