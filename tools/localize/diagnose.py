@@ -9,7 +9,7 @@ from jax import Array
 
 from qwen_jax.replay import Replay
 from stages import verdict
-from stages.architecture import TOKENS, Key
+from stages.architecture import ACTIVATION, TOKENS, Key
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError, Suspect
 from tools.localize import shapes
@@ -46,9 +46,9 @@ def findings(
         case = _case(replay, suspect.item, overrides, suspect.key, fitted.formats)
         finding = Finding(suspect, dump_only=suspect.key in dump_only)
         _explain(case, finding, hints.get(stage, []))
-        for format in fitted.hints(suspect.item):
+        for formats in fitted.hints(suspect.item, replay.config):
             if not finding.diagnosis and case.replayable:
-                _explain(case.in_format(format), finding, hints.get(stage, []))
+                _explain(case.under(formats), finding, hints.get(stage, []))
         if finding.diagnosis:
             hints.setdefault(stage, []).append(finding.diagnosis[0].name)
         result.append(finding)
@@ -179,6 +179,8 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
         local = focus_of(case, suspect.masks)
         for name, says, candidate in shapes.fits(case, suspect.masks, local):
             consider(len(entries), name, says, candidate)
+    if not found and suspect.why != "nan" and case.stage.kind is ACTIVATION:
+        consider(len(entries), *shapes.smooth_function(case))
     if not found and suspect.why != "nan":
         _confined(case, finding, found)
     # half a bit is within the noise: the more specific entry, which stands first, wins
@@ -249,7 +251,7 @@ def _matches(
             case = StageReplay(replay, item.row, item.layer, formats=fitted.formats)
             if not case.replayable:
                 continue
-            cases = [case, *map(case.in_format, fitted.hints(item))]
+            cases = [case, *map(case.under, fitted.hints(item, replay.config))]
             if any(_matched(each, near, floor) for each in cases):
                 yield Suspect(item=item, expected=floor, why="match", masks=masks)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from qwen_jax.config import Config
 from qwen_jax.replay import ErrorSums, Measured, Replay, allowance, error_sums
 from stages import verdict
 from stages.architecture import ROTATION, Key, Stage
@@ -42,6 +43,7 @@ REACHED, REACHED_OTHERS = 19.0, 21.0
 REACHED_ON_GRID = 12.0
 MEMBERS = 4  # stages of a segment that may have formats: each tries all of its own
 SEARCHES = 4  # layers of one stage for which every format is tried
+HINTS = 4  # formats of other layers and stages that a stage is tried in
 CHANNELS = 768  # output channels of a linear stage that formats are tried on
 
 Formats = dict[Key, Format]
@@ -65,15 +67,20 @@ class Fitted:
         found = {f.name: f for key, fs in self.by_item.items() if key[0] == stage for f in fs}
         return list(found.values())
 
-    def hints(self, item: LocalError) -> list[Format]:
-        """Formats of the same stage in other layers, then of the same kind: what an item that no
-        format explains may still be computed in."""
-        if item.key in self.by_item or item.segment:
+    def hints(self, item: LocalError, config: Config) -> list[Formats]:
+        """What an item that no format explains may still be computed in: the formats of the same
+        stage in other layers, then those of the same kind; of it, and of what is missing before."""
+        if item.key in self.by_item:
             return []
-        near = [f for key, f in self.formats.items() if key[0] == item.stage]
-        kind = item.row.kind
-        near += [f for (stage, _), f in self.formats.items() if any_stage(stage).kind is kind]
-        return list({id(f): f for f in near}.values())[:4]
+        found: list[Formats] = []
+        for key in (item.key, *item.segment):
+            row = any_stage(key[0])
+            near = [f for other, f in self.formats.items() if other[0] == row.name]
+            near += [f for other, f in self.formats.items() if any_stage(other[0]).kind is row.kind]
+            fitting = choices(row, config)
+            unique = [f for f in {id(f): f for f in near}.values() if f in fitting]
+            found += [{key: f} for f in unique[:HINTS]]
+        return found
 
 
 def fit(
@@ -242,7 +249,7 @@ class _Trial:
                     (self._tried(found | {key: f}), key, f)
                     for key in members
                     if key not in found or len(members) > 1
-                    for f in choices(any_stage(key[0]).kind)
+                    for f in choices(self.replay.tables.stage[key[0]], self.replay.config)
                     if found.get(key) is not f
                 ]
                 top, key, format = _first_best(tried)
@@ -269,7 +276,7 @@ class _Trial:
     def _by_weight(self) -> Formats | None:
         """A format for each of the weights that stand side by side: their types may differ."""
         small = self.small
-        options = [PLAIN_FORMAT, *choices(self.item.row.kind)]
+        options = [PLAIN_FORMAT, *choices(self.item.row, self.replay.config)]
         values = [small.in_format(format).exact for format in options]
         ends = np.cumsum([len(w) for w in small.weights.values()])[:-1]
         dumps = jnp.split(small.dump, ends, -1)

@@ -30,6 +30,8 @@ from stages.architecture import (
     SOFTMAX,
     WEIGHTED_SUM,
     Kind,
+    Stage,
+    axis_size,
 )
 from stages.verdict import CLASSES
 from tools.localize import emulated
@@ -63,6 +65,7 @@ class Format:
         allows: an error that may be there beyond rounding, in the shape of the value.
         leaves: the bits that the emulation has at best, where it cannot follow every rounding.
         parts: of a stage of several weights side by side, the format of each.
+        block: the width of an operand is a multiple of it; of a head in attention.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Format:
     allows: Callable[[Any], Array] | None = None
     leaves: float | None = None
     parts: tuple["Format", ...] = ()
+    block: int = 1
 
     def inputs(self, config: Config, given: Sequence[Array], nudge: float = 0.0) -> list[Array]:
         """The operands as the engine reads them."""
@@ -168,6 +172,7 @@ def _blocks_of(size: int) -> Format:
         f"{_BITS8}in blocks of {size}",
         "8-bit",
         {0: _plain(partial(emulated.symmetric, block=size))},
+        block=size,
     )
 
 
@@ -219,15 +224,16 @@ def _cut(x: np.ndarray, nudge: float = 0.0) -> np.ndarray:
 
 
 LINEAR_FORMATS = [
-    _one("q8_0", f"{_BITS8}in blocks of 32 with a float16 scale (Q8_0)", emulated.q8_0),
+    _one("q8_0", f"{_BITS8}in blocks of 32 with a float16 scale (Q8_0)", emulated.q8_0, block=32),
     _one(
         "q8_1",
         f"{_BITS8}in blocks of 32 with a float16 sum (Q8_1)",
         emulated.q8_0,
         plus=_low_sums,
         unsure=_unsure_sums,
+        block=32,
     ),
-    _one("q8_K", f"{_BITS8}in blocks of 256 (Q8_K)", emulated.q8_k),
+    _one("q8_K", f"{_BITS8}in blocks of 256 (Q8_K)", emulated.q8_k, block=256),
     *map(_blocks_of, (32, 64, 128, 256)),
     _one("int8 per row", f"{_BITS8}per row", emulated.symmetric),
     # torchao divides by half of the 255 steps
@@ -249,6 +255,7 @@ LINEAR_FORMATS = [
         "inputs rounded to float8_e4m3 in blocks of 128",
         partial(emulated.scaled_e4m3, block=128),
         "lower",
+        block=128,
     ),
     _one(
         "float8_e4m3 per tensor",
@@ -304,7 +311,10 @@ def _score_formats(name: str, says: str, q: Rounding | None, k: Rounding, level:
         plus = partial(_low_scores, kept=k, turn=turn) if minimum else None
         leaves = 20.0 if minimum else None
         more = ", turned by a Hadamard matrix" if turn else ""
-        found.append(Format(name, says + more, level, operands, plus=plus, leaves=leaves))
+        block = 64 if turn else 32 if level in ("8-bit", "lower") else 1
+        found.append(
+            Format(name, says + more, level, operands, plus=plus, leaves=leaves, block=block)
+        )
     return found
 
 
@@ -358,14 +368,16 @@ def _of_weighted_sums() -> list[Format]:
     for cache, kept in CACHE.items():
         level, name = _level(cache), f"kv {_named(cache)}"
         says = f"a {_named(cache)} value cache"
-        found.append(Format(name, says, level, {1: _of_v(kept)}))
+        block = 1 if cache in ("f16", "bf16") else 32
+        found.append(Format(name, says, level, {1: _of_v(kept)}, block=block))
         if cache in ("f16", "bf16"):  # softmax's weights are converted to the cache's type
             found.append(Format(name, says, level, {0: _plain(kept), 1: _of_v(kept)}))
         else:
             turned = _of_v(_turned_back(kept, 64))
             more = ", turned by a Hadamard matrix"
-            found.append(Format(name, says + more, level, {1: turned}))
-            found.append(Format(name, says, level, {0: _plain(emulated.f16), 1: _of_v(kept)}))
+            found.append(Format(name, says + more, level, {1: turned}, block=64))
+            both = {0: _plain(emulated.f16), 1: _of_v(kept)}
+            found.append(Format(name, says, level, both, block=32))
     for name, rounding in OTHER_CACHES:
         says = f"a value cache in {name[3:]}"
         found.append(Format(name, says, _level(name[3:7]), {1: _of_v(rounding)}))
@@ -501,9 +513,16 @@ def _activation_in(case: Any, rounding: Rounding) -> Array:
     return _in_half(case.inputs[0], rounding)
 
 
+def choices(stage: Stage, config: Config) -> list[Format]:
+    """The formats that a stage may have."""
+    width = config.head_dim
+    if stage.linear:
+        width = axis_size(config.tables.axes_of(stage.inputs[0])[-1], config.dims(1))
+    return [format for format in _of_kind(stage.kind) if width % format.block == 0]
+
+
 @cache
-def choices(kind: Kind) -> tuple[Format, ...]:
-    """The formats that a kind of arithmetic may have."""
+def _of_kind(kind: Kind) -> tuple[Format, ...]:
     if kind is LINEAR:
         return tuple(LINEAR_FORMATS)
     if kind is SCORES:

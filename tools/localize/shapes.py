@@ -11,7 +11,6 @@ import ml_dtypes
 import numpy as np
 from jax import Array
 
-from stages.architecture import ACTIVATION
 from stages.verdict import ranges
 from tools.localize.stage_replay import StageReplay
 
@@ -41,9 +40,6 @@ def fits(case: StageReplay, masks: dict[str, np.ndarray], focus: Array | None) -
             yield renamed, f"{_subject(masks)} multiplied by {says}", candidate
         else:
             yield name, f"{says} added{place}", candidate
-    if case.stage.kind is ACTIVATION:
-        says = "a smooth function of the input, but not this one"
-        yield "function_approximate", says, _smooth_function(case)
     high, low = float(d.max()), float(d.min())
     if float(y.max()) > high or float(y.min()) < low:
         limit = max(high, -low)
@@ -60,18 +56,19 @@ def fits(case: StageReplay, masks: dict[str, np.ndarray], focus: Array | None) -
             yield f"computed_in_{name}", f"computed in {name}{place}", _rounded(value, dtype)
 
 
-def _smooth_function(case: StageReplay) -> Array:
+def smooth_function(case: StageReplay) -> Fit:
     """What a dump would be if its error were a smooth function of the input: at each element the
     mean of the errors of the next smaller and the next larger input."""
+    name, says = "function_approximate", "a smooth function of the input, but not this one"
     x, y, d = (np.asarray(v).ravel() for v in (case.inputs[0], case.exact, case.dump))
     order = np.argsort(x, kind="stable")
     error = np.nan_to_num(d - y)[order]
     if len(error) < 3:
-        return case.exact
+        return name, says, case.exact
     between = np.concatenate([error[1:2], (error[:-2] + error[2:]) / 2, error[-2:-1]])
     found = np.empty_like(between)
     found[order] = between
-    return case.exact + jnp.asarray(found).reshape(case.exact.shape)
+    return name, says, case.exact + jnp.asarray(found).reshape(case.exact.shape)
 
 
 def uniform(case: StageReplay) -> Iterator[Fit]:

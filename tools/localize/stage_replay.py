@@ -85,6 +85,12 @@ class StageReplay:
         changed = others if format is None else others | {self.key: format}
         return self._keeping(replace(self, formats=changed))
 
+    def under(self, formats: Mapping[Key, Format]) -> "StageReplay":
+        """The same stage, it or missing stages before it in other formats."""
+        if set(formats) == {self.key}:
+            return self.in_format(formats[self.key])
+        return replace(self, formats={**self.formats, **formats}, _known={})
+
     def _keeping(self, other: "StageReplay") -> "StageReplay":
         """``other``, which has the same inputs, without loading them again."""
         for name in ("_ready", "weights", "pos", "dump", "size", "finite"):
