@@ -36,6 +36,7 @@ class StageReplay:
         overrides: dumps replaced by other values: (stage, layer) -> array.
         formats: the number formats that stages are computed in.
         narrow: round what is computed for missing stages to the trace's precision.
+        nudge: move every code of a format by that much before it is rounded.
     """
 
     replay: Replay
@@ -44,6 +45,7 @@ class StageReplay:
     overrides: Mapping[Key, Array] = field(default_factory=dict)
     formats: Mapping[Key, Format] = field(default_factory=dict)
     narrow: bool = False
+    nudge: float = 0.0
     _known: dict[Key, Array | None] = field(default_factory=dict, repr=False)  # computed values
 
     @property
@@ -333,7 +335,7 @@ class StageReplay:
             tables = self.pos
             if made is not None:
                 tables = tables.replace(cos=jnp.asarray(made[0]), sin=jnp.asarray(made[1]))
-        read = given if format is None else format.inputs(config, given)
+        read = given if format is None else format.inputs(config, given, self.nudge)
 
         def function(weights: Sequence[Array]) -> Array:
             if format is None:
