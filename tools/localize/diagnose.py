@@ -27,9 +27,7 @@ SMOOTH_SHAPES = ("constant_factor", "additive_constant", "row_scaled", "function
 SHOWN = 3  # explanations listed for one fault
 
 
-def findings(
-    replay: Replay, items: list[LocalError], dtype: str, fitted: Fitted
-) -> list[Finding]:
+def findings(replay: Replay, items: list[LocalError], dtype: str, fitted: Fitted) -> list[Finding]:
     """Every suspect that is not cleared, explained as far as possible, in computation order."""
     suspects = verdict.suspects(items, dtype)
     suspects += list(_matches(replay, items, dtype, {s.key for s in suspects}, fitted))
@@ -49,10 +47,19 @@ def findings(
         for formats in fitted.hints(suspect.item, replay.config):
             if not finding.diagnosis and case.replayable:
                 _explain(case.under(formats), finding, hints.get(stage, []))
+        if not finding.diagnosis and suspect.key in fitted.lone:
+            finding.diagnosis = [_lone_format(case, fitted.lone[suspect.key])]
         if finding.diagnosis:
             hints.setdefault(stage, []).append(finding.diagnosis[0].name)
         result.append(finding)
     return result
+
+
+def _lone_format(case: StageReplay, formats: list[Format]) -> Explanation:
+    """A format that this layer has and no other."""
+    says = f"{', '.join(f.says for f in formats)}, in this layer alone"
+    case = case.in_format(formats[0]) if len(formats) == 1 else case
+    return Explanation("format_of_one_layer", case.scored(case.exact), says)
 
 
 def _case(
@@ -291,7 +298,9 @@ def _off_grid(
         if not coarse or item.segment or item.key in known or item.key in fitted.by_item:
             continue
         count = replay.config.num_hidden_layers
-        keys = [replay.tables.stored_as(n, item.layer, count) for n in item.row.inputs if n != TOKENS]
+        keys = [
+            replay.tables.stored_as(n, item.layer, count) for n in item.row.inputs if n != TOKENS
+        ]
         if not any(_grid(replay, key) for key in [item.key, *keys] if key in replay.trace.entries):
             expected = verdict.NOMINAL[dtype]
             masks = verdict.bad_slices(item, expected)

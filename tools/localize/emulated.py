@@ -30,18 +30,19 @@ def f32(x: Array, nudge: float = 0.0) -> Array:
 
 
 def f16(x: Array, nudge: float = 0.0) -> Array:
-    return to_dtype(x, np.float16)
+    return to_dtype(np.asarray(x, F32) * F32(1 + nudge), np.float16)
 
 
 def bf16(x: Array, nudge: float = 0.0) -> Array:
-    return to_dtype(x, ml_dtypes.bfloat16)
+    return to_dtype(np.asarray(x, F32) * F32(1 + nudge), ml_dtypes.bfloat16)
 
 
 def tf32(x: Array, nudge: float = 0.0) -> Array:
     """float32 with ten bits of mantissa, as tensor cores read it."""
-    bits = np.ascontiguousarray(x, F32).view(np.uint32)
+    x = np.asarray(x, F32) * F32(1 + nudge)
+    bits = np.ascontiguousarray(x).view(np.uint32)
     kept = (bits + 0xFFF + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)
-    return np.where(np.isfinite(x), kept.view(F32), np.asarray(x, F32))
+    return np.where(np.isfinite(x), kept.view(F32), x)
 
 
 def _divided(x: Array, y: Array) -> Array:
@@ -212,7 +213,8 @@ def _affine_coded(x: Array, low: Array, high: Array, levels: int, nudge: float) 
     low, high = np.minimum(low, F32(0)), np.maximum(high, F32(0))  # zero has a code of its own
     scale = (high - low) / F32(levels)
     zero = np.clip(np.rint(_divided(-low, scale)), 0, levels)
-    codes = np.clip(np.rint(_nudged(_divided(x, scale), nudge)) + zero, 0, levels)
+    # engines add the zero point before or after they round: a nudge is one of the largest code
+    codes = np.clip(np.rint(_divided(x, scale) + np.float64(nudge * levels)) + zero, 0, levels)
     return ((codes - zero) * scale).astype(F32)
 
 

@@ -21,11 +21,12 @@ from stages.trace import coarsest_dtype
 from stages.verdict import LocalError
 from tools.localize.formats import (
     GRIDS,
-    NUDGE,
+    NUDGE_COMPUTED,
     PLAIN_FORMAT,
     ROPE_BY_PRODUCTS,
     Format,
     choices,
+    coarsest,
     on_grid,
     side_by_side,
 )
@@ -58,10 +59,12 @@ class Fitted:
         formats: of every stage of every layer that a format explains, missing stages included.
         by_item: the same for each stage that was judged: its own format and those of the missing
             stages behind it.
+        lone: formats of single layers, whose siblings have none.
     """
 
     formats: Formats = field(default_factory=dict)
     by_item: dict[Key, list[Format]] = field(default_factory=dict)
+    lone: dict[Key, list[Format]] = field(default_factory=dict)
 
     def names(self, stage: str) -> list[Format]:
         """The formats of a stage over its layers, one of each name."""
@@ -116,7 +119,28 @@ def fit(
             fitted.by_item[item.key] = list(found.values())
             if any(_changes(f) for f in found.values()):
                 judged[item.key] = trial.judged(found)
+        _give_up_lone(low[0].stage, items, judged, fitted)
     return [judged[item.key] for item in items], fitted
+
+
+LONE = 3  # layers from which on a single one in a coarser format is out of line
+
+
+def _give_up_lone(
+    stage: str, items: Sequence[LocalError], judged: dict[Key, LocalError], fitted: Fitted
+) -> None:
+    """A coarser format in one layer alone, while all others have float32, is no arithmetic of an
+    engine's: that layer is judged as if nothing were known of it."""
+    mine = [item for item in items if item.stage == stage]
+    found = [item for item in mine if item.key in fitted.by_item]
+    if len(mine) < LONE or len(found) != 1:
+        return
+    item = found[0]
+    if coarsest(f.level for f in fitted.by_item[item.key]) != "f32":
+        fitted.lone[item.key] = fitted.by_item.pop(item.key)
+        judged[item.key] = item
+        for key in (item.key, *item.segment):
+            fitted.formats.pop(key, None)
 
 
 def _low(item: LocalError, dtype: str) -> bool:
@@ -236,7 +260,11 @@ class _Trial:
 
     def search(self) -> Formats | None:
         """Every format that this stage, and the missing ones behind it, may have."""
-        if self.grid and self.item.level >= verdict.NOMINAL[self.grid] - 1.5 and self.dtype == "float32":
+        if (
+            self.grid
+            and self.item.level >= verdict.NOMINAL[self.grid] - 1.5
+            and self.dtype == "float32"
+        ):
             return {self.item.key: GRID_FORMATS[self.grid]}
         members = [key for key in (self.item.key, *self.item.segment) if _may_have(key)]
         if not members or len(members) > MEMBERS:
@@ -305,8 +333,8 @@ class _Trial:
             # codes of missing stages that hang on a last bit, and what rounding in them does
             for other in (
                 self._case(found, narrow=True),
-                self._case(found, nudge=NUDGE),
-                self._case(found, nudge=-NUDGE),
+                self._case(found, nudge=NUDGE_COMPUTED),
+                self._case(found, nudge=-NUDGE_COMPUTED),
             ):
                 expected = expected + jnp.square(other.exact - case.exact)
         else:

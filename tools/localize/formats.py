@@ -45,6 +45,9 @@ Whole = Callable[[Any], Array | None]  # of a StageReplay
 # How far an engine's float32 arithmetic may have moved a code before it was rounded: a factor and
 # a product, made in one order or another.
 NUDGE = 2.0**-22
+# The same of values that were not dumped but computed: a softmax turns the rounding of scores of
+# tens into that much.
+NUDGE_COMPUTED = 2.0**-21
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,12 @@ class Format:
 
 def side_by_side(parts: Sequence[Format]) -> Format:
     """One format for each weight of a stage."""
-    names, says = ("; ".join(dict.fromkeys(words)) for words in zip(*((f.name, f.says) for f in parts)))
-    return Format(names.replace(";", ","), says, coarsest(f.level for f in parts), parts=tuple(parts))
+    names, says = (
+        "; ".join(dict.fromkeys(words)) for words in zip(*((f.name, f.says) for f in parts))
+    )
+    return Format(
+        names.replace(";", ","), says, coarsest(f.level for f in parts), parts=tuple(parts)
+    )
 
 
 def coarsest(levels: Iterable[str]) -> str:
@@ -219,8 +226,8 @@ def _sixteen(name: str, level: str, rounding: Rounding) -> list[Format]:
 
 def _cut(x: np.ndarray, nudge: float = 0.0) -> np.ndarray:
     """TF32 by cutting mantissas off, as tensor cores do with what they are given."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+    x = np.ascontiguousarray(x, np.float32) * np.float32(1 + nudge)
+    return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 LINEAR_FORMATS = [

@@ -177,7 +177,9 @@ class StageReplay:
             layer = self.config.num_hidden_layers
         first = layer
         entries = self.replay.trace.entries
-        while first > 0 and (name, first - 1) not in entries and (name, first - 1) not in self._known:
+        while (
+            first > 0 and (name, first - 1) not in entries and (name, first - 1) not in self._known
+        ):
             first -= 1
         return range(first, layer)
 
@@ -276,8 +278,8 @@ class StageReplay:
             pieces = [jnp.split(part, ends, -1)[place] for place, part in enumerate(parts)]
             return jnp.concatenate(pieces, -1)
         for place, operand in format.operands.items():
-            if place >= len(self.inputs) or not self.stage.kind.sums_products:
-                continue
+            if place >= len(self.inputs) or format.level not in ("8-bit", "lower"):
+                continue  # a 16-bit format rounds a dump as it stands, whatever was before
             x = self.inputs[place]
             unsure = operand(self.config, x, NUDGE) - operand(self.config, x, -NUDGE)
             if bool(unsure.any()):
