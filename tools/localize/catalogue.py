@@ -7,6 +7,7 @@ by the detail of the candidate.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -877,13 +878,21 @@ _activation("act_missing", "activation not applied", lambda x: x)
 _activation("act_tanh", "tanh instead of SiLU", jnp.tanh)
 
 
-def _schraudolph(x: Array, shift: float) -> Array:
+def _schraudolph(shift: float, x: Array) -> Array:
     """exp by writing a linear function of its argument into the exponent bits of a float32."""
     bits = np.clip(np.asarray(x) * (2**23 / np.log(2)) + (127 * 2**23 - shift), 0, 2**31 - 1)
     return jnp.asarray(bits.astype(np.int32).view(np.float32), jnp.float64)
 
 
-def _by_powers_of_2(x: Array, *coefficients: float) -> Array:
+# The cubic that stands in for 2^fraction in FlashAttention 4.
+FLASH_ATTENTION_4 = (1, 0.6951461434364319, 0.22756439447402954, 0.07711908966302872)
+
+
+def _by_power(n: int, x: Array) -> Array:
+    return jnp.maximum(1 + x / n, 0) ** n
+
+
+def _by_powers_of_2(coefficients: tuple[float, ...], x: Array) -> Array:
     """exp as 2^whole times a polynomial of the fraction, lowest power first."""
     power = x / np.log(2)
     whole = jnp.floor(power)
@@ -891,7 +900,7 @@ def _by_powers_of_2(x: Array, *coefficients: float) -> Array:
     return jnp.exp2(whole) * sum(c * fraction**n for n, c in enumerate(coefficients))
 
 
-def _series(x: Array, degree: int) -> Array:
+def _series(degree: int, x: Array) -> Array:
     """exp by its series, of what a multiple of ln 2 leaves."""
     whole = jnp.round(x / np.log(2))
     rest, term, total = x - whole * np.log(2), jnp.ones_like(x), jnp.ones_like(x)
@@ -904,18 +913,14 @@ def _series(x: Array, degree: int) -> Array:
 def _exponentials() -> Iterator[tuple[str, Callable[[Array], Array]]]:
     """Cheap exponentials of [..., any] float64 that engines use: (what it is, function)."""
     for n in (256, 1024, 4096, 65536):
-        yield f"(1 + x/{n})^{n}", lambda x, n=n: jnp.maximum(1 + x / n, 0) ** n
+        yield f"(1 + x/{n})^{n}", partial(_by_power, n)
     for shift in (486411.0, 366393.0, 298765.0, 0.0):
-        yield "exponent bits", lambda x, shift=shift: _schraudolph(x, shift)
-    yield "2^n and a line", lambda x: _by_powers_of_2(x, 1, 1)
-    yield "2^n and a parabola", lambda x: _by_powers_of_2(x, 1, 0.6565, 0.3435)
-    yield (
-        "2^n and a cubic",  # of FlashAttention 4
-        lambda x: _by_powers_of_2(x, 1, 0.695146143436431884765625, 0.227564394474029541015625,
-                                  0.077119089663028717041015625),
-    )  # fmt: skip
+        yield "exponent bits", partial(_schraudolph, shift)
+    yield "2^n and a line", partial(_by_powers_of_2, (1, 1))
+    yield "2^n and a parabola", partial(_by_powers_of_2, (1, 0.6565, 0.3435))
+    yield "2^n and a cubic", partial(_by_powers_of_2, FLASH_ATTENTION_4)
     for degree in (2, 3, 4, 5):
-        yield f"series of degree {degree}", lambda x, degree=degree: _series(x, degree)
+        yield f"series of degree {degree}", partial(_series, degree)
 
 
 @mistake("exp_approximate", "exponentials by {}", "ffn_silu attn_softmax", near=True)
@@ -950,8 +955,8 @@ _activation(
     lambda x: x / 2 * (1 + _tanh_by_long_fraction(x / 2)),
 )  # fmt: skip
 _activation(
-    "silu_tanh_form", "SiLU as x/2 (1 + tanh(sqrt(2/pi) ...)), the form of GELU",
-    lambda x: x / 2 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x / 1.702 + 0.044715 * (x / 1.702) ** 3))),
+    "silu_tanh_form", "SiLU by the tanh form of GELU, 1.702 times narrower",
+    lambda x: 1.702 * jax.nn.gelu(x / 1.702),
 )  # fmt: skip
 _activation("silu_hard", "hard SiLU: x relu6(x + 3) / 6", lambda x: x * jnp.clip(x / 6 + 0.5, 0, 1))
 _activation(

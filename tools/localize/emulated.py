@@ -45,9 +45,11 @@ def tf32(x: Array, nudge: float = 0.0) -> Array:
     return np.where(np.isfinite(x), kept.view(F32), x)
 
 
-def _divided(x: Array, y: Array) -> Array:
+def _divided(x: Any, y: Array) -> Array:
     """x / y, and 0 where y is."""
-    return np.divide(x, y, out=np.zeros(np.broadcast_shapes(x.shape, y.shape), F32), where=y != 0)
+    return np.divide(
+        x, y, out=np.zeros(np.broadcast_shapes(np.shape(x), y.shape), F32), where=y != 0
+    )
 
 
 def _blocks(x: Array, size: int) -> Array:

@@ -10,18 +10,17 @@ from dataclasses import dataclass, field, replace
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from qwen_jax.config import Config
 from qwen_jax.replay import ErrorSums, Measured, Replay, allowance, error_sums
 from stages import verdict
-from stages.architecture import ROTATION, Key, Stage
+from stages.architecture import ROTATION, Key
 from stages.architectures import any_stage
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError
 from tools.localize.formats import (
     GRIDS,
-    NUDGE_COMPUTED,
+    NUDGE,
     PLAIN_FORMAT,
     ROPE_BY_PRODUCTS,
     Format,
@@ -45,6 +44,7 @@ REACHED, REACHED_OTHERS = 19.0, 21.0
 REACHED_ON_GRID = 12.0
 MEMBERS = 4  # stages of a segment that may have formats: each tries all of its own
 SEARCHES = 4  # layers of one stage for which every format is tried
+ALIKE = 4.0  # bits that layers of one format may differ by
 HINTS = 4  # formats of other layers and stages that a stage is tried in
 CHANNELS = 768  # output channels of a linear stage that formats are tried on
 
@@ -100,6 +100,7 @@ def fit(
             by_stage.setdefault(item.stage, []).append(item)
     for low in by_stage.values():
         known: list[Formats] = []
+        top = 0.0  # bits of the layer that a format explains best
         searches = 0
         # the middle one first: a fault lies at the ends
         middle = float(np.median([item.level for item in low]))
@@ -108,11 +109,12 @@ def fit(
             if not trial.possible:
                 continue
             found = trial.best(_moved(known, item.layer))
-            if (found is None or not trial.whole(found)) and searches < SEARCHES:
+            if (found is None or not trial.whole(found, top)) and searches < SEARCHES:
                 searches += 1
                 found = trial.better(found, trial.search())
             if found is None:
                 continue
+            top = max(top, trial.total(found))
             if found not in known:
                 known.append(found)
             fitted.formats.update({k: f for k, f in found.items() if k not in fitted.formats})
@@ -223,8 +225,7 @@ class _Trial:
         else:
             reached = REACHED if product else REACHED_OTHERS
             if self.item.segment:  # what float32 itself leaves of a chain may be less
-                expected, scale = self.measured.sums.expected_rows, self.measured.sums.scale_rows
-                reached = min(reached, float(verdict.bits(expected.sum(), scale.sum())) - 1.5)
+                reached = min(reached, self._chained() - 1.5)
         left = [f.leaves for f in formats if f.leaves is not None]
         reached = min([reached, *(bits - 1.0 for bits in left)])
         clear = CLEAR if product else CLEAR_OTHERS
@@ -232,6 +233,11 @@ class _Trial:
             clear = CLEAR_ROTATION
         needed = np.maximum(reached, self.base[: len(scores)] + clear)
         return bool((scores >= needed).any())
+
+    def _chained(self) -> float:
+        """The bits that rounding to the trace's precision leaves of a segment."""
+        sums = self.measured.sums
+        return float(verdict.bits(sums.expected_rows.sum(), sums.scale_rows.sum()))
 
     def best(self, known: Sequence[Formats]) -> Formats | None:
         """The best of some sets of formats, if it is believed."""
@@ -247,9 +253,15 @@ class _Trial:
             case = self.small.in_format(found[self.item.key])
         return self._score(case)
 
-    def whole(self, found: Formats) -> bool:
-        """Whether formats explain all of it, and not merely most rows and channels."""
-        return self._believed(self._tried(found)[:1], found.values())
+    def total(self, found: Formats) -> float:
+        """The bits of all of it."""
+        return float(self._tried(found)[0])
+
+    def whole(self, found: Formats, top: float = 0.0) -> bool:
+        """Whether formats explain all of it, and not merely most rows and channels; and nearly as
+        well as the layer with ``top`` bits."""
+        scores = self._tried(found)[:1]
+        return self._believed(scores, found.values()) and scores[0] >= top - ALIKE
 
     def better(self, first: Formats | None, second: Formats | None) -> Formats | None:
         """The second if it explains clearly more than the first."""
@@ -269,7 +281,7 @@ class _Trial:
         members = [key for key in (self.item.key, *self.item.segment) if _may_have(key)]
         if not members or len(members) > MEMBERS:
             return None
-        found: Formats | None = {}
+        found: Formats = {}
         score = self.base
         for _ in range(2 if len(members) > 1 else 1):
             before = score
@@ -290,12 +302,12 @@ class _Trial:
                     break
             if score.sum() <= before.sum() + 0.03 or self._finished(score):
                 break
-        found = found if found and self._believed(score, found.values()) else None
-        if self.item.row.linear and len(self.case.weights) > 1 and not self.item.segment:
-            if found is None or not self.whole(found):
-                found = self.better(found, self._by_weight())
-        if found:
-            return found
+        best = found if found and self._believed(score, found.values()) else None
+        several = self.item.row.linear and len(self.case.weights) > 1 and not self.item.segment
+        if several and (best is None or not self.whole(best)):
+            best = self.better(best, self._by_weight())
+        if best:
+            return best
         loose = {self.item.key: ROPE_BY_PRODUCTS}
         if self.item.row.kind is ROTATION and not self.grid:
             level = self.judged(loose).level
@@ -330,11 +342,12 @@ class _Trial:
         count = case.rows
         expected = case.expected()
         if self.item.segment:
+            nudge = max(NUDGE, 4 * 2.0 ** -self._chained())
             # codes of missing stages that hang on a last bit, and what rounding in them does
             for other in (
                 self._case(found, narrow=True),
-                self._case(found, nudge=NUDGE_COMPUTED),
-                self._case(found, nudge=-NUDGE_COMPUTED),
+                self._case(found, nudge=nudge),
+                self._case(found, nudge=-nudge),
             ):
                 expected = expected + jnp.square(other.exact - case.exact)
         else:

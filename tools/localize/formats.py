@@ -8,7 +8,7 @@ them. The roundings themselves are in ``emulated``.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -45,9 +45,6 @@ Whole = Callable[[Any], Array | None]  # of a StageReplay
 # How far an engine's float32 arithmetic may have moved a code before it was rounded: a factor and
 # a product, made in one order or another.
 NUDGE = 2.0**-22
-# The same of values that were not dumped but computed: a softmax turns the rounding of scores of
-# tens into that much.
-NUDGE_COMPUTED = 2.0**-21
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,8 @@ class Format:
 def side_by_side(parts: Sequence[Format]) -> Format:
     """One format for each weight of a stage."""
     names, says = (
-        "; ".join(dict.fromkeys(words)) for words in zip(*((f.name, f.says) for f in parts))
+        "; ".join(dict.fromkeys(words))
+        for words in zip(*((f.name, f.says) for f in parts), strict=True)
     )
     return Format(
         names.replace(";", ","), says, coarsest(f.level for f in parts), parts=tuple(parts)
@@ -256,7 +254,12 @@ LINEAR_FORMATS = [
     ),
     _one("float8_e4m3", "inputs rounded to float8_e4m3", emulated.e4m3, "lower"),
     _one("float8_e5m2", "inputs rounded to float8_e5m2", emulated.e5m2, "lower"),
-    _one("float8_e4m3 per row", "inputs rounded to float8_e4m3 per row", emulated.scaled_e4m3, "lower"),
+    _one(
+        "float8_e4m3 per row",
+        "inputs rounded to float8_e4m3 per row",
+        emulated.scaled_e4m3,
+        "lower",
+    ),
     _one(
         "float8_e4m3 in blocks of 128",
         "inputs rounded to float8_e4m3 in blocks of 128",
@@ -358,7 +361,7 @@ def _f16_query() -> Format:
     return Format("float16", "q rounded to float16", "tf32/f16", {0: _plain(emulated.f16)})
 
 
-OTHER_CACHES = [
+OTHER_CACHES: list[tuple[str, Rounding]] = [
     ("kv int8 per token and head", emulated.symmetric),
     ("kv int8 per token and head, with a zero point", emulated.affine_row),
     ("kv int4 per token and head", partial(emulated.symmetric, most=7)),
@@ -528,7 +531,7 @@ def choices(stage: Stage, config: Config) -> list[Format]:
     return [format for format in _of_kind(stage.kind) if width % format.block == 0]
 
 
-@cache
+@lru_cache
 def _of_kind(kind: Kind) -> tuple[Format, ...]:
     if kind is LINEAR:
         return tuple(LINEAR_FORMATS)

@@ -287,8 +287,8 @@ class StageReplay:
                 inputs[place] = unsure
                 found = found + self._squared(inputs)
         if format.unsure is not None:
-            unsure = partial(format.unsure, self.config, self.inputs)
-            found = found + _applied(self.stage, unsure, self.weights)
+            of_weights = partial(format.unsure, self.config, self.inputs)
+            found = found + _applied(self.stage, of_weights, self.weights)
         if format.allows is not None:
             found = found + jnp.square(format.allows(self))
         if format.leaves is not None:
@@ -318,25 +318,26 @@ class StageReplay:
         """The stage's own function in float64 with anything changed. Any of the inputs may be
         changed by position, None keeps it; ``weights`` are those that are changed."""
         format = self.format
-        unchanged = all(x is None for x in inputs) and weights is pos is config is None
+        unchanged = all(x is None for x in (*inputs, weights, pos, config))
         if format is not None and format.whole is not None and unchanged:
             whole = format.whole(self)
             if whole is not None:
                 return whole
         if format is not None and format.parts:
             ends = np.cumsum([len(w) for w in self.weights.values()])[:-1]
-            changes = {"weights": weights, "pos": pos, "config": config}
-            parts = [self.in_format(part).run(*inputs, **changes) for part in format.parts]
+            parts = [
+                self.in_format(part).run(*inputs, weights=weights, pos=pos, config=config)
+                for part in format.parts
+            ]
             pieces = [jnp.split(part, ends, -1)[place] for place, part in enumerate(parts)]
             return jnp.concatenate(pieces, -1)
         changed = [*inputs, *[None] * (len(self.inputs) - len(inputs))]
         given = [old if new is None else new for old, new in zip(self.inputs, changed, strict=True)]
-        config, tables = config or self.config, pos
-        if pos is None:
-            made = None if format is None else format.tables(config, self.positions)
-            tables = self.pos
-            if made is not None:
-                tables = tables.replace(cos=jnp.asarray(made[0]), sin=jnp.asarray(made[1]))
+        config = config or self.config
+        tables = self.pos if pos is None else pos
+        made = None if format is None or pos is not None else format.tables(config, self.positions)
+        if made is not None:
+            tables = tables.replace(cos=jnp.asarray(made[0]), sin=jnp.asarray(made[1]))
         read = given if format is None else format.inputs(config, given, self.nudge)
 
         def function(weights: Sequence[Array]) -> Array:
