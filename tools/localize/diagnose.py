@@ -32,7 +32,7 @@ def findings(replay: Replay, items: list[LocalError], dtype: str, fitted: Fitted
     suspects = verdict.suspects(items, dtype)
     suspects += list(_matches(replay, items, dtype, {s.key for s in suspects}, fitted))
     suspects += list(_off_grid(replay, items, dtype, {s.key for s in suspects}, fitted))
-    suspects += list(_below_kin(items, {s.key for s in suspects}, fitted))
+    suspects += list(_below_kin(replay, items, dtype, {s.key for s in suspects}, fitted))
     order = {item.key: place for place, item in enumerate(items)}
     suspects.sort(key=lambda suspect: order[suspect.key])
     overrides, cleared, dump_only = _clear(replay, suspects, items, fitted.formats)
@@ -314,19 +314,39 @@ def _grid(replay: Replay, key: Key) -> bool:
 BELOW_KIN = 1.0  # linear stages of one format are within 1.4 bits of each other: 6.5 to 7.9
 
 
-def _below_kin(items: list[LocalError], known: set[Key], fitted: Fitted) -> Iterator[Suspect]:
-    """Linear stages that no format explains, coarser than all others, which one does: they
-    multiply by other weights than they were given."""
+def _below_kin(
+    replay: Replay, items: list[LocalError], dtype: str, known: set[Key], fitted: Fitted
+) -> Iterator[Suspect]:
+    """Linear stages that no format explains, while one does all others: they multiply by other
+    weights than they were given, if they are coarser or no rounding of their inputs can be it."""
     linear = [i for i in items if i.row.linear and not i.segment and i.key not in known]
     kin = [i for i in linear if i.key in fitted.by_item]
-    if len({item.stage for item in kin}) < 3:
+    if dtype != "float32" or len({item.stage for item in kin}) < 3:
         return
-    lowest = min(item.shown_bits for item in kin)
+    lowest, expected = min(i.shown_bits for i in kin), min(i.level for i in kin)
     for item in linear:
-        if item.key not in fitted.by_item and item.bits < lowest - BELOW_KIN:
-            expected = min(i.level for i in kin)
+        if item.key in fitted.by_item or item.level >= verdict.CLASSES[2][1]:
+            continue
+        case = StageReplay(replay, item.row, item.layer, formats=fitted.formats)
+        if item.bits < lowest - BELOW_KIN or (case.replayable and not _of_the_inputs(case)):
             masks = verdict.bad_slices(item, expected)
             yield Suspect(item=item, expected=expected, why="kin", masks=masks)
+
+
+def _of_the_inputs(case: StageReplay) -> bool:
+    """Whether a linear stage's error may come from its inputs alone: it is then some change of the
+    inputs times the weight, and lies in the few directions that the weight has. So of a weight with
+    clearly more channels than inputs; of others nothing can be said."""
+    width = case.inputs[0].shape[-1]
+    small = case.sampled(2 * width)
+    weight = np.concatenate([np.asarray(w, np.float64) for w in small.weights.values()])
+    if len(weight) < 1.5 * width or coarsest_dtype(np.asarray(case.dump, np.float32)) in GRIDS:
+        return True
+    error = np.asarray(small.dump - small.exact)[0].T
+    change = np.linalg.lstsq(weight, error, rcond=None)[0]
+    rest, whole = (np.square(e).sum() for e in (error - weight @ change, error))
+    # float32 itself leaves a millionth and less of it
+    return bool(rest < 1e-3 * (1 - width / len(weight)) * whole)
 
 
 def _format(replay: Replay, item: LocalError) -> str:

@@ -309,7 +309,8 @@ class _Trial:
         if best:
             return best
         loose = {self.item.key: ROPE_BY_PRODUCTS}
-        if self.item.row.kind is ROTATION and not self.grid:
+        lacks = self.item.row.kind is ROTATION and self.item.bits < PLAIN_OTHERS
+        if lacks and not self.grid:
             level = self.judged(loose).level
             if level >= REACHED_OTHERS:
                 return loose
