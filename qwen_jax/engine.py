@@ -7,7 +7,7 @@ decides only which of them are fetched. So the logits are the same bytes whateve
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from qwen_jax import runtime
+from qwen_jax.config import Config
 from qwen_jax.estimate import HEAD_BLOCK, head_tensor, host_dtype
 from qwen_jax.forward import run_stages
 from qwen_jax.models.ops import Positional, compute_dtype, positional_by_layer
@@ -70,13 +71,11 @@ class JaxEngine:
         self._head = self._compiled(tables.end_stages[-1:])
 
     def _compiled(self, rows: tuple[Stage, ...]) -> Callable[..., Any]:
-        program = self._program(rows)
+        """``run_stages`` of these rows, called as (parameters, pos, given)."""
         if self.backend == "eager":
-            return program
-        return jax.jit(program, compiler_options=runtime.compiler_options())
-
-    def _program(self, rows: tuple[Stage, ...]) -> Callable[..., Any]:
-        return partial(run_stages, rows, self.model.config, dtype=self.dtype)
+            return partial(run_stages, rows, self.model.config, dtype=self.dtype)
+        options = tuple(runtime.compiler_options().items())
+        return _jitted(rows, self.model.config, self.dtype, options)
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of its producer."""
@@ -273,6 +272,14 @@ class JaxEngine:
 
         for first in range(0, count, step):
             yield self._keep((name, first), load)
+
+
+@cache
+def _jitted(
+    rows: tuple[Stage, ...], config: Config, dtype: np.dtype, options: tuple[tuple[str, Any], ...]
+) -> Callable[..., Any]:
+    """One program for all engines of a process that need it: it is compiled once."""
+    return jax.jit(partial(run_stages, rows, config, dtype=dtype), compiler_options=dict(options))
 
 
 def _even_step(count: int, most: int) -> int:

@@ -179,8 +179,9 @@ class MeshEngine(JaxEngine):
         self.parts = len(devices)
         super().__init__(model, dtype, "xla", devices[0])
 
-    def _program(self, rows: tuple[Stage, ...]) -> Callable[..., Any]:
-        return program(self.mesh, rows, self.model.config, self.dtype)
+    def _compiled(self, rows: tuple[Stage, ...]) -> Callable[..., Any]:
+        own = program(self.mesh, rows, self.model.config, self.dtype)
+        return jax.jit(own, compiler_options=runtime.compiler_options())
 
     def describe(self) -> dict[str, Any]:
         processes = len({device.process_index for device in self.mesh.devices.flat})

@@ -68,7 +68,10 @@ class Prompt:
         """
         last = self.first_position + len(tokens) - 1
         if self.first_position < 0 or last > LAST_POSITION:
-            raise UserError(f"--first-position {self.first_position}: expected 0 or more")
+            raise UserError(
+                f"--first-position {self.first_position}: expected 0 or more, and a last position "
+                f"of at most {LAST_POSITION}"
+            )
         return tuple(range(self.first_position, last + 1))
 
     def layout(self, model: Weights) -> Layout:

@@ -97,7 +97,7 @@ class LocalizeResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     why: str | UnsetType = UNSET
     against: dict[str, Any] | UnsetType = UNSET
     right: list[Judgement] | UnsetType = UNSET
-    same_weights: bool | None | UnsetType = UNSET
+    same_weights: bool | UnsetType | None = UNSET
 
 
 # --- diff
@@ -152,12 +152,12 @@ class DiffResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     b: str | UnsetType = UNSET
     notes: list[str] | UnsetType = UNSET
     tolerance: float | UnsetType = UNSET
-    smallest_tolerance: float | None | UnsetType = UNSET
-    parting: StageOfLayer | None | UnsetType = UNSET
+    smallest_tolerance: float | UnsetType | None = UNSET
+    parting: StageOfLayer | UnsetType | None = UNSET
     only_a: list[StageOfLayer] | UnsetType = UNSET
     only_b: list[StageOfLayer] | UnsetType = UNSET
     rows: list[DifferenceRow] | UnsetType = UNSET
-    logits: LogitsRow | None | UnsetType = UNSET
+    logits: LogitsRow | UnsetType | None = UNSET
 
 
 # --- trace

@@ -30,7 +30,7 @@ from qwen_jax.weights.orbax import MARK, PARAMS, OrbaxWeights
 from stages.architectures import QWEN2
 from stages.errors import UserError
 from stages.manifest import NAME as MANIFEST
-from tests.conftest import ROOT, user_environment
+from tests.conftest import ROOT, interruptible, user_environment
 from tests.tiny import hf_config, random_tensors, write_checkpoint, write_json, write_tensors
 from tools import convert, diff
 from tools.localize import __main__ as localize
@@ -487,13 +487,14 @@ def test_a_disk_that_fills_half_way(tmp_path, to):
 
 def started(tmp_path, to):
     """A conversion that has begun to write."""
-    process = subprocess.Popen(
-        command("synthetic:3b", tmp_path / "x", "--to", to),
-        env=user_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    )
+    with interruptible():
+        process = subprocess.Popen(
+            command("synthetic:3b", tmp_path / "x", "--to", to),
+            env=user_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
     while process.poll() is None:
         with suppress(FileNotFoundError):  # orbax renames its folder
             if sum(path.stat().st_size for path in tmp_path.rglob("x.partial/**/*")) > 1 << 20:

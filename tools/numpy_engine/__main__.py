@@ -42,12 +42,12 @@ def main() -> None:
         for name, fault in known.items():
             print(f"{name}: {fault.says}")
         return
-    fault = known.get(args.fault)
-    if fault is None and args.fault != "none":
+    planted = known.get(args.fault)
+    if planted is None and args.fault != "none":
         parser.error(f"{args.fault}: {loaded[0].architecture} has no such stage")
     tokens = read_tokens(parser, args.model, args.tokens)
     more = {"first_position": args.first_position, "last_row": args.last_row}
-    faults.plant(loaded, tokens, fault, args.layers, args.mode, **more).dump(args.out)
+    faults.plant(loaded, tokens, planted, args.layers, args.mode, **more).dump(args.out)
     print(f"{args.out}/: {len(tokens)} tokens, {args.mode}, fault: {args.fault}")
 
 

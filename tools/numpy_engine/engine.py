@@ -246,7 +246,7 @@ class Context:
         block = self.engine.arithmetic.block
         if block is None:
             return x @ y
-        total = np.float32(0)
+        total: Array = np.zeros((), np.float32)
         for start in range(0, x.shape[-1], block):
             total = total + x[..., start : start + block] @ y[..., start : start + block, :]
         return total

@@ -137,8 +137,10 @@ def plant(
 ) -> Run:
     """One run of a checkpoint directory (or of what ``engine.load`` returned) with one fault.
     ``more`` is as of ``Engine.run``."""
-    engine = Engine(*checkpoint, mode) if isinstance(checkpoint, tuple) else None
-    engine = engine or Engine.open(checkpoint, mode)
+    if isinstance(checkpoint, tuple):
+        engine = Engine(*checkpoint, mode)
+    else:
+        engine = Engine.open(checkpoint, mode)
     if fault:
         (FAULTS[fault] if isinstance(fault, str) else fault).apply(engine, layers)
     return engine.run(tokens, logits, **more)
@@ -443,7 +445,7 @@ def _row_scaled(w: Array) -> Array:
 
 def _row_corrupted(w: Array) -> Array:
     w = w.copy()
-    noise = np.random.default_rng(7).standard_normal(w.shape[1]).astype(np.float32)
+    noise = np.random.default_rng(7).standard_normal((w.shape[1],)).astype(np.float32)
     w[ROW] = noise * w[ROW].std()
     return w
 
@@ -685,10 +687,12 @@ _add("qkv_bias", "bias_kv_swapped", _kv_bias_swapped, "the biases of k and v exc
 # --- RoPE ------------------------------------------------------------------------------------
 
 
-def _table(c: Context, positions: Array | None = None, theta: float = 0, **more: float) -> tuple:
+def _table(
+    c: Context, positions: Array | None = None, theta: float = 0, **more: float
+) -> tuple[Array, Array]:
     positions = c.positions if positions is None else positions
-    table = rope_table(positions, c.shape.head, theta or c.shape.theta, **more)
-    return tuple(c.engine.arithmetic.store(t) for t in table)
+    cos, sin = rope_table(positions, c.shape.head, theta or c.shape.theta, **more)
+    return c.engine.arithmetic.store(cos), c.engine.arithmetic.store(sin)
 
 
 def _rope_interleaved(c: Context, x: Array) -> Array:
@@ -768,11 +772,15 @@ for _what, _rope, _says in ROPE_MISTAKES:
     _add("q_post_rope k_post_rope", _what, _ropes, f"q and k: {_says}", _name, label="qk_post_rope")
 
 
-for _stage, _part in (("q_post_rope", 0), ("k_post_rope", 1)):
+def _rotated_unnormed(part: int, c: Context) -> Array:
+    return rotate(c.heads(c["qkv_matmul"])[part], *c.tables())
+
+
+for _part, _stage in enumerate(("q_post_rope", "k_post_rope")):
     _add(
         _stage,
         "input_not_normed",
-        lambda c, part=_part: rotate(c.heads(c["qkv_matmul"])[part], *c.tables()),
+        partial(_rotated_unnormed, _part),
         "reads the projection, not the norm of it",
         head_norms=True,
     )
@@ -1071,6 +1079,11 @@ _add(
 
 # --- residuals -------------------------------------------------------------------------------
 
+
+def _sum(source: str, factor: float, branch: str, sign: float, c: Context) -> Array:
+    return _f32(factor) * c[source] + _f32(sign) * c[branch]
+
+
 for _stage, _residual, _branch, _normed in [
     ("post_attn_residual", "layer_input", "attn_out", "attn_norm"),
     ("post_ffn_residual", "post_attn_residual", "ffn_out", "ffn_norm"),
@@ -1080,11 +1093,11 @@ for _stage, _residual, _branch, _normed in [
         ("residual_normed", 1, _normed, "added to the norm instead of its input"),
         ("residual_doubled", 2, _residual, "the residual stream counted twice"),
     ]:
-        _add(_stage, _what, lambda c, f=_factor, s=_source, b=_branch: _f32(f) * c[s] + c[b], _says)
+        _add(_stage, _what, partial(_sum, _source, _factor, _branch, 1), _says)
     _add(
         _stage,
         "residual_subtracted",
-        lambda c, r=_residual, b=_branch: c[r] - c[b],
+        partial(_sum, _residual, 1, _branch, -1),
         "the branch subtracted",
     )
 _add(
@@ -1118,6 +1131,10 @@ def _silu(x: Array) -> Array:
     return x * _sigmoid(x)
 
 
+def _activated(activation: Callable[[Array], Array], c: Context) -> Array:
+    return activation(c["ffn_gate"])
+
+
 for _what, _act, _says in [
     ("act_gelu", _gelu, "GELU (erf)"),
     ("act_gelu_tanh", _gelu_tanh, "GELU (tanh)"),
@@ -1125,7 +1142,7 @@ for _what, _act, _says in [
     ("act_sigmoid", _sigmoid, "sigmoid without the factor x"),
     ("act_quick_gelu", lambda x: x * _sigmoid(_f32(1.702) * x), "x sigmoid(1.702 x)"),
 ]:
-    _add("ffn_silu", _what, lambda c, act=_act: act(c["ffn_gate"]), _says)
+    _add("ffn_silu", _what, partial(_activated, _act), _says)
 _add("ffn_silu", "silu_of_up", lambda c: _silu(c["ffn_up"]), "SiLU of up instead of gate")
 _add("ffn_swigl", "swigl_no_silu", lambda c: c["ffn_gate"] * c["ffn_up"], "gate times up")
 _add("ffn_swigl", "swigl_added", lambda c: c["ffn_silu"] + c["ffn_up"], "silu(gate) plus up")
@@ -1182,6 +1199,7 @@ def _heads_first(engine: Engine, values: Mapping[Key, Array], key: Key) -> Array
 
 def _from_neighbour(engine: Engine, values: Mapping[Key, Array], key: Key) -> Array:
     layer, stage = key
+    assert layer is not None
     return values[(layer - 1) % engine.shape.layers, stage]
 
 

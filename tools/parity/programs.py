@@ -69,16 +69,14 @@ class Layers(JaxEngine):
         # The sweep varies the precision of products, from outside.
         super().__init__(model, dtype, backend, device, precision=None)
 
-    def _program(self, rows: tuple[Stage, ...]) -> Any:
+    def _compiled(self, rows: tuple[Stage, ...]) -> Any:
         if rows != self.tables.layer_stages:
-            return super()._program(rows)
-        return partial(
-            run_stages,
-            self.variant.rows,
-            self.model.config,
-            dtype=self.dtype,
-            functions=self.variant.functions,
-        )
+            return super()._compiled(rows)
+        rows, functions = self.variant.rows, self.variant.functions
+        own = partial(run_stages, rows, self.model.config, dtype=self.dtype, functions=functions)
+        if self.backend == "eager":
+            return own
+        return jax.jit(own, compiler_options=runtime.compiler_options())
 
     def values(self, batch: Batch, want: Want = lambda stage, layer: True) -> Values:
         """Every wanted stage, and always the logits of all positions."""
