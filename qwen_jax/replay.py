@@ -151,6 +151,8 @@ class ErrorSums(struct.PyTreeNode):
             after missing stages, what their rounding in the engine's own precision leads to; else
             see ``allowance``.
         born_rows, born_columns: how many elements are NaN or infinite though y* is finite.
+        due_rows, due_columns: how many elements of y* are far from zero.
+        lost_rows, lost_columns: how many of those are exactly zero in the dump.
     """
 
     error_rows: Any
@@ -161,6 +163,15 @@ class ErrorSums(struct.PyTreeNode):
     born_columns: Any
     expected_rows: Any
     expected_columns: Any
+    due_rows: Any
+    due_columns: Any
+    lost_rows: Any
+    lost_columns: Any
+
+
+# Of the root mean square of a stage's scale: what is smaller may be zero on the grid of a format
+# with one scale for everything, 8-bit ones with an outlier aside.
+FAR_FROM_ZERO = 1e-4
 
 
 def error_sums(
@@ -179,9 +190,13 @@ def error_sums(
         return x.sum(1), x.sum(0)
 
     error = both(jnp.where(keep, jnp.square(found - exact), 0))
-    scale = both(jnp.where(keep, size.astype(EXACT) + jnp.square(exact), 0))
+    scales = jnp.where(keep, size.astype(EXACT) + jnp.square(exact), 0)
     known = both(jnp.where(keep & jnp.isfinite(expected), jnp.square(expected), 0))
-    return ErrorSums(*error, *scale, *both(born.astype(jnp.int32)), *known)
+    usual = scales.sum() / jnp.maximum(keep.sum(), 1)
+    due = keep & (jnp.square(exact) > FAR_FROM_ZERO**2 * usual)
+    counts = (both(x.astype(jnp.int32)) for x in (born, due, due & (found == 0)))
+    born_sums, due_sums, lost_sums = counts
+    return ErrorSums(*error, *both(scales), *born_sums, *known, *due_sums, *lost_sums)
 
 
 def _rows(tables: Architecture, name: str) -> int:

@@ -4,6 +4,7 @@ Nothing here has a tolerance to tune to a model: the scale that error is measure
 every stage of one arithmetic come out at nearly the same number of bits, whatever its values.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
@@ -39,12 +40,15 @@ class LocalError:
         row: the stage.
         skipped_rows: how many rows of the sequence come before them.
         bits: significant bits of the local error; ``EXACT_BITS`` for none.
+        exact_bits: the same against exact arithmetic, where the rest is against what the number
+            format of the engine would give; None where nothing but exact arithmetic was needed.
         level: the bits with what no fault is needed for taken out (a gap's rounding, angles): what
             precision classes and siblings are compared by.
         segment: missing stages that this one was computed through.
         born: elements that are NaN or infinite here though their inputs are finite.
         slices: {"head" | "position" | "channel": (levels, elements per slice)}.
         born_slices: the same axes -> which slices have such elements.
+        dead_slices: the same axes -> which slices are zero throughout and should not be.
     """
 
     row: Stage
@@ -56,6 +60,8 @@ class LocalError:
     born: int
     slices: dict[str, tuple[np.ndarray, int]]
     born_slices: dict[str, np.ndarray]
+    dead_slices: dict[str, np.ndarray]
+    exact_bits: float | None = None
 
     @property
     def stage(self) -> str:
@@ -64,6 +70,22 @@ class LocalError:
     @property
     def key(self) -> Key:
         return self.row.name, self.layer
+
+    @property
+    def sums_products(self) -> bool:
+        """Whether products are summed in it, or in one of the missing stages behind it: a segment
+        is as coarse as its coarsest member."""
+        return sums_products(self.row, self.segment)
+
+    @property
+    def shown_bits(self) -> float:
+        """Against exact arithmetic: how precise it is, whatever explains that."""
+        return self.bits if self.exact_bits is None else self.exact_bits
+
+
+def sums_products(row: Stage, segment: Sequence[Key]) -> bool:
+    """Whether a stage or a missing one behind it sums products."""
+    return row.kind.sums_products or any(any_stage(s).kind.sums_products for s, _ in segment)
 
 
 def bits(error: Any, scale: Any) -> Any:
@@ -104,6 +126,10 @@ class Sums(Protocol):
     born_columns: np.ndarray
     expected_rows: np.ndarray
     expected_columns: np.ndarray
+    due_rows: np.ndarray
+    due_columns: np.ndarray
+    lost_rows: np.ndarray
+    lost_columns: np.ndarray
 
 
 def judge(
@@ -135,6 +161,7 @@ def judge(
         used = scale[axis] > 0
         levels = level(error[axis], scale[axis], known[axis])
         slices[axis] = (np.where(used, levels, EXACT_BITS), size // len(error[axis]))
+    due, lost = folded("due"), folded("lost")
     total, whole = sums.error_rows.sum(), sums.scale_rows.sum()
     return LocalError(
         row=row,
@@ -146,15 +173,16 @@ def judge(
         born=int(sums.born_rows.sum()),
         slices=slices,
         born_slices={axis: found > 0 for axis, found in folded("born").items()},
+        dead_slices={axis: (due[axis] > 0) & (lost[axis] == due[axis]) for axis in due},
     )
 
 
-def class_of(level: float, row: Stage, segment: tuple[Key, ...] = ()) -> str | None:
-    """The name of the arithmetic that explains this many bits; None where none does. After a
-    ``segment`` of missing stages with sums of products in it, that may be theirs."""
-    product = row.kind.sums_products or any(
-        any_stage(name).kind.sums_products for name, _ in segment
-    )
+def class_of(level: float, row: Stage, segment: Sequence[Key] = ()) -> str | None:
+    """The name of the arithmetic that explains this many bits; None where none does.
+
+    ``segment``: missing stages behind it.
+    """
+    product = sums_products(row, segment)
     return next((n for n, sums, others in CLASSES if level >= (sums if product else others)), None)
 
 
@@ -165,7 +193,7 @@ def sibling_gap(item: LocalError) -> float:
     the layer's scores are large."""
     if any(stage == "attn_softmax" for stage, _ in item.segment):
         return 8.0
-    return 2.5 if item.row.kind.sums_products else 2.0
+    return 2.5 if item.sums_products else 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +202,11 @@ class Suspect:
 
     Attributes:
         expected: the bits that it should have.
-        why: "nan", "bits" (no class is that low), "layer" (below its siblings), "slice" or
-            "match" (a known mistake fits better than the right function).
+        why: "nan", "zero" (a slice that is nothing but zeros and should not be), "bits" (no class
+            is that low), "layer" (below its siblings), "slice", "match" (a known mistake fits
+            better than the right function), "grid" (bits that only a 16-bit format explains, and
+            no such format is there) or "kin" (below other stages of its kind, whose format is
+            known).
         masks: {"head" | "position" | "channel": which slices}.
     """
 
@@ -198,7 +229,7 @@ class Suspect:
     @property
     def found(self) -> float:
         """The bits where it is wrong: of the worst slice, if only some are."""
-        if self.why == "slice":
+        if self.why in ("slice", "zero"):
             return min(float(levels.min()) for levels, _ in self.item.slices.values())
         return self.item.bits
 
@@ -211,11 +242,14 @@ def suspects(items: list[LocalError], dtype: str) -> list[Suspect]:
     for item in items:
         expected = usual[item.stage]
         explained = class_of(item.level, item.row, item.segment) is not None
-        if lowered and item.row.kind.sums_products:
+        if lowered and item.sums_products:
             explained = item.level >= LOWEST
         low = _low_slices(item, _cap(dtype))
+        dead = _dead_slices(item, expected)
         if item.born:
             why, masks = "nan", item.born_slices
+        elif dead:
+            why, masks = "zero", dead
         elif not explained:
             why, masks = "bits", bad_slices(item, expected)
         elif item.level < expected - sibling_gap(item):
@@ -239,8 +273,8 @@ def usual_levels(items: list[LocalError], dtype: str) -> dict[str, float]:
         by_stage.setdefault(item.stage, []).append(min(item.level, cap))
     medians = {stage: median(levels) for stage, levels in by_stage.items()}
     rows = {item.stage: item.row for item in items}
-    through = {item.stage: item.segment for item in items}
-    sound = {s: m for s, m in medians.items() if class_of(m, rows[s], through[s])}
+    segments = {item.stage: item.segment for item in items}
+    sound = {s: m for s, m in medians.items() if class_of(m, rows[s], segments[s])}
     overall = median(sound.values()) if sound else NOMINAL["float32"]
     usual = {}
     for stage in medians:
@@ -283,6 +317,18 @@ def _low_slices(item: LocalError, cap: float) -> dict[str, np.ndarray]:
     return masks if any(mask.any() for mask in masks.values()) else {}
 
 
+def _dead_slices(item: LocalError, expected: float) -> dict[str, np.ndarray]:
+    """Axis -> mask of the slices that are zero throughout and far from what they should be; empty
+    if there are none. No arithmetic makes zeros of a whole slice; only a position may be too small
+    for a format that one outlier elsewhere scales, as long as that format is not known."""
+    masks = {}
+    for axis, dead in item.dead_slices.items():
+        levels = item.slices[axis][0]
+        unknown = axis == "position" and item.sums_products and item.level < CLASSES[2][1]
+        masks[axis] = dead & (levels < expected - 3.0) & (not unknown)
+    return masks if any(mask.any() for mask in masks.values()) else {}
+
+
 def bad_slices(item: LocalError, expected: float) -> dict[str, np.ndarray]:
     """Axis -> mask of the slices that carry the error of an item that is low as a whole."""
     return {
@@ -314,6 +360,6 @@ def precision(items: list[LocalError], faulty: set[Key]) -> dict[str, dict[str, 
             continue
         levels = [item.level for item in sound]
         found = class_of(median(levels), sound[0].row, sound[0].segment) or "lower"
-        shown = [round(item.bits, 1) for item in sound]
-        table[name] = {"class": found, "bits": [min(shown), max(shown)]}
+        shown = [round(item.shown_bits, 1) for item in sound]
+        table[name] = {"class": found, "bits": [min(shown), max(shown)], "format": None}
     return table

@@ -171,7 +171,8 @@ PATTERNS = {
     "f32": "clean",
     "bf16": "bf16 in every stage that could be checked",
     "f16_kv": "f16 key/value cache",
-    "act8": "activations are quantised before matmuls (inputs rounded to 8 bits in blocks of 32)",
+    "act8": "activations are quantised before matmuls (inputs rounded to 8 bits in blocks of 32 "
+    "with a float16 scale (Q8_0))",
     "tf32": "matmuls run in tf32/f16",
     "bf16_matmul": "matmuls run in bf16",
 }

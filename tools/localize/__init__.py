@@ -7,7 +7,8 @@
     print(found)  # what the command prints
 
 ``core`` measures and judges, ``stage_replay`` is one stage to be explained, ``catalogue`` the known
-mistakes, ``shapes`` and ``formats`` what else may explain an error, ``diagnose`` puts all of it to
+mistakes, ``shapes`` what else may explain an error, ``formats`` the arithmetic of engines with the
+roundings of ``emulated``, ``fitting`` finds which of it is used, ``diagnose`` puts all of it to
 work, ``report`` and ``show`` say what came out.
 """
 

@@ -7,6 +7,7 @@ by the detail of the candidate.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -476,7 +477,7 @@ for _part in "qkv":
 
 def _table(case: StageReplay, positions: np.ndarray, **changes: Any) -> Positional:
     """What other positions or another configuration would decide."""
-    cos, sin = rope.cos_sin(replace(case.config, **changes), positions)
+    cos, sin = case.cos_sin(replace(case.config, **changes), positions)
     return case.pos.replace(cos=jnp.asarray(cos), sin=jnp.asarray(sin))
 
 
@@ -594,7 +595,7 @@ def _(case: StageReplay) -> Candidates:
 @mistake("rope_scaled", "RoPE positions divided by {}", ROPES)
 def _(case: StageReplay) -> Candidates:
     for factor in (2, 4, 8):
-        cos, sin = rope.cos_sin(case.config, case.positions / factor)
+        cos, sin = case.cos_sin(case.config, case.positions / factor)
         yield (
             str(factor),
             case.run(pos=case.pos.replace(cos=jnp.asarray(cos), sin=jnp.asarray(sin))),
@@ -877,6 +878,93 @@ _activation("act_missing", "activation not applied", lambda x: x)
 _activation("act_tanh", "tanh instead of SiLU", jnp.tanh)
 
 
+def _schraudolph(shift: float, x: Array) -> Array:
+    """exp by writing a linear function of its argument into the exponent bits of a float32."""
+    bits = np.clip(np.asarray(x) * (2**23 / np.log(2)) + (127 * 2**23 - shift), 0, 2**31 - 1)
+    return jnp.asarray(bits.astype(np.int32).view(np.float32), jnp.float64)
+
+
+# The cubic that stands in for 2^fraction in FlashAttention 4.
+FLASH_ATTENTION_4 = (1, 0.6951461434364319, 0.22756439447402954, 0.07711908966302872)
+
+
+def _by_power(n: int, x: Array) -> Array:
+    return jnp.maximum(1 + x / n, 0) ** n
+
+
+def _by_powers_of_2(coefficients: tuple[float, ...], x: Array) -> Array:
+    """exp as 2^whole times a polynomial of the fraction, lowest power first."""
+    power = x / np.log(2)
+    whole = jnp.floor(power)
+    fraction = power - whole
+    return jnp.exp2(whole) * sum(c * fraction**n for n, c in enumerate(coefficients))
+
+
+def _series(degree: int, x: Array) -> Array:
+    """exp by its series, of what a multiple of ln 2 leaves."""
+    whole = jnp.round(x / np.log(2))
+    rest, term, total = x - whole * np.log(2), jnp.ones_like(x), jnp.ones_like(x)
+    for n in range(1, degree + 1):
+        term = term * rest / n
+        total = total + term
+    return jnp.exp2(whole) * total
+
+
+def _exponentials() -> Iterator[tuple[str, Callable[[Array], Array]]]:
+    """Cheap exponentials of [..., any] float64 that engines use: (what it is, function)."""
+    for n in (256, 1024, 4096, 65536):
+        yield f"(1 + x/{n})^{n}", partial(_by_power, n)
+    for shift in (486411.0, 366393.0, 298765.0, 0.0):
+        yield "exponent bits", partial(_schraudolph, shift)
+    yield "2^n and a line", partial(_by_powers_of_2, (1, 1))
+    yield "2^n and a parabola", partial(_by_powers_of_2, (1, 0.6565, 0.3435))
+    yield "2^n and a cubic", partial(_by_powers_of_2, FLASH_ATTENTION_4)
+    for degree in (2, 3, 4, 5):
+        yield f"series of degree {degree}", partial(_series, degree)
+
+
+@mistake("exp_approximate", "exponentials by {}", "ffn_silu attn_softmax", near=True)
+def _(case: StageReplay) -> Candidates:
+    x = case.inputs[0]
+    for says, exponential in _exponentials():
+        if case.stage.name == "ffn_silu":
+            yield says, x / (1 + exponential(-x))
+        else:
+            kept = case.pos.mask[:, None]
+            high = jnp.where(kept, x, -jnp.inf).max(-1, keepdims=True)
+            weights = jnp.where(kept, exponential(jnp.where(kept, x - high, 0.0)), 0.0)
+            yield says, weights / weights.sum(-1, keepdims=True)
+
+
+def _tanh_by_fraction(x: Array) -> Array:
+    return jnp.clip(x * (27 + x * x) / (27 + 9 * x * x), -1, 1)
+
+
+def _tanh_by_long_fraction(x: Array) -> Array:
+    x2 = x * x
+    top = x * (135135 + x2 * (17325 + x2 * (378 + x2)))
+    return jnp.clip(top / (135135 + x2 * (62370 + x2 * (3150 + x2 * 28))), -1, 1)
+
+
+_activation(
+    "silu_tanh_form", "SiLU as x/2 (1 + tanh(x/2)) with tanh by a fraction",
+    lambda x: x / 2 * (1 + _tanh_by_fraction(x / 2)),
+)  # fmt: skip
+_activation(
+    "silu_tanh_form", "SiLU as x/2 (1 + tanh(x/2)) with tanh by a long fraction",
+    lambda x: x / 2 * (1 + _tanh_by_long_fraction(x / 2)),
+)  # fmt: skip
+_activation(
+    "silu_tanh_form", "SiLU by the tanh form of GELU, 1.702 times narrower",
+    lambda x: 1.702 * jax.nn.gelu(x / 1.702),
+)  # fmt: skip
+_activation("silu_hard", "hard SiLU: x relu6(x + 3) / 6", lambda x: x * jnp.clip(x / 6 + 0.5, 0, 1))
+_activation(
+    "silu_softsign", "sigmoid by x / (1 + |x|)",
+    lambda x: x * (0.5 + 0.5 * x / (1 + jnp.abs(x))),
+)  # fmt: skip
+
+
 @mistake("silu_of_up", "SiLU of up instead of gate", "ffn_silu")
 def _(case: StageReplay) -> Candidates:
     up = case.value("ffn_up")
@@ -966,7 +1054,7 @@ def _(case: StageReplay) -> Candidates:
         return
     count = case.config.num_hidden_layers
     for layer in {(case.layer - 1) % count, (case.layer + 1) % count} - {case.layer}:
-        other = StageReplay(case.replay, case.stage, layer)
+        other = case.other(case.stage.name, layer)
         if other.replayable:
             yield str(layer), other.exact
 
@@ -977,7 +1065,7 @@ def _(case: StageReplay) -> Candidates:
         if row is not case.stage and row.axes == case.stage.axes:
             # of the right value of this stage, which the other may be made of
             right = {**case.overrides, (case.stage.name, case.layer): case.exact}
-            other = StageReplay(case.replay, row, case.layer, right)
+            other = StageReplay(case.replay, row, case.layer, right, case.formats)
             if other.replayable:
                 yield row.name, other.exact
 

@@ -41,7 +41,7 @@ def localize(
         UserError: no such trace or model, or a file is damaged.
     """
     from qwen_jax.replay import Replay
-    from tools.localize import diagnose
+    from tools.localize import diagnose, fitting
 
     weights = model if isinstance(model, Weights) else open_model(model)
     if not isinstance(trace, Trace):
@@ -51,8 +51,9 @@ def localize(
     dtype = trace_dtype(trace)
     replay = Replay(trace, weights, numpy_dtype(dtype))
     dims = weights.config.dims(1)
-    items = []
+    items, measured = [], []
     for m in replay:
+        measured.append(m)
         heads, before = m.stage.heads(dims), len(trace.tokens) - m.rows
         items.append(verdict.judge(m.stage, m.layer, m.sums, m.segment, heads, before, dtype))
         advance(items[-1])
@@ -60,10 +61,10 @@ def localize(
         raise NotComparable(f"not comparable: {trace.path} holds no stage that can be replayed")
     _check_weights(trace, weights)
     with replay.numerics():
-        findings = diagnose.findings(replay, items, dtype)
-        formats = diagnose.formats(replay, items, dtype, findings)
+        items, fitted = fitting.fit(replay, measured, items, dtype)
+        findings = diagnose.findings(replay, items, dtype, fitted)
     skipped = _skipped(trace, weights.config.num_hidden_layers, items)
-    return Localization(trace, weights.name, dtype, items, findings, skipped, formats)
+    return Localization(trace, weights.name, dtype, items, findings, skipped, fitted)
 
 
 def trace_dtype(trace: Trace) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,53 +9,72 @@ from jax import Array
 
 from qwen_jax.replay import Replay
 from stages import verdict
-from stages.architecture import LOOKUP, TOKENS, Key
+from stages.architecture import ACTIVATION, TOKENS, Key
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError, Suspect
 from tools.localize import shapes
 from tools.localize.catalogue import CATALOGUE, Mistake
-from tools.localize.formats import detect
+from tools.localize.fitting import Fitted
+from tools.localize.formats import GRIDS, Format
 from tools.localize.report import Explanation, Finding
 from tools.localize.stage_replay import StageReplay, confine, focus_of
 
 # An explanation must bring back what the right function would have, within this many bits, and
 # must be better than the right function by at least as much.
 SLACK = 2.5
-CLASS_F16 = 14.0  # more bits than rounding the inputs of a product to 16 bits leaves
 VAGUE = 4.0  # an input that lacks that many bits cannot show what a stage made of it
+SMOOTH_SHAPES = ("constant_factor", "additive_constant", "row_scaled", "function_approximate")
 SHOWN = 3  # explanations listed for one fault
 
 
-def findings(replay: Replay, items: list[LocalError], dtype: str) -> list[Finding]:
+def findings(replay: Replay, items: list[LocalError], dtype: str, fitted: Fitted) -> list[Finding]:
     """Every suspect that is not cleared, explained as far as possible, in computation order."""
     suspects = verdict.suspects(items, dtype)
-    suspects += list(_matches(replay, items, dtype, {s.key for s in suspects}))
+    suspects += list(_matches(replay, items, dtype, {s.key for s in suspects}, fitted))
+    suspects += list(_off_grid(replay, items, dtype, {s.key for s in suspects}, fitted))
+    suspects += list(_below_kin(replay, items, dtype, {s.key for s in suspects}, fitted))
     order = {item.key: place for place, item in enumerate(items)}
     suspects.sort(key=lambda suspect: order[suspect.key])
-    overrides, cleared, dump_only = _clear(replay, suspects, items)
+    overrides, cleared, dump_only = _clear(replay, suspects, items, fitted.formats)
     kept = [s for s in suspects if s.key not in cleared]
     hints: dict[str, list[str]] = {}  # stage -> names that explained another layer
     result = []
     for suspect in kept:
         stage = suspect.item.stage
-        case = _case(replay, suspect.item, overrides, without=suspect.key)
+        case = _case(replay, suspect.item, overrides, suspect.key, fitted.formats)
         finding = Finding(suspect, dump_only=suspect.key in dump_only)
         _explain(case, finding, hints.get(stage, []))
+        for formats in fitted.hints(suspect.item, replay.config):
+            if not finding.diagnosis and case.replayable:
+                _explain(case.under(formats), finding, hints.get(stage, []))
+        if not finding.diagnosis and suspect.key in fitted.lone:
+            finding.diagnosis = [_lone_format(case, fitted.lone[suspect.key])]
         if finding.diagnosis:
             hints.setdefault(stage, []).append(finding.diagnosis[0].name)
         result.append(finding)
     return result
 
 
+def _lone_format(case: StageReplay, formats: list[Format]) -> Explanation:
+    """A format that this layer has and no other."""
+    says = f"{', '.join(f.says for f in formats)}, in this layer alone"
+    case = case.in_format(formats[0]) if len(formats) == 1 else case
+    return Explanation("format_of_one_layer", case.scored(case.exact), says)
+
+
 def _case(
-    replay: Replay, item: LocalError, overrides: dict[Key, Array], without: Key
+    replay: Replay,
+    item: LocalError,
+    overrides: dict[Key, Array],
+    without: Key,
+    formats: dict[Key, Format],
 ) -> StageReplay:
     others = {key: value for key, value in overrides.items() if key != without}
-    return StageReplay(replay, item.row, item.layer, others)
+    return StageReplay(replay, item.row, item.layer, others, formats)
 
 
 def _clear(
-    replay: Replay, suspects: list[Suspect], items: list[LocalError]
+    replay: Replay, suspects: list[Suspect], items: list[LocalError], formats: dict[Key, Format]
 ) -> tuple[dict[Key, Array], set[Key], set[Key]]:
     """Clear the stages that only suffer from the wrong *dump* of an earlier one.
 
@@ -80,7 +98,7 @@ def _clear(
         ]
         if not readers:
             continue
-        case = _case(replay, item, overrides, without=suspect.key)
+        case = _case(replay, item, overrides, suspect.key, formats)
         if not case.replayable:
             continue
         # as the engine would have handed it on: scores in the hundreds make a rounding matter
@@ -89,7 +107,7 @@ def _clear(
         for key in readers:
             reader = by_key[key]
             row = replay.tables.stage[key[0]]
-            case = StageReplay(replay, row, key[1], overrides | {suspect.key: exact})
+            case = StageReplay(replay, row, key[1], overrides | {suspect.key: exact}, formats)
             if not case.replayable:
                 continue
             focus = focus_of(case, reader.masks) if reader.why == "slice" else None
@@ -101,9 +119,9 @@ def _clear(
         key = suspect.key
         if key in cleared or suspect.why == "nan":
             continue
-        vague = _vague_inputs(replay, suspect, items, by_key)
+        vague = _vague_inputs(replay, suspect, items, by_key, formats)
         if vague:
-            case = _case(replay, suspect.item, overrides | vague, without=key)
+            case = _case(replay, suspect.item, overrides | vague, key, formats)
             if not case.replayable:
                 continue
             focus = focus_of(case, suspect.masks) if suspect.why == "slice" else None
@@ -113,7 +131,11 @@ def _clear(
 
 
 def _vague_inputs(
-    replay: Replay, suspect: Suspect, items: list[LocalError], suspects: dict[Key, Suspect]
+    replay: Replay,
+    suspect: Suspect,
+    items: list[LocalError],
+    suspects: dict[Key, Suspect],
+    formats: dict[Key, Format],
 ) -> dict[Key, Array]:
     """The exact values of a suspect's inputs whose dumps have far fewer bits than the trace's
     precision, though another one explains them: the engine may have gone on from better ones."""
@@ -125,7 +147,7 @@ def _vague_inputs(
         key = replay.tables.stored_as(name, suspect.key[1], replay.config.num_hidden_layers)
         item = held.get(key)
         if item and key not in suspects and item.level < verdict.NOMINAL[replay.dtype.name] - VAGUE:
-            case = StageReplay(replay, item.row, key[1])
+            case = StageReplay(replay, item.row, key[1], formats=formats)
             if case.replayable:
                 vague[key] = case.exact
     return vague
@@ -148,7 +170,8 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
 
     def consider(rank: int, name: str, says: str, candidate: Array, rotated: bool = False) -> None:
         score = case.scored(candidate, focus, rotated)
-        if score >= needed:
+        least = _smooth_needed(base, suspect.expected) if name in SMOOTH_SHAPES else needed
+        if score >= least:
             found.append((rank, Explanation(name, score, says)))
 
     entries = _entries(case, finding.dump_only)
@@ -163,6 +186,8 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
         local = focus_of(case, suspect.masks)
         for name, says, candidate in shapes.fits(case, suspect.masks, local):
             consider(len(entries), name, says, candidate)
+    if not found and suspect.why != "nan" and case.stage.kind is ACTIVATION:
+        consider(len(entries), *shapes.smooth_function(case))
     if not found and suspect.why != "nan":
         _confined(case, finding, found)
     # half a bit is within the noise: the more specific entry, which stands first, wins
@@ -211,55 +236,117 @@ def _nonfinite(case: StageReplay, suspect: Suspect) -> str:
 
 
 def _matches(
-    replay: Replay, items: list[LocalError], dtype: str, known: set[Key]
+    replay: Replay, items: list[LocalError], dtype: str, known: set[Key], fitted: Fitted
 ) -> Iterator[Suspect]:
     """Stages whose bits a precision would explain, but a known mistake explains better.
 
     Only where the bits are lower than the dump's own format allows: error of a format's rounding
     has no better explanation. Only what lies near the right function is tried: a constant factor
-    or offset, and the mistakes that are marked so.
+    or offset, and the mistakes that are marked so; under the formats of the engine.
     """
     usual = verdict.usual_levels(items, dtype)
     for name, expected in usual.items():
         near = [entry for entry in CATALOGUE if entry.near and name in entry.stages]
         mine = [i for i in items if i.stage == name and i.key not in known]
-        if not mine or mine[0].row.kind is LOOKUP or any(item.segment for item in mine):
+        if not mine:
             continue
         floor = min(verdict.NOMINAL[_format(replay, mine[0])], 23.5)
         if expected > floor - 1.5:
             continue
         for item in mine:
-            suspect = Suspect(
-                item=item, expected=floor, why="match", masks=verdict.bad_slices(item, floor)
-            )
-            if _matched(StageReplay(replay, item.row, item.layer), near, floor):
-                yield suspect
+            masks = verdict.bad_slices(item, floor)
+            case = StageReplay(replay, item.row, item.layer, formats=fitted.formats)
+            if not case.replayable:
+                continue
+            cases = [case, *map(case.under, fitted.hints(item, replay.config))]
+            if any(_matched(each, near, floor) for each in cases):
+                yield Suspect(item=item, expected=floor, why="match", masks=masks)
 
 
 def _matched(case: StageReplay, entries: list[Mistake], expected: float) -> bool:
     """Whether one of the entries explains the dump, and better than the right function does."""
     needed = max(expected - SLACK, case.scored(case.exact) + SLACK)
     known = (c for entry in entries for _, c in entry.candidates(case))
-    uniform = (c for _, _, c in shapes.uniform(case))
-    return any(case.scored(candidate) >= needed for candidate in chain(uniform, known))
+    if any(case.scored(candidate) >= needed for candidate in known):
+        return True
+    smooth = _smooth_needed(case.scored(case.exact), expected)
+    return any(case.scored(candidate) >= smooth for _, _, candidate in shapes.uniform(case))
 
 
-def formats(
-    replay: Replay, items: list[LocalError], dtype: str, found: list[Finding]
-) -> dict[str, tuple[str, str]]:
-    """Linear stage -> (precision class, format) where a trace of float32 has fewer bits there,
-    and rounding the inputs in a known way reproduces the dump."""
+# A factor or an offset need not bring back everything: a factor that was in the weights when they
+# were quantised comes out with their rounding, a float16 scale's at least.
+SMOOTH = 10.0
+
+
+def _smooth_needed(base: float, expected: float) -> float:
+    """The bits that a factor or an offset has to bring back."""
+    return max(min(expected - SLACK, SMOOTH), base + SLACK)
+
+
+def _off_grid(
+    replay: Replay, items: list[LocalError], dtype: str, known: set[Key], fitted: Fitted
+) -> Iterator[Suspect]:
+    """Stages that have the bits of a 16-bit format, but are not in one and read nothing that is.
+
+    Of sums of products this is not asked: their operands and sums may be in formats that are not
+    known here. What is left is one rounding from exact, whichever format it is in.
+    """
     if dtype != "float32":
-        return {}
-    faulty = {finding.suspect.key for finding in found}
-    result = {}
+        return
     for item in items:
-        lowered = item.level < CLASS_F16 and not item.segment and item.row.linear
-        if lowered and item.stage not in result and item.key not in faulty:
-            explained = detect(StageReplay(replay, item.row, item.layer))
-            if explained:
-                result[item.stage] = explained
-    return result
+        coarse = item.level < verdict.CLASSES[2][2] and not item.sums_products
+        if not coarse or item.segment or item.key in known or item.key in fitted.by_item:
+            continue
+        count = replay.config.num_hidden_layers
+        keys = [
+            replay.tables.stored_as(n, item.layer, count) for n in item.row.inputs if n != TOKENS
+        ]
+        if not any(_grid(replay, key) for key in [item.key, *keys] if key in replay.trace.entries):
+            expected = verdict.NOMINAL[dtype]
+            masks = verdict.bad_slices(item, expected)
+            yield Suspect(item=item, expected=expected, why="grid", masks=masks)
+
+
+def _grid(replay: Replay, key: Key) -> bool:
+    return coarsest_dtype(replay.trace.read(*key).ravel()[:65536]) in GRIDS
+
+
+BELOW_KIN = 1.0  # linear stages of one format are within 1.4 bits of each other: 6.5 to 7.9
+
+
+def _below_kin(
+    replay: Replay, items: list[LocalError], dtype: str, known: set[Key], fitted: Fitted
+) -> Iterator[Suspect]:
+    """Linear stages that no format explains, while one does all others: they multiply by other
+    weights than they were given, if they are coarser or no rounding of their inputs can be it."""
+    linear = [i for i in items if i.row.linear and not i.segment and i.key not in known]
+    kin = [i for i in linear if i.key in fitted.by_item]
+    if dtype != "float32" or len({item.stage for item in kin}) < 3:
+        return
+    lowest, expected = min(i.shown_bits for i in kin), min(i.level for i in kin)
+    for item in linear:
+        if item.key in fitted.by_item or item.level >= verdict.CLASSES[2][1]:
+            continue
+        case = StageReplay(replay, item.row, item.layer, formats=fitted.formats)
+        if item.bits < lowest - BELOW_KIN or (case.replayable and not _of_the_inputs(case)):
+            masks = verdict.bad_slices(item, expected)
+            yield Suspect(item=item, expected=expected, why="kin", masks=masks)
+
+
+def _of_the_inputs(case: StageReplay) -> bool:
+    """Whether a linear stage's error may come from its inputs alone: it is then some change of the
+    inputs times the weight, and lies in the few directions that the weight has. So of a weight with
+    clearly more channels than inputs; of others nothing can be said."""
+    width = case.inputs[0].shape[-1]
+    small = case.sampled(2 * width)
+    weight = np.concatenate([np.asarray(w, np.float64) for w in small.weights.values()])
+    if len(weight) < 1.5 * width or coarsest_dtype(np.asarray(case.dump, np.float32)) in GRIDS:
+        return True
+    error = np.asarray(small.dump - small.exact)[0].T
+    change = np.linalg.lstsq(weight, error, rcond=None)[0]
+    rest, whole = (np.square(e).sum() for e in (error - weight @ change, error))
+    # float32 itself leaves a millionth and less of it
+    return bool(rest < 1e-3 * (1 - width / len(weight)) * whole)
 
 
 def _format(replay: Replay, item: LocalError) -> str:

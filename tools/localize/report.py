@@ -12,6 +12,8 @@ from stages.architecture import LINEAR, LOOKUP, NORM, ROTATION, SCORES, WEIGHTED
 from stages.architectures import any_stage
 from stages.trace import Trace
 from stages.verdict import LocalError, Suspect
+from tools.localize.fitting import Fitted
+from tools.localize.formats import PLAIN_FORMAT, coarsest
 
 SCHEMA = 2
 COLOURS = {
@@ -49,14 +51,24 @@ class Localization:
     items: list[LocalError]
     findings: list[Finding]
     skipped: list[dict[str, Any]]
-    formats: dict[str, tuple[str, str]]  # stage -> precision class and format, found by trying
+    fitted: Fitted
 
     @property
     def precision(self) -> dict[str, dict[str, Any]]:
         table = verdict.precision(self.items, {f.suspect.key for f in self.findings})
-        for stage, (name, says) in self.formats.items():
-            table[stage] |= {"class": name, "says": says}
+        for stage, entry in table.items():
+            found = self.fitted.names(stage)
+            if found:
+                entry["class"] = coarsest(f.level for f in found)
+                entry["format"] = ", ".join(dict.fromkeys(f.name for f in found))
         return table
+
+    @property
+    def computed_in(self) -> list[str]:
+        """The number formats that stages are computed in, for people."""
+        stages = dict.fromkeys(item.stage for item in self.items)
+        said = {part for s in stages for f in self.fitted.names(s) for part in f.says.split("; ")}
+        return sorted(said - {PLAIN_FORMAT.says})
 
     def to_json(self) -> dict[str, Any]:
         """The object of ``--json``."""
@@ -198,19 +210,15 @@ def sentence(report: Localization) -> str:
     for stage, entry in report.precision.items():
         if entry["class"] not in ("exact", "f64", "f32"):
             lowered.setdefault(entry["class"], []).append(stage)
+    added = f" ({'; '.join(report.computed_in)})" if report.computed_in else ""
     if not lowered:
-        return "clean: every stage that could be checked has the bits of float32 or better"
+        return f"clean: every stage that could be checked has the bits of float32 or better{added}"
     meaning = _meaning(report, lowered)
     parts = [
         f"{name} in {'all other stages' if len(s) > 12 else ', '.join(s)}"
         for name, s in lowered.items()
     ]
-    how = sorted({says for _, says in report.formats.values()})
-    return (
-        "precision, no fault: "
-        + (meaning or "; ".join(parts))
-        + (f" ({', '.join(how)})" if how else "")
-    )
+    return "precision, no fault: " + (meaning or "; ".join(parts)) + added
 
 
 def _through(items: list[LocalError]) -> dict[str, set[str]]:
@@ -244,10 +252,10 @@ def _meaning(report: Localization, lowered: dict[str, list[str]]) -> str | None:
             return "f16-level attn_scores and attention, f32 elsewhere: an f16 key/value cache"
         if name == "bf16" and found <= cache:
             return "bf16-level attn_scores and attention, f32 elsewhere: a bf16 key/value cache"
-        if name == "8-bit" and found <= cache:
-            return "8-bit attn_scores and attention, f32 elsewhere: a quantised key/value cache"
+        if name in ("8-bit", "lower") and found <= cache:
+            return f"{name} attn_scores and attention, f32 elsewhere: a quantised key/value cache"
         if name in ("8-bit", "lower") and found <= linears:
-            if not set(report.formats) >= {s for s in lowered[name] if not through[s]}:
+            if not all(report.fitted.names(s) for s in lowered[name] if not through[s]):
                 return f"{name} linear layers, f32 elsewhere; no number format explains them"
             return f"{name} linear layers, f32 elsewhere: activations are quantised before matmuls"
         if found <= linears | cache:

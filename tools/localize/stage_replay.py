@@ -1,20 +1,22 @@
 """One stage to be explained, with everything that is needed to try an explanation on it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from qwen_jax import rope
 from qwen_jax.config import Config
 from qwen_jax.models.ops import Positional
 from qwen_jax.replay import Replay, cut_inputs, last_rows, size_squared, stage_value
 from qwen_jax.weights.base import Weights
 from stages import verdict
-from stages.architecture import LAYER_INPUT, ROTATION, TOKENS, Architecture, Key, Stage
+from stages.architecture import ROTATION, TOKENS, Architecture, Key, Stage
+from tools.localize.formats import NUDGE, Format
 
 Weight = Array | np.ndarray
 
@@ -27,15 +29,24 @@ class StageReplay:
 
     All values have the same rows: as many of the last ones as dump and inputs have.
 
+    What is not dumped is computed. Every value is computed in its engine's own arithmetic, as far
+    as ``formats`` knows it; so "exact" is what the engine should have found.
+
     Attributes:
-        overrides: dumps replaced by other values: (stage, layer) -> array. What is not dumped is
-            computed.
+        overrides: dumps replaced by other values: (stage, layer) -> array.
+        formats: the number formats that stages are computed in.
+        narrow: round what is computed for missing stages to the trace's precision.
+        nudge: move every code of a format by that much before it is rounded.
     """
 
     replay: Replay
     stage: Stage
     layer: int | None
     overrides: Mapping[Key, Array] = field(default_factory=dict)
+    formats: Mapping[Key, Format] = field(default_factory=dict)
+    narrow: bool = False
+    nudge: float = 0.0
+    _known: dict[Key, Array | None] = field(default_factory=dict, repr=False)  # computed values
 
     @property
     def config(self) -> Config:
@@ -53,11 +64,55 @@ class StageReplay:
     def last_layer(self) -> int:
         return self.config.num_hidden_layers - 1
 
+    @property
+    def key(self) -> Key:
+        return self.stage.name, self.layer
+
+    @property
+    def format(self) -> Format | None:
+        """The number format that the stage is computed in; None is float64."""
+        return self.formats.get(self.key)
+
     def other(self, stage: str, layer: int | None = None) -> "StageReplay":
         """Another stage, of this layer or another."""
         row = self.tables.stage[stage]
-        here = row.layer_of(self.layer) if layer is None else layer
-        return StageReplay(self.replay, row, here, self.overrides)
+        return self._at(row, row.layer_of(self.layer) if layer is None else layer)
+
+    def _at(self, row: Stage, layer: int | None) -> "StageReplay":
+        return replace(self, stage=row, layer=layer)
+
+    def in_format(self, format: Format | None) -> "StageReplay":
+        """The same stage, itself computed in another format."""
+        others = {key: f for key, f in self.formats.items() if key != self.key}
+        changed = others if format is None else others | {self.key: format}
+        return self._keeping(replace(self, formats=changed))
+
+    def under(self, formats: Mapping[Key, Format]) -> "StageReplay":
+        """The same stage, it or missing stages before it in other formats."""
+        if set(formats) == {self.key}:
+            return self.in_format(formats[self.key])
+        return replace(self, formats={**self.formats, **formats}, _known={})
+
+    def _keeping(self, other: "StageReplay") -> "StageReplay":
+        """``other``, which has the same inputs, without loading them again."""
+        for name in ("_ready", "weights", "pos", "dump", "size", "finite"):
+            if name in self.__dict__:
+                other.__dict__[name] = self.__dict__[name]
+        return other
+
+    def sampled(self, most: int) -> "StageReplay":
+        """A linear stage with about ``most`` of its output channels, evenly spread."""
+        widths = [len(w) for w in self.weights.values()]
+        step = -(-sum(widths) // most)
+        if not self.stage.linear or step <= 1 or not self.replayable:
+            return self
+        other = replace(self)
+        other.__dict__["_ready"] = self._ready
+        other.__dict__["weights"] = {name: w[::step] for name, w in self.weights.items()}
+        starts = np.concatenate([[0], np.cumsum(widths)[:-1]])
+        kept = [s + np.arange(0, width, step) for s, width in zip(starts, widths, strict=True)]
+        other.__dict__["dump"] = self.dump[..., np.concatenate(kept)]
+        return other
 
     @property
     def sliding(self) -> bool:
@@ -103,15 +158,39 @@ class StageReplay:
         return None if found is None else jnp.asarray(found, jnp.float64)
 
     def _computed(self, name: str) -> Array | None:
-        """A value from its dump, or computed within the layer where it was not dumped."""
+        """A value from its dump, or computed where it was not dumped."""
         found = self._stored(name)
-        if found is not None or name in (LAYER_INPUT, TOKENS):
+        if found is not None or name == TOKENS:
             return found
-        row = self.tables.stage[name]
-        if row.scope == "layer" and self.layer is None:
-            return None
-        case = StageReplay(self.replay, row, row.layer_of(self.layer), self.overrides)
-        return case.exact if case.replayable else None
+        layers = self.config.num_hidden_layers
+        key = self.tables.stored_as(name, self.layer, layers)
+        if key not in self._known:
+            for layer in self._layers_before(key):  # one after the other: not a deep recursion
+                self._compute((self.tables.layer_output.name, layer))
+            self._compute(key)
+        return self._known[key]
+
+    def _layers_before(self, key: Key) -> range:
+        """The layers, from the first one, whose outputs are missing right before a value's."""
+        name, layer = self.tables.layer_output.name, key[1]
+        if layer is None:
+            layer = self.config.num_hidden_layers
+        first = layer
+        entries = self.replay.trace.entries
+        while (
+            first > 0 and (name, first - 1) not in entries and (name, first - 1) not in self._known
+        ):
+            first -= 1
+        return range(first, layer)
+
+    def _compute(self, key: Key) -> None:
+        if key in self._known or key in self.replay.trace.entries or key in self.overrides:
+            return
+        case = self._at(self.tables.stage[key[0]], key[1])
+        value = case.exact if case.replayable else None
+        if value is not None and self.narrow:
+            value = value.astype(self.replay.dtype).astype(jnp.float64)
+        self._known[key] = value
 
     @cached_property
     def _ready(self) -> tuple[int, list[Array]] | None:
@@ -175,11 +254,59 @@ class StageReplay:
 
     @cached_property
     def size(self) -> Array:
+        return self._squared(self.inputs)
+
+    def _squared(self, inputs: Sequence[Array]) -> Array:
+        """The square of what rounding can act on, of the stage of any inputs."""
+
         def squared(weights: Sequence[Array]) -> Array:
-            value = stage_value(self.stage, self.config, self.pos, self.inputs, weights)
-            return size_squared(self.stage, self.config, self.pos, self.inputs, weights, value)
+            value = stage_value(self.stage, self.config, self.pos, inputs, weights)
+            return size_squared(self.stage, self.config, self.pos, inputs, weights, value)
 
         return _applied(self.stage, squared, self.weights).astype(jnp.float64)
+
+    def expected(self) -> Array:
+        """The square of the error that the format leaves: codes that hang on the last bit of the
+        arithmetic before them, and what the emulation cannot follow."""
+        found = jnp.zeros_like(self.exact)
+        format = self.format
+        if format is None:
+            return found
+        if format.parts:
+            ends = np.cumsum([len(w) for w in self.weights.values()])[:-1]
+            parts = [self.in_format(part).expected() for part in format.parts]
+            pieces = [jnp.split(part, ends, -1)[place] for place, part in enumerate(parts)]
+            return jnp.concatenate(pieces, -1)
+        for place, operand in format.operands.items():
+            if place >= len(self.inputs) or format.level not in ("8-bit", "lower"):
+                continue  # a 16-bit format rounds a dump as it stands, whatever was before
+            x = self.inputs[place]
+            unsure = operand(self.config, x, NUDGE) - operand(self.config, x, -NUDGE)
+            if bool(unsure.any()):
+                inputs = list(self.inputs)
+                inputs[place] = unsure
+                found = found + self._squared(inputs)
+        if format.unsure is not None:
+            of_weights = partial(format.unsure, self.config, self.inputs)
+            found = found + _applied(self.stage, of_weights, self.weights)
+        if format.allows is not None:
+            found = found + jnp.square(format.allows(self))
+        if format.leaves is not None:
+            found = found + (self.size + jnp.square(self.exact)) * 4.0**-format.leaves
+        return found
+
+    def turned(self, factors: np.ndarray) -> Array:
+        """How far a rotated stage moves where the angle of each pair is off by as many units of
+        2^-24 of itself as ``factors`` [H/2] say."""
+        quarter = self.pos.replace(cos=-self.pos.sin, sin=self.pos.cos)  # a rotation's derivative
+        moved = stage_value(self.stage, self.config, quarter, self.inputs, ())
+        angle = jnp.tile(self.replay.angles[-self.rows :] * factors * 2.0**-24, 2)
+        return jnp.abs(moved * angle[None, :, None, :])
+
+    def cos_sin(self, config: Config, positions: np.ndarray) -> tuple[Any, Any]:
+        """The RoPE tables [..., T, H/2] of any positions, made as the engine makes its own."""
+        made = None if self.format is None else self.format.tables(config, positions)
+        return rope.cos_sin(config, positions) if made is None else made
 
     def run(
         self,
@@ -190,11 +317,36 @@ class StageReplay:
     ) -> Array:
         """The stage's own function in float64 with anything changed. Any of the inputs may be
         changed by position, None keeps it; ``weights`` are those that are changed."""
+        format = self.format
+        unchanged = all(x is None for x in (*inputs, weights, pos, config))
+        if format is not None and format.whole is not None and unchanged:
+            whole = format.whole(self)
+            if whole is not None:
+                return whole
+        if format is not None and format.parts:
+            ends = np.cumsum([len(w) for w in self.weights.values()])[:-1]
+            parts = [
+                self.in_format(part).run(*inputs, weights=weights, pos=pos, config=config)
+                for part in format.parts
+            ]
+            pieces = [jnp.split(part, ends, -1)[place] for place, part in enumerate(parts)]
+            return jnp.concatenate(pieces, -1)
         changed = [*inputs, *[None] * (len(self.inputs) - len(inputs))]
         given = [old if new is None else new for old, new in zip(self.inputs, changed, strict=True)]
+        config = config or self.config
+        tables = self.pos if pos is None else pos
+        made = None if format is None or pos is not None else format.tables(config, self.positions)
+        if made is not None:
+            tables = tables.replace(cos=jnp.asarray(made[0]), sin=jnp.asarray(made[1]))
+        read = given if format is None else format.inputs(config, given, self.nudge)
 
         def function(weights: Sequence[Array]) -> Array:
-            return stage_value(self.stage, config or self.config, pos or self.pos, given, weights)
+            if format is None:
+                return stage_value(self.stage, config, tables, read, weights)
+            value = stage_value(
+                self.stage, config, tables, read, [format.weight(w) for w in weights]
+            )
+            return value if format.plus is None else value + format.plus(config, given, weights)
 
         return _applied(self.stage, function, {**self.weights, **(weights or {})})
 
