@@ -22,7 +22,7 @@ from qwen_jax.weights import open_model
 from stages import preflight
 from stages.architecture import Key, Stage
 from stages.compare import BLOCK, Difference, LogitsDifference, coarser, compare, compare_logits
-from stages.errors import NotComparable, called
+from stages.errors import NotComparable, UserError, called
 from stages.mask import layer_mask
 from stages.preflight import Preflight
 from stages.selection import parse_layers, parse_stages
@@ -94,6 +94,10 @@ class TraceDifference:
         show_difference(console, self)
         return ()
 
+    def __repr__(self) -> str:
+        said = "agree" if self.parting is None else f"differ from {where(*self.parting)} on"
+        return f"<TraceDifference of {self.a.path} and {self.b.path}: {said}>"
+
     def __str__(self) -> str:
         text = io.StringIO()
         Console(file=text, width=120, highlight=False, emoji=False, soft_wrap=True).print(self)
@@ -116,8 +120,10 @@ def diff(
 
     Raises:
         NotComparable: other tokens, positions, config or weights, or nothing in common.
-        UserError: no such trace, stage or layer, or a file is damaged.
+        UserError: no such trace, stage, layer or tolerance, or a file is damaged.
     """
+    if tolerance is not None and not 0 <= tolerance < math.inf:  # NaN passes all or nothing
+        raise UserError(f"tolerance {tolerance}: expected a relative L2 such as 1e-5")
     a, b = (each if isinstance(each, Trace) else open_trace(Path(each)) for each in (a, b))
     ready = preflight.check(a, b)
     names = parse_stages(stages, b.tables)
@@ -333,7 +339,7 @@ def _tolerance(text: str) -> float:
         value = float(text)
     except ValueError:
         value = float("nan")
-    if not 0 <= value < float("inf"):  # NaN would let everything pass or nothing
+    if not 0 <= value < math.inf:  # as ``diff`` does, before the work
         raise argparse.ArgumentTypeError(f"{text!r}: expected a relative L2 such as 1e-5")
     return value
 
