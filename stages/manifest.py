@@ -202,10 +202,7 @@ def _check(directory: Path, manifest: Manifest) -> None:
         raise ValueError(f"steps compute {sum(manifest.steps)} rows, of {length} tokens")
     if manifest.model.config.get("architecture") != manifest.architecture:
         raise ValueError(f"architecture {manifest.architecture!r}, but another in model.config")
-    for name in SIZES:
-        size = manifest.model.config.get(name, 1)
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{name} of model.config is {size!r}, which is no size")
+    _check_config(manifest.model.config)
     seen: set[Key] = set()
     for entry in manifest.files:
         _check_entry(directory, entry, tables, manifest)
@@ -213,6 +210,25 @@ def _check(directory: Path, manifest: Manifest) -> None:
         if key in seen:
             raise ValueError(f"{entry.stage} of layer {entry.layer} is there twice")
         seen.add(key)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """What ``stages`` itself reads of a configuration, as far as it is there.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    for name in SIZES:
+        size = config.get(name, 1)
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name} of model.config is {size!r}, which is no size")
+    window = config.get("sliding_window")
+    if not (window is None or (type(window) is int and window > 0)):
+        raise ValueError(f"sliding_window of model.config is {window!r}, which is no size")
+    layers = config.get("sliding_layers", [False] * config.get("num_hidden_layers", 0))
+    each_layer = isinstance(layers, list) and len(layers) == config.get("num_hidden_layers", 0)
+    if not each_layer or not all(isinstance(sliding, bool) for sliding in layers):
+        raise ValueError("sliding_layers of model.config is not true or false for each layer")
 
 
 def _check_entry(
