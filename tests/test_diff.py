@@ -266,6 +266,17 @@ def test_other_positions_are_not_comparable(traced, checkpoint, tmp_path, capsys
     assert code == 0 and "identical" in out
 
 
+def test_a_dump_is_taken_to_be_of_the_other_sides_model(traced, checkpoint, tmp_path):
+    far = traced("--first-position", "3")
+    foreign = without_manifest(far, tmp_path / "foreign")
+    for found in (diff.diff(foreign, far), diff.diff(str(far), str(foreign))):
+        assert all(row.identical for row in found.rows.values())
+    held = qwen_jax.trace_model(checkpoint, TOKENS, first_position=3)
+    assert diff.diff(foreign, held).a.positions == held.positions
+    with pytest.raises(UserError, match="has no manifest"):
+        diff.diff(foreign, foreign)
+
+
 def test_positions_that_part_after_the_first_are_shown(checkpoint):
     whole = qwen_jax.trace_model(checkpoint, TOKENS, stages="ffn_up")
     gap = (*whole.positions[:-1], 99)

@@ -18,15 +18,17 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from qwen_jax import arguments, cli
+from qwen_jax.config import Config
 from qwen_jax.weights import open_model
 from stages import preflight
 from stages.architecture import Key, Stage
 from stages.compare import BLOCK, Difference, LogitsDifference, coarser, compare, compare_logits
 from stages.errors import NotComparable, UserError, called
+from stages.manifest import NAME
 from stages.mask import layer_mask
 from stages.preflight import Preflight
 from stages.selection import parse_layers, parse_stages
-from stages.trace import Trace, open_trace
+from stages.trace import Layout, Trace, open_trace
 
 SCHEMA = 2
 
@@ -115,6 +117,7 @@ def diff(
     """Compare two traces, or their directories; ``b`` is the reference.
 
     Arguments:
+        a, b: a dump without a manifest is taken to be of the other side's model and tokens.
         stages, layers: compare only these, as ``--stages`` and ``--layers``.
         tolerance: relative L2 that still agrees; None is that of the coarser dtype.
 
@@ -124,7 +127,7 @@ def diff(
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:  # NaN passes all or nothing
         raise UserError(f"tolerance {tolerance}: expected a relative L2 such as 1e-5")
-    a, b = (each if isinstance(each, Trace) else open_trace(Path(each)) for each in (a, b))
+    a, b = _open(a, b), _open(b, a)
     ready = preflight.check(a, b)
     names = parse_stages(stages, b.tables)
     numbers = parse_layers(layers, b.config["num_hidden_layers"])
@@ -134,6 +137,19 @@ def diff(
     rows, logits = compare_traces(a, b, keys)
     usual = TOLERANCE[coarser(a.dtype, b.dtype)]
     return TraceDifference(a, b, ready, rows, logits, usual if tolerance is None else tolerance)
+
+
+def _open(this: Trace | str | Path, other: Trace | str | Path) -> Trace:
+    if isinstance(this, Trace):
+        return this
+    path, layout = Path(this), None
+    if path.is_dir() and not (path / NAME).exists():
+        known = other if isinstance(other, Trace) else open_trace(Path(other))
+        dims = Config.from_json(known.config).dims(len(known.tokens))
+        layout = Layout(
+            config=known.config, dims=dims, tokens=known.tokens, positions=known.positions
+        )
+    return open_trace(path, layout)
 
 
 def _common_rows(row: Stage, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
