@@ -199,8 +199,14 @@ class TorchEngine:
         ``resume`` is there for the interface: Hugging Face runs a model from its start.
 
         Raises:
-            UserError: a capture point did not fire, so this transformers works differently.
+            UserError: a capture point did not fire, so this transformers works differently; or
+                positions have gaps, which transformers takes for several sequences in one.
         """
+        if positions[-1] - positions[0] != len(positions) - 1:
+            raise UserError(
+                "positions have gaps, and transformers would take each for the start of another "
+                "sequence; the JAX trace reads them as one"
+            )
         fired: set[Key] = set()
         tables, layers = self.model.config.tables, self.model.config.num_hidden_layers
         head = tables.head.name

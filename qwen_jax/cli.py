@@ -67,7 +67,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         code = 128 + signal.SIGPIPE  # as of any command; 0 and 1 would be verdicts
     except OSError as error:  # of our own output: what has to do with a file is a UserError
         _discard(sys.stdout)
-        print(f"error: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         code = UserError.exit_code
     except Exception as error:  # a bug of ours: 1 means "differs", and a stack helps no user
         if os.environ.get("QWEN_STAGES_TRACEBACK"):

@@ -21,8 +21,10 @@ from qwen_jax.forward import run_stages
 from qwen_jax.models.ops import Positional, compute_dtype, positional_by_layer
 from qwen_jax.weights.base import Weights, aligned_empty
 from stages.architecture import LAYER_INPUT, TOKENS, Stage
+from stages.errors import UserError
 from stages.trace import numpy_dtype
 
+BACKENDS = ("xla", "eager")
 Want = Callable[[str, int | None], bool]  # is this stage of this layer to be fetched?
 Emit = Callable[[str, int | None, np.ndarray], None]  # stage, layer, value
 Resume = tuple[int, np.ndarray] | None  # the first layer to compute, and its input
@@ -44,6 +46,9 @@ class JaxEngine:
             time, and every run reads them all.
         precision: of float32 products, as of ``jax.default_matmul_precision``; None leaves it to
             the caller.
+
+    Raises:
+        UserError: no such backend.
     """
 
     parts = 1
@@ -57,6 +62,8 @@ class JaxEngine:
         keep: bool = False,
         precision: str | None = "highest",
     ) -> None:
+        if backend not in BACKENDS:
+            raise UserError(f"no backend {backend!r}; choose one of {', '.join(BACKENDS)}")
         self._kept: dict[Any, Any] | None = {} if keep else None
         self.model = model
         self.tables = model.config.tables

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ from tokenizers import Tokenizer
 from qwen_jax.weights import DEMO
 from qwen_jax.weights.base import Weights
 from stages.errors import UserError
+from stages.manifest import LAST_POSITION
 from stages.trace import Layout
 
 DRAWN = re.compile("random:([1-9][0-9]{0,6})")
-LAST_POSITION = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Prompt:
         if isinstance(self.tokens, str):
             tokens = parse_tokens(self.tokens, model)
         elif self.tokens is not None:
-            tokens = tuple(int(token) for token in self.tokens)
+            tokens = _ids(self.tokens)
         else:
             tokens = self._encoded(model)
         if not tokens:
@@ -106,6 +107,13 @@ class Prompt:
             raise UserError(f"{given}: not UTF-8 text: {error}") from None
         except OSError as error:
             raise UserError(f"--prompt-file {path}: {error.strerror}") from None
+
+
+def _ids(given: Iterable[int]) -> tuple[int, ...]:
+    try:
+        return tuple(index(token) for token in given)
+    except TypeError as error:
+        raise UserError(f"token ids are whole numbers, as in (1, 2, 3): {error}") from None
 
 
 @cache

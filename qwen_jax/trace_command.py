@@ -24,7 +24,7 @@ from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages.architectures import ALL_NAMES
 from stages.errors import UserError
-from stages.manifest import FORMATS
+from stages.manifest import FORMATS, LOGITS
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float64": "float64"}
 DTYPES |= {"f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
@@ -55,7 +55,7 @@ def parser(prog: str, description: str, backends: tuple[str, ...]) -> argparse.A
     add("--backend", default=backends[0], choices=backends)
     add("--device", choices=("cpu", "gpu"), help="default: a gpu if there is one and it applies")
     add("--format", choices=tuple(FORMATS), help="default: aprt; safetensors for float64")
-    add("--logits", default="last", choices=("last", "all"), help="positions kept in lm_head")
+    add("--logits", default="last", choices=LOGITS, help="positions kept in lm_head")
     add("--out", type=Path, metavar="DIR", help="where the trace goes")
     old = result.add_mutually_exclusive_group()
     old.add_argument("--overwrite", action="store_true", help="replace the trace that is in --out")

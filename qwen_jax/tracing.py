@@ -17,7 +17,18 @@ from qwen_jax.weights.base import Weights
 from stages import aprt, resume
 from stages.architecture import Key
 from stages.errors import UserError
-from stages.manifest import DType, FileEntry, Format, Logits, Manifest, Model
+from stages.manifest import (
+    DTYPES,
+    FORMATS,
+    LOGITS,
+    DType,
+    FileEntry,
+    Format,
+    Logits,
+    Manifest,
+    Model,
+    check_positions,
+)
 from stages.selection import parse_layers, parse_stages
 from stages.trace import MemoryTrace, Trace, numpy_dtype, open_trace
 from stages.writer import TraceWriter, replaceable
@@ -111,6 +122,14 @@ def make_plan(
     Raises:
         UserError: anything that cannot be done as asked.
     """
+    for name, value, valid in (
+        ("dtype", dtype, DTYPES),
+        ("format", format, (None, *FORMATS)),
+        ("logits", logits, LOGITS),
+    ):
+        if value not in valid:
+            known = ", ".join(each for each in valid if each)
+            raise UserError(f"no {name} {value!r}; choose one of {known}")
     config = model.config
     names = parse_stages(stages, config.tables)
     numbers = parse_layers(layers, config.num_hidden_layers)
@@ -126,8 +145,10 @@ def make_plan(
         raise UserError(f"--stages {stages} --layers {layers} select nothing to write")
     if positions is None:
         positions = tuple(range(len(tokens)))
-    if len(positions) != len(tokens):
-        raise UserError(f"{len(positions)} positions, but {len(tokens)} tokens; give one for each")
+    try:
+        check_positions(positions, len(tokens))
+    except ValueError as error:
+        raise UserError(f"no positions of a trace: {error}") from None
     plan = Plan(
         model=model,
         tokens=tokens,

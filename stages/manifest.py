@@ -8,6 +8,7 @@ Schema (docs/schema/manifest.json). This version writes schema 2 and reads schem
 """
 
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -25,6 +26,9 @@ PARTIAL = NAME + ".partial"
 KIND = "stage-trace"
 FORMATS = {"aprt": ".bin", "safetensors": ".safetensors"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+LOGITS = ("last", "all")
+LAST_POSITION = 2**31 - 1
+SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Format = Literal["aprt", "safetensors"]
@@ -167,6 +171,20 @@ def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
     return data | more | planned
 
 
+def check_positions(positions: Sequence[int], length: int) -> None:
+    """One for each of ``length`` tokens, and such as one sequence can have.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if len(positions) != length:
+        raise ValueError(f"{len(positions)} positions, {length} tokens")
+    if any(after <= before for before, after in pairwise(positions)):
+        raise ValueError("positions must rise: a trace is one sequence")
+    if positions and not 0 <= positions[0] <= positions[-1] <= LAST_POSITION:
+        raise ValueError(f"positions must be 0 to {LAST_POSITION}")
+
+
 def _check(directory: Path, manifest: Manifest) -> None:
     """What the types do not say.
 
@@ -179,14 +197,12 @@ def _check(directory: Path, manifest: Manifest) -> None:
     except UserError as error:
         raise UserError(f"{directory / NAME}: {error}") from None
     length = len(manifest.tokens)
-    if len(manifest.positions) != length:
-        raise ValueError(f"{len(manifest.positions)} positions, {length} tokens")
-    if any(after <= before for before, after in pairwise(manifest.positions)):
-        raise ValueError("positions must rise: a trace is one sequence")
+    check_positions(manifest.positions, length)
     if sum(manifest.steps) != length:
         raise ValueError(f"steps compute {sum(manifest.steps)} rows, of {length} tokens")
     if manifest.model.config.get("architecture") != manifest.architecture:
         raise ValueError(f"architecture {manifest.architecture!r}, but another in model.config")
+    _check_config(manifest.model.config)
     seen: set[Key] = set()
     for entry in manifest.files:
         _check_entry(directory, entry, tables, manifest)
@@ -194,6 +210,25 @@ def _check(directory: Path, manifest: Manifest) -> None:
         if key in seen:
             raise ValueError(f"{entry.stage} of layer {entry.layer} is there twice")
         seen.add(key)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """What ``stages`` itself reads of a configuration, as far as it is there.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    for name in SIZES:
+        size = config.get(name, 1)
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name} of model.config is {size!r}, which is no size")
+    window = config.get("sliding_window")
+    if not (window is None or (type(window) is int and window > 0)):
+        raise ValueError(f"sliding_window of model.config is {window!r}, which is no size")
+    layers = config.get("sliding_layers", [False] * config.get("num_hidden_layers", 0))
+    each_layer = isinstance(layers, list) and len(layers) == config.get("num_hidden_layers", 0)
+    if not each_layer or not all(isinstance(sliding, bool) for sliding in layers):
+        raise ValueError("sliding_layers of model.config is not true or false for each layer")
 
 
 def _check_entry(

@@ -35,22 +35,20 @@ def check(a: Trace, b: Trace) -> Preflight:
     """
     notes: list[str] = []
     if a.tokens != b.tokens:
-        raise NotComparable(f"not comparable: {_tokens_differ(a.tokens, b.tokens)}")
+        raise NotComparable(f"not comparable: {_differ('tokens', a.tokens, b.tokens)}")
     if differing := _keys_that_differ(a.config, b.config):
         shown = ", ".join(f"{k} {a.config.get(k)!r} / {b.config.get(k)!r}" for k in differing[:3])
         raise NotComparable(f"not comparable: the configs differ: {shown}")
     _check_weights(a, b, notes)
     if a.positions != b.positions:
-        raise NotComparable(
-            f"not comparable: the positions differ: they start at {a.positions[0]} / "
-            f"{b.positions[0]}"
-        )
+        raise NotComparable(f"not comparable: {_differ('positions', a.positions, b.positions)}")
     if a.dtype and b.dtype and a.dtype != b.dtype:
         notes.append(f"dtypes differ: {a.dtype} / {b.dtype}; judged as {coarser(a.dtype, b.dtype)}")
     for trace in (a, b):
         if trace.manifest is None:
             notes.append(
-                f"{trace.name} has no manifest: its dtype, weights and tokens are taken on trust"
+                f"{trace.name} has no manifest: its {'' if trace.dtype else 'dtype, '}weights and "
+                "tokens are taken on trust"
             )
     common = [key for key in a.entries if key in b.entries]
     if not common:
@@ -64,11 +62,11 @@ def check(a: Trace, b: Trace) -> Preflight:
     )
 
 
-def _tokens_differ(a: tuple[int, ...], b: tuple[int, ...]) -> str:
+def _differ(what: str, a: tuple[int, ...], b: tuple[int, ...]) -> str:
     if len(a) != len(b):
-        return f"{len(a)} tokens / {len(b)} tokens"
+        return f"{len(a)} {what} / {len(b)} {what}"
     at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
-    return f"the tokens differ, first at position {at}: {a[at]} / {b[at]}"
+    return f"the {what} differ, first in row {at}: {a[at]} / {b[at]}"
 
 
 def _keys_that_differ(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

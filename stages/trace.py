@@ -212,7 +212,7 @@ def open_trace(path: Path, layout: Layout | None = None) -> Trace:
     if (path / manifest.NAME).exists():
         return _open_whole(path)
     if layout is None:
-        if not any(_foreign_files(path, "qwen2")) and not any(_foreign_files(path, "qwen3")):
+        if not any(_foreign_files(path, name) for name in ARCHITECTURES):
             raise _no_trace(path)
         raise UserError(
             f"{path}: has no {manifest.NAME}, so its axes are unknown; "

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from stages.architecture import Key, Stage
+from stages.architecture import SOFTMAX, Key, Stage
 from stages.architectures import ALL_NAMES, any_stage
 
 EXACT_BITS = 53.0  # what "no error at all" counts as; the replay itself resolves no more
@@ -191,7 +191,7 @@ def sibling_gap(item: LocalError) -> float:
     within 0.7 bits of each other (measured); the next class is 3 bits away. After a gap with a
     softmax in it they do not: it amplifies what a lower precision before it lost, by as much as
     the layer's scores are large."""
-    if any(stage == "attn_softmax" for stage, _ in item.segment):
+    if any(any_stage(stage).kind is SOFTMAX for stage, _ in item.segment):
         return 8.0
     return 2.5 if item.sums_products else 2.0
 

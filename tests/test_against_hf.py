@@ -13,6 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from oracle.recorder import ATTENTION, Recorder, TorchEngine, modeling, to_numpy
 from qwen_jax.prompt import Prompt
+from qwen_jax.weights import open_model
 from qwen_jax.weights.huggingface import HuggingFaceWeights
 from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
@@ -269,6 +270,14 @@ def test_the_oracle_refuses_when_attention_is_not_called(
         UserError, match="10 capture points never fired, first q_post_rope of layer 0"
     ):
         torch_trace(write_checkpoint(tmp_path, model_type=architecture), (1, 2, 3))
+
+
+def test_the_oracle_refuses_positions_with_gaps(tmp_path) -> None:
+    """transformers takes the row after a gap for the first of another sequence."""
+    model = open_model(write_checkpoint(tmp_path))
+    engine = TorchEngine(model, "float32", "cpu")
+    with pytest.raises(UserError, match="positions have gaps"):
+        engine.run((1, 2, 3), (0, 1, 7), "all", lambda *_: True, lambda *_: None)
 
 
 @pytest.mark.parametrize("trace", [torch_trace, jax_trace])

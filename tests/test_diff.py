@@ -1,6 +1,7 @@
 """Comparing two traces: the numbers, the preflight, and where planted faults are placed."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -251,7 +252,7 @@ def test_nothing_selected_is_not_a_pass(traced, capsys):
 
 def test_other_positions_are_not_comparable(traced, checkpoint, tmp_path, capsys):
     far = traced("--first-position", "3")
-    with pytest.raises(NotComparable, match="positions differ: they start at 0 / 3") as caught:
+    with pytest.raises(NotComparable, match="positions differ, first in row 0: 0 / 3") as caught:
         run(capsys, traced(), far, "--json", tmp_path / "d.json")
     assert caught.value.exit_code == 3
     told = json.loads((tmp_path / "d.json").read_text())
@@ -259,10 +260,29 @@ def test_other_positions_are_not_comparable(traced, checkpoint, tmp_path, capsys
     assert run(capsys, far, far)[0] == 0
     foreign = without_manifest(far, tmp_path / "foreign")
     given = ["--model", checkpoint, "--tokens", TOKENS]
-    with pytest.raises(NotComparable, match="positions differ: they start at 0 / 3"):
+    with pytest.raises(NotComparable, match="positions differ, first in row 0: 0 / 3"):
         run(capsys, foreign, far, *given)
     code, out = run(capsys, foreign, far, *given, "--first-position", "3")
     assert code == 0 and "identical" in out
+
+
+def test_a_dump_is_taken_to_be_of_the_other_sides_model(traced, checkpoint, tmp_path):
+    far = traced("--first-position", "3")
+    foreign = without_manifest(far, tmp_path / "foreign")
+    for found in (diff.diff(foreign, far), diff.diff(str(far), str(foreign))):
+        assert all(row.identical for row in found.rows.values())
+    held = qwen_jax.trace_model(checkpoint, TOKENS, first_position=3)
+    assert diff.diff(foreign, held).a.positions == held.positions
+    with pytest.raises(UserError, match="has no manifest"):
+        diff.diff(foreign, foreign)
+
+
+def test_positions_that_part_after_the_first_are_shown(checkpoint):
+    whole = qwen_jax.trace_model(checkpoint, TOKENS, stages="ffn_up")
+    gap = (*whole.positions[:-1], 99)
+    given = (whole.config, whole.tokens, whole.dtype, whole.values, gap)
+    with pytest.raises(NotComparable, match=f"first in row {len(gap) - 1}: .* / 99"):
+        diff.diff(whole, MemoryTrace("gap", *given))
 
 
 def without_manifest(directory: Path, copy: Path) -> Path:
@@ -361,10 +381,17 @@ def test_a_trace_in_memory_against_one_on_disk(traced, checkpoint, tmp_path, cap
     again = diff.diff(narrow, str(traced()))
     assert code == 0 and told == json.loads(json.dumps(again.to_json()))
     assert str(again) == out
+    assert repr(again) == f"<TraceDifference of {again.a.path} and {again.b.path}: agree>"
     some = diff.diff(narrow, traced(), stages="ffn_up,lm_head", layers="1", tolerance=1e-9)
     assert list(some.rows) == [("ffn_up", 1), ("lm_head", None)]
     assert not some.agree and some.parting == ("ffn_up", 1)
     assert some.smallest_tolerance == max(row.relative_l2 for row in some.rows.values()) > 1e-9
+
+
+@pytest.mark.parametrize("tolerance", [math.nan, math.inf, -1.0])
+def test_a_tolerance_is_a_relative_l2(traced, tolerance):
+    with pytest.raises(UserError, match="expected a relative L2"):
+        diff.diff(traced(), traced(), tolerance=tolerance)
 
 
 def test_another_architecture_is_not_comparable(traced, tmp_path):

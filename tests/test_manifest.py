@@ -413,6 +413,22 @@ def test_a_stage_of_another_architecture(tmp_path, architecture, stage):
     assert f"{stage!r} is no stage of {architecture}" in refusal(tmp_path, changed(change))
 
 
+@pytest.mark.parametrize("size", ["x", 0, -1, 2.5, True, None, [1]])
+def test_sizes_that_no_model_has(tmp_path, size):
+    def change(data):
+        data["model"]["config"]["vocab_size"] = size
+
+    assert "vocab_size of model.config is" in refusal(tmp_path, changed(change))
+
+
+@pytest.mark.parametrize("sliding", ["x", {}, None, True, [], [False] * 9, [1, 0]])
+def test_sliding_layers_that_are_not_one_for_each(tmp_path, sliding):
+    def change(data):
+        data["model"]["config"] |= {"num_hidden_layers": 2, "sliding_layers": sliding}
+
+    assert "sliding_layers of model.config is not" in refusal(tmp_path, changed(change))
+
+
 @pytest.mark.parametrize("positions", [[0, 0], [1, 0], [5, 4]])
 def test_positions_that_do_not_rise(tmp_path, positions):
     message = refusal(tmp_path, changed(lambda data: data.update(positions=positions)))

@@ -12,6 +12,7 @@ from stages import aprt
 from stages.architectures import ARCHITECTURES
 from tests.conftest import ROOT
 from tests.planted import checkpoints
+from tools.numpy_engine import __main__ as command
 from tools.numpy_engine import engine, faults
 from tools.numpy_engine.engine import ARITHMETIC, LAYER_STAGES, OPERATIONS, Engine, Run, Shape
 
@@ -231,3 +232,13 @@ def test_the_hard_checkpoint_is_hard(tmp_path):
     assert cosine("post_attn_residual.residual_subtracted", 3) > 0.999
     assert cosine("post_ffn_residual.residual_layer_input", 2) > 0.999
     assert cosine("k_post_rope.rope_theta", 3) > 0.99
+
+
+def test_a_layer_that_is_not_there_is_refused(monkeypatch, tmp_path, capsys):
+    """Rather than a dump without the fault that its last line speaks of."""
+    out = tmp_path / "dump"
+    asked = ["x", "attn_norm.norm_skipped", "--layers", "0", "5", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", asked)
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--layers 5: layers go from 0 to 4" in capsys.readouterr().err and not out.exists()

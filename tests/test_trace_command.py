@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 import qwen_jax
 from qwen_jax import cli, trace, trace_command
 from qwen_jax.prompt import Prompt, load_tokenizer
+from qwen_jax.tracing import make_plan
 from stages import manifest
 from stages.architectures import ALL_NAMES, ARCHITECTURES
 from stages.errors import UserError
@@ -441,6 +442,35 @@ def test_the_library_computes_what_the_command_writes(world, run, qwen3):
             np.testing.assert_array_equal(held.read(*key), written.read(*key))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"dtype": "int8"}, "no dtype 'int8'; choose one of float32"),
+        ({"backend": "metal"}, "no backend 'metal'; choose one of xla, eager"),
+        ({"logits": "first"}, "no logits 'first'; choose one of last, all"),
+        ({"format": "npz"}, "no format 'npz'; choose one of aprt, safetensors"),
+        ({"tokens": (1.5, 2)}, "token ids are whole numbers"),
+        ({"tokens": 5}, "token ids are whole numbers"),
+    ],
+)
+def test_the_library_refuses_what_the_command_refuses(world, wrong, says):
+    with pytest.raises(UserError, match=says):
+        qwen_jax.trace_model(MODEL[1], **{"tokens": (1, 2), "out": "out"} | wrong)
+    assert not (world / "out").exists()
+
+
+@pytest.mark.parametrize("positions", [(3, 2, 4), (3, 3, 4), (-1, 0, 1), (0, 1), (0, 1, 2**31)])
+def test_positions_that_no_reader_would_accept_are_not_traced(world, positions):
+    """Or what was written could not be opened."""
+    with pytest.raises(UserError, match="no positions of a trace"):
+        make_plan(qwen_jax.open_model(MODEL[1]), (1, 2, 3), positions)
+
+
+def test_a_model_says_what_it_is(world):
+    found = repr(qwen_jax.open_model(MODEL[1]))
+    assert found == f"<HuggingFaceWeights {MODEL[1]}: qwen2, 2 layers, 27 tensors>"
+
+
 @pytest.mark.parametrize("text", ["a\r\nb\n", "a\nb", " a", "\ufeffa", "é\0"])
 def test_a_prompt_is_taken_as_it_is(tmp_path, demo, text):
     """The same bytes are the same tokens, from the command line and from a file."""
@@ -639,3 +669,12 @@ def test_the_exit_code_is_that_of_the_command(monkeypatch):
     with pytest.raises(SystemExit) as exit, contextlib.redirect_stdout(sys.__stdout__):
         cli.run(lambda argv: len(argv))
     assert exit.value.code == 1
+
+
+def test_an_error_of_the_system_says_of_which_file():
+    code = "from qwen_jax import cli; cli.run(lambda argv: open('/absent/file').close())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=user_environment()
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: /absent/file: No such file or directory\n"

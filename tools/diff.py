@@ -18,15 +18,17 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from qwen_jax import arguments, cli
+from qwen_jax.config import Config
 from qwen_jax.weights import open_model
 from stages import preflight
 from stages.architecture import Key, Stage
 from stages.compare import BLOCK, Difference, LogitsDifference, coarser, compare, compare_logits
-from stages.errors import NotComparable, called
+from stages.errors import NotComparable, UserError, called
+from stages.manifest import NAME
 from stages.mask import layer_mask
 from stages.preflight import Preflight
 from stages.selection import parse_layers, parse_stages
-from stages.trace import Trace, open_trace
+from stages.trace import Layout, Trace, open_trace
 
 SCHEMA = 2
 
@@ -94,6 +96,10 @@ class TraceDifference:
         show_difference(console, self)
         return ()
 
+    def __repr__(self) -> str:
+        said = "agree" if self.parting is None else f"differ from {where(*self.parting)} on"
+        return f"<TraceDifference of {self.a.path} and {self.b.path}: {said}>"
+
     def __str__(self) -> str:
         text = io.StringIO()
         Console(file=text, width=120, highlight=False, emoji=False, soft_wrap=True).print(self)
@@ -111,14 +117,17 @@ def diff(
     """Compare two traces, or their directories; ``b`` is the reference.
 
     Arguments:
+        a, b: a dump without a manifest is taken to be of the other side's model and tokens.
         stages, layers: compare only these, as ``--stages`` and ``--layers``.
         tolerance: relative L2 that still agrees; None is that of the coarser dtype.
 
     Raises:
         NotComparable: other tokens, positions, config or weights, or nothing in common.
-        UserError: no such trace, stage or layer, or a file is damaged.
+        UserError: no such trace, stage, layer or tolerance, or a file is damaged.
     """
-    a, b = (each if isinstance(each, Trace) else open_trace(Path(each)) for each in (a, b))
+    if tolerance is not None and not 0 <= tolerance < math.inf:  # NaN passes all or nothing
+        raise UserError(f"tolerance {tolerance}: expected a relative L2 such as 1e-5")
+    a, b = _open(a, b), _open(b, a)
     ready = preflight.check(a, b)
     names = parse_stages(stages, b.tables)
     numbers = parse_layers(layers, b.config["num_hidden_layers"])
@@ -128,6 +137,19 @@ def diff(
     rows, logits = compare_traces(a, b, keys)
     usual = TOLERANCE[coarser(a.dtype, b.dtype)]
     return TraceDifference(a, b, ready, rows, logits, usual if tolerance is None else tolerance)
+
+
+def _open(this: Trace | str | Path, other: Trace | str | Path) -> Trace:
+    if isinstance(this, Trace):
+        return this
+    path, layout = Path(this), None
+    if path.is_dir() and not (path / NAME).exists():
+        known = other if isinstance(other, Trace) else open_trace(Path(other))
+        dims = Config.from_json(known.config).dims(len(known.tokens))
+        layout = Layout(
+            config=known.config, dims=dims, tokens=known.tokens, positions=known.positions
+        )
+    return open_trace(path, layout)
 
 
 def _common_rows(row: Stage, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -333,7 +355,7 @@ def _tolerance(text: str) -> float:
         value = float(text)
     except ValueError:
         value = float("nan")
-    if not 0 <= value < float("inf"):  # NaN would let everything pass or nothing
+    if not 0 <= value < math.inf:  # as ``diff`` does, before the work
         raise argparse.ArgumentTypeError(f"{text!r}: expected a relative L2 such as 1e-5")
     return value
 

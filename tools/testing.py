@@ -18,12 +18,10 @@ from typing import Any
 import pytest
 
 import qwen_jax
-from qwen_jax.config import Config
-from stages import manifest
 from stages.architecture import Key
 from stages.errors import NotComparable, UserError
 from stages.selection import parse_layers, parse_stages
-from stages.trace import Layout, Trace, open_trace
+from stages.trace import Trace
 from tools.diff import diff
 
 
@@ -71,28 +69,14 @@ def assert_traces_agree(
     __tracebackhide__ = True
     allowed = None if bits is None else 0.0 if math.isinf(bits) else 2.0**-bits
     try:
-        a, b = _open(a, b), _open(b, a)
         found = diff(a, b, stages=stages, layers=layers, tolerance=allowed)
-        _check_asked(list(found.rows), stages, layers, b)
+        _check_asked(list(found.rows), stages, layers, found.b)
     except NotComparable as error:
         raise AssertionError(str(error)) from None
     except UserError as error:
         raise type(error)(str(error)) from None  # without where in this project it came from
     if not found.agree:
-        raise AssertionError(f"{a.name} against {b.name}\n\n{found}")
-
-
-def _open(this: Trace | str | Path, other: Trace | str | Path) -> Trace:
-    if isinstance(this, Trace):
-        return this
-    path, layout = Path(this), None
-    if path.is_dir() and not (path / manifest.NAME).exists():
-        known = other if isinstance(other, Trace) else open_trace(Path(other))
-        dims = Config.from_json(known.config).dims(len(known.tokens))
-        layout = Layout(
-            config=known.config, dims=dims, tokens=known.tokens, positions=known.positions
-        )
-    return open_trace(path, layout)
+        raise AssertionError(f"{found.a.name} against {found.b.name}\n\n{found}")
 
 
 def _check_asked(found: list[Key], stages: str, layers: str, trace: Trace) -> None:

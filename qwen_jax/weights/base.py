@@ -85,6 +85,13 @@ class Weights(ABC):
         self.hashes: dict[str, WeightEntry] = {}
         self._hashing: dict[str, tuple[int, xxhash.xxh3_64]] = {}  # next row, hash of those before
 
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"<{type(self).__name__} {self.name}: {config.architecture}, "
+            f"{config.num_hidden_layers} layers, {len(self.shapes)} tensors>"
+        )
+
     @abstractmethod
     def dtype(self, name: str) -> np.dtype:
         """The dtype in which a tensor is stored."""

@@ -45,6 +45,8 @@ def main() -> None:
     planted = known.get(args.fault)
     if planted is None and args.fault != "none":
         parser.error(f"{args.fault}: {loaded[0].architecture} has no such stage")
+    if outside := [n for n in args.layers or () if not 0 <= n < loaded[0].layers]:
+        parser.error(f"--layers {outside[0]}: layers go from 0 to {loaded[0].layers - 1}")
     tokens = read_tokens(parser, args.model, args.tokens)
     more = {"first_position": args.first_position, "last_row": args.last_row}
     faults.plant(loaded, tokens, planted, args.layers, args.mode, **more).dump(args.out)

@@ -493,15 +493,6 @@ def write_aprt(path: Path, layer: int | None, values: Array) -> None:
     path.write_bytes(header + values.astype("<f4").tobytes())
 
 
-def read_aprt(path: Path) -> tuple[int | None, Array]:
-    """The layer field and the flat values of one file."""
-    data = path.read_bytes()
-    magic, layer, count = struct.unpack("<4sII", data[:12])
-    assert magic == b"APRT"
-    assert len(data) == 12 + 4 * count
-    return (None if layer == 0xFFFFFFFF else layer), np.frombuffer(data, "<f4", offset=12)
-
-
 # A dump mistake: from the engine, all stages and the place, what the file holds instead.
 Redump = Callable[["Engine", Mapping[Key, Array], Key], Array]
 
