@@ -24,8 +24,9 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from qwen_jax.weights.base import Weights
 from qwen_jax.weights.huggingface import HuggingFaceWeights
-from stages.architecture import ACTIVATION, Architecture, Key, Stage
+from stages.architecture import Architecture, Key, Stage
 from stages.errors import UserError, called
+from stages.places import Place, parts, place
 from stages.version import NAME, version
 
 Want = Callable[[str, int | None], bool]
@@ -47,9 +48,7 @@ class Recorder(ExitStack):
     as each stage is computed; tensors come as one sequence, without the batch axis, in the axes of
     the stage table.
 
-    Where a stage is found follows from its row: one with a parameter is the output of the module
-    that holds it, the activation that of the module of its name, the layer's output that of the
-    layer. One without is what such a module reads, if nothing else is. What lies between q, k, v
+    Where a stage is found follows from its row, see ``stages.places``. What lies between q, k, v
     and ``attention`` goes through the attention interface.
     """
 
@@ -60,48 +59,39 @@ class Recorder(ExitStack):
         self.record = record
         self.code = modeling(tables)
         self._parts: dict[Key, dict[str, torch.Tensor]] = {}  # q, k, v on their way to one tensor
-        for row in (*tables.start_stages, *tables.end_stages[:-1]):
-            module = model.get_submodule(tables.parameter[row.parameters[0]].module)
-            self._output(module, row, row.layer_of(0))
-        core = model.get_submodule("model.layers")
-        for index, layer in enumerate(core):
-            for row in tables.layer_stages:
-                self._hook(layer, index, row, tables)
+        for path, module in model.named_modules():
+            for side in ("in", "out"):
+                found = place(tables, path, side)
+                if found and not _elsewhere(tables.stage[found.stage], tables):
+                    self._hook(module, side, found, list(parts(tables, found.stage)))
+        for layer in model.get_submodule("model.layers"):
             layer.self_attn.recorder = self  # found by ``_attention`` through its module
             self.callback(delattr, layer.self_attn, "recorder")
 
-    def _hook(self, layer: torch.nn.Module, index: int, row: Stage, tables: Architecture) -> None:
-        """Capture one stage of one layer, unless the attention interface does."""
-        modules = [tables.parameter[name].module for name in row.parameters]
-        if row is tables.layer_output:
-            self._output(layer, row, index)
-        elif row.linear and len(modules) > 1:
-            for name in modules:
-                self._projection(layer.get_submodule(name), name, modules, index)
-        elif row.kind is ACTIVATION:
-            self._output(layer.get_submodule("mlp.act_fn"), row, index)
-        elif len(modules) == 1:
-            self._output(layer.get_submodule(modules[0]), row, index)
-        elif not row.kind.sums_products:
-            for reader in tables.stages:
-                if reader.inputs == (row.name,) and len(reader.parameters) == 1:
-                    module = layer.get_submodule(tables.parameter[reader.parameters[0]].module)
-                    return self._input(module, row, index)
+    def _hook(self, module: torch.nn.Module, side: str, found: Place, parts: list[str]) -> None:
+        if found.part:
+            self._projection(module, found.part, parts, found.layer)
+        elif side == "in":
+            self._input(module, found.stage, found.layer)
+        else:
+            self._output(module, found.stage, found.layer)
 
-    def _output(self, module: torch.nn.Module, row: Stage, layer: int | None) -> None:
+    def _output(self, module: torch.nn.Module, stage: str, layer: int | None) -> None:
         def hook(module: Any, args: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
-            self.record(row.name, layer, tensor[0])
+            self.record(stage, layer, tensor[0])
 
         self.enter_context(module.register_forward_hook(hook))
 
-    def _input(self, module: torch.nn.Module, row: Stage, layer: int) -> None:
+    def _input(self, module: torch.nn.Module, stage: str, layer: int | None) -> None:
         def hook(module: Any, args: Any) -> None:
-            self.record(row.name, layer, args[0][0])
+            self.record(stage, layer, args[0][0])
 
         self.enter_context(module.register_forward_pre_hook(hook))
 
-    def _projection(self, linear: torch.nn.Module, part: str, parts: list[str], layer: int) -> None:
+    def _projection(
+        self, linear: torch.nn.Module, part: str, parts: list[str], layer: int | None
+    ) -> None:
         """q, k and v side by side, without the bias (the product alone, never output - bias) and,
         where there is one, with it."""
 
@@ -118,6 +108,11 @@ class Recorder(ExitStack):
                     del self._parts[stage, layer]
 
         self.enter_context(linear.register_forward_hook(hook))
+
+
+def _elsewhere(row: Stage, tables: Architecture) -> bool:
+    """Whether a stage is recorded by ``_attention``, or is the logits."""
+    return row is tables.head or (row.kind.sums_products and not row.parameters)
 
 
 def modeling(tables: Architecture) -> ModuleType:

@@ -12,13 +12,13 @@ import qwen_jax
 from qwen_jax.weights import open_model
 from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
+from stages.places import Place, place
 from stages.trace import Trace, open_trace
 from tests import test_readme, tiny
 from tests.conftest import ROOT
 from tests.traces import visible
 from tools.collect import Recorder, engines
 from tools.collect.__main__ import main
-from tools.collect.places import Place, place
 
 RANDOM = np.random.default_rng(0)
 # llama.cpp wants D = N*H of a Qwen2, and so does mlx-lm.

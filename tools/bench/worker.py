@@ -16,6 +16,7 @@ from typing import Any
 
 from qwen_jax import trace_command, tracing
 from qwen_jax.tracing import Engine, Plan
+from stages.places import modules
 
 Run = Callable[[], None]
 
@@ -53,28 +54,20 @@ def nnsight(plan: Plan, out: Path) -> Run:
     network = nnsight.NNsight(recorder.load(plan.model, plan.dtype, "eager"))
     ids = torch.tensor([plan.tokens])
 
+    config = plan.model.config
+    places = [
+        each
+        for row, layer in config.tables.computation_order(config.num_hidden_layers)
+        for each in modules(config.tables, row, layer)
+    ]
+
     def run() -> None:
         saved = []
         with torch.inference_mode(), network.trace(ids, use_cache=False, logits_to_keep=1):
-            saved.append(network.model.embed_tokens.output.save())
-            for layer in network.model.layers:
-                saved.append(layer.input_layernorm.output.save())
-                saved.append(layer.self_attn.q_proj.output.save())
-                saved.append(layer.self_attn.k_proj.output.save())
-                saved.append(layer.self_attn.v_proj.output.save())
-                saved.append(layer.self_attn.o_proj.input.save())
-                saved.append(layer.self_attn.o_proj.output.save())
-                saved.append(layer.post_attention_layernorm.input.save())
-                saved.append(layer.post_attention_layernorm.output.save())
-                saved.append(layer.mlp.gate_proj.output.save())
-                saved.append(layer.mlp.act_fn.output.save())
-                saved.append(layer.mlp.up_proj.output.save())
-                saved.append(layer.mlp.down_proj.input.save())
-                saved.append(layer.mlp.down_proj.output.save())
-                saved.append(layer.output.save())
-            saved.append(network.model.norm.output.save())
-            saved.append(network.lm_head.output.save())
-        assert len(saved) == 14 * plan.model.config.num_hidden_layers + 3
+            for path, side in dict.fromkeys(places):
+                module = network.get(path)
+                saved.append((module.input if side == "in" else module.output).save())
+        assert len(saved) == len(set(places))
 
     return run
 

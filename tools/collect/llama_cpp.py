@@ -15,7 +15,10 @@ import numpy as np
 
 from qwen_jax.weights.base import Weights
 from qwen_jax.weights.gguf import GgufWeights
+from stages.architecture import ADD, LINEAR, LOOKUP, NORM
+from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
+from stages.places import parts
 from tools.collect.ggml import PLAIN, TYPES, Batch, Eval, Library, Log, Tensor
 from tools.collect.recorder import Recorder
 from tools.collect.session import Session
@@ -27,30 +30,27 @@ RESULT = re.compile(r"(\w+)-(\d+)")
 CACHE = re.compile(r"cache_(k|v)_l(\d+)")
 TURN = re.compile(r"attn_inp_(k|v)_rot")
 
-# (operation, weight) -> stage, part of qkv. An operation's second weight is what a MUL or an ADD
-# takes beside its input.
-BY_WEIGHT = {
-    ("GET_ROWS", "token_embd.weight"): ("embedding", ""),
-    ("MUL", "attn_norm.weight"): ("attn_norm", ""),
-    ("MUL_MAT", "attn_q.weight"): ("qkv_matmul", "q_proj"),
-    ("MUL_MAT", "attn_k.weight"): ("qkv_matmul", "k_proj"),
-    ("MUL_MAT", "attn_v.weight"): ("qkv_matmul", "v_proj"),
-    ("MUL_MAT", "attn_qkv.weight"): ("qkv_matmul", ""),
-    ("ADD", "attn_q.bias"): ("qkv_bias", "q_proj"),
-    ("ADD", "attn_k.bias"): ("qkv_bias", "k_proj"),
-    ("ADD", "attn_v.bias"): ("qkv_bias", "v_proj"),
-    ("ADD", "attn_qkv.bias"): ("qkv_bias", ""),
-    ("MUL", "attn_q_norm.weight"): ("q_norm", ""),
-    ("MUL", "attn_k_norm.weight"): ("k_norm", ""),
-    ("MUL_MAT", "attn_output.weight"): ("attn_out", ""),
-    ("MUL", "ffn_norm.weight"): ("ffn_norm", ""),
-    ("MUL_MAT", "ffn_gate.weight"): ("ffn_gate", ""),
-    ("MUL_MAT", "ffn_up.weight"): ("ffn_up", ""),
-    ("MUL_MAT", "ffn_down.weight"): ("ffn_out", ""),
-    ("MUL", "output_norm.weight"): ("final_norm", ""),
-    ("MUL_MAT", "output.weight"): ("lm_head", ""),
-    ("MUL_MAT", "token_embd.weight"): ("lm_head", ""),  # tied
-}
+OPERATIONS = {LOOKUP: "GET_ROWS", LINEAR: "MUL_MAT", NORM: "MUL", ADD: "ADD"}
+
+
+def _by_weight() -> dict[tuple[str, str], tuple[str, str]]:
+    """(operation, weight) -> stage, part of qkv. An operation's second weight is what a MUL or an
+    ADD takes beside its input."""
+    found = {("MUL_MAT", "attn_qkv.weight"): ("qkv_matmul", "")}  # q, k and v in one
+    found["ADD", "attn_qkv.bias"] = ("qkv_bias", "")
+    for tables in ARCHITECTURES.values():
+        for row in tables.stages:
+            beside = parts(tables, row.name)
+            for parameter in (tables.parameter[name] for name in row.parameters):
+                part = parameter.module.rpartition(".")[2] if beside else ""
+                found[OPERATIONS[row.kind], parameter.gguf] = row.name, part
+                if parameter.tied_to:
+                    tied = tables.parameter[parameter.tied_to].gguf
+                    found[OPERATIONS[row.kind], tied] = row.name, part
+    return found
+
+
+BY_WEIGHT = _by_weight()
 # (operation, name of its result) -> stage
 BY_NAME = {
     ("ROPE", "Qcur"): "q_post_rope",

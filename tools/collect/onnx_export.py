@@ -21,9 +21,10 @@ import onnx
 import torch
 
 from qwen_jax.weights.base import Weights
+from stages import places
 from stages.architecture import Architecture
 from stages.errors import UserError
-from tools.collect import huggingface, places
+from tools.collect import huggingface
 from tools.collect.recorder import Recorder
 from tools.collect.session import Session
 

@@ -19,13 +19,13 @@ import numpy as np
 
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
+from stages import places
 from stages.architecture import Key, Stage, axis_size
 from stages.errors import UserError
 from stages.manifest import DTYPES, DType, Format, Manifest, Model, WeightEntry
 from stages.selection import parse_layers, parse_stages
 from stages.version import NAME, version
 from stages.writer import TraceWriter
-from tools.collect import places
 
 NOT_SEEN = "the engine did not show it"
 
@@ -76,7 +76,7 @@ class Recorder:
     Arguments:
         model: of ``qwen_jax.open_model``, or what it takes.
         stages, layers: what to record, as ``--stages`` and ``--layers``.
-        biased: the modules q_proj, k_proj and v_proj add their bias themselves.
+        biased: the modules of q, k and v add their bias themselves.
 
     Raises:
         UserError: no such model, stage or layer.
@@ -125,8 +125,9 @@ class Recorder:
 
     def named(self, layer: int | None, stage: str, value: Any, part: str = "") -> None:
         """A stage's rows of this call, in the axes of the stage table, with or without batch axes
-        of 1; its last rows, where it has fewer than the call. ``part`` is "q_proj", "k_proj" or
-        "v_proj" where the three that stand side by side come one by one; the last one given counts.
+        of 1; its last rows, where it has fewer than the call. ``part`` is the last name of one of
+        the modules of q, k and v, where the three that stand side by side come one by one; the last
+        one given counts.
 
         Raises:
             UserError: no such stage, another shape, or given twice in one call.

@@ -68,6 +68,16 @@ def _places(tables: Architecture, row: Stage) -> Iterator[tuple[tuple[str, str],
                 yield (module, "in"), Place(row.name, None)
 
 
+def modules(tables: Architecture, row: Stage, layer: int | None) -> list[tuple[str, str]]:
+    """The Hugging Face path and side of the modules that a stage is found at, in order; empty
+    where it is the value of none."""
+    found = []
+    for (end, side), _ in _places(tables, row):
+        path = f"model.layers.{layer}.{end}".rstrip(".") if row.scope == "layer" else end
+        found.append((path, side))
+    return found
+
+
 def parts(tables: Architecture, stage: str) -> dict[str, str]:
     """The last names of the modules whose values stand side by side in a stage, in order, with the
     axis of each; empty where it is the value of one module, or of none."""
