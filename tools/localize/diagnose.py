@@ -14,9 +14,9 @@ from stages.trace import coarsest_dtype
 from stages.verdict import LocalError, Suspect
 from tools.localize import shapes
 from tools.localize.catalogue import CATALOGUE, Mistake
+from tools.localize.causes import Explanation, Finding
 from tools.localize.fitting import Fitted
 from tools.localize.formats import GRIDS, Format
-from tools.localize.report import Explanation, Finding
 from tools.localize.stage_replay import StageReplay, confine, focus_of
 
 # An explanation must bring back what the right function would have, within this many bits, and
@@ -168,18 +168,20 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     needed = max(sound, base + SLACK)
     found: list[tuple[int, Explanation]] = []
 
-    def consider(rank: int, name: str, says: str, candidate: Array, rotated: bool = False) -> None:
+    def consider(
+        rank: int, name: str, says: str, candidate: Array, rotated: bool = False, detail: str = ""
+    ) -> None:
         score = case.scored(candidate, focus, rotated)
         least = _smooth_needed(base, suspect.expected) if name in SMOOTH_SHAPES else needed
         if score >= least:
-            found.append((rank, Explanation(name, score, says)))
+            found.append((rank, Explanation(name, score, says, detail)))
 
     entries = _entries(case, finding.dump_only)
     entries.sort(key=lambda entry: entry.name not in hints)
     for rank, entry in enumerate(entries):
         for detail, candidate in entry.candidates(case):
             says = entry.says.replace("{}", detail)
-            consider(rank, entry.name, says, candidate, entry.rotated)
+            consider(rank, entry.name, says, candidate, entry.rotated, detail)
         if found and entry.name in hints:
             break
     if not found and suspect.why != "nan":
