@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax import Array
 
@@ -27,6 +28,7 @@ from stages.architecture import (
     Stage,
 )
 from stages.architectures import ALL_NAMES, any_stage
+from tools.localize import rearranged
 from tools.localize.approximations import exponentials, tanh_by_fraction, tanh_by_long_fraction
 from tools.localize.stage_replay import StageReplay, Weight
 
@@ -308,6 +310,21 @@ def _(case: StageReplay) -> Candidates:
     yield "", _over(case, _mean_magnitude)
 
 
+# A mean square or a root that was kept in 16 bits is off by less: bfloat16 has lost 5 % of a sum.
+NOT_UPCAST, ONE_UNIT = 0.1, 2.0**-12
+
+
+@mistake("norm_not_upcast", "mean square kept in 16 bits: rows off by up to {}", NORMS, near=True)
+def _(case: StageReplay) -> Candidates:
+    exact = case.exact
+    along = (case.dump * exact).sum(-1, keepdims=True)
+    factor = along / jnp.maximum((exact * exact).sum(-1, keepdims=True), 1e-300)
+    off = float(jnp.abs(factor - 1).max())
+    # one factor for all rows is another mistake
+    if ONE_UNIT < off < NOT_UPCAST and float(factor.max() - factor.min()) > ONE_UNIT:
+        yield f"{off:.2g}", exact * factor
+
+
 # --- linear layers
 
 
@@ -447,6 +464,13 @@ def _(case: StageReplay) -> Candidates:
         yield f"{cap:g}", cap * jnp.tanh(case.exact / cap)
 
 
+@mistake("head_zero_initialised", "the same number for every token: the head is empty", "lm_head")
+def _(case: StageReplay) -> Candidates:
+    first = case.dump[..., :1]
+    if bool((case.dump == first).all()):
+        yield "", jnp.broadcast_to(first, case.exact.shape)
+
+
 # --- bias
 
 
@@ -482,6 +506,29 @@ simple("bias_q_only", "bias added to q alone", BIASES, lambda case: _biased(case
 simple("bias_q_missing", "bias of q not added", BIASES, lambda case: _biased(case, 0, 1, 1))
 simple("bias_k_missing", "bias of k not added", BIASES, lambda case: _biased(case, 1, 0, 1))
 simple("bias_v_missing", "bias of v not added", BIASES, lambda case: _biased(case, 1, 1, 0))
+
+
+simple("bias_v_only", "bias added to v alone", BIASES, lambda case: _biased(case, 0, 0, 1))
+
+
+@mistake("bias_shard_only", "bias added to the {} of the channels alone", BIASES)
+def _(case: StageReplay) -> Candidates:
+    biases = _biases(case)
+    for shards in (2, 4, 8):
+        for place in range(shards):
+            kept = [_shard(b, shards, place) for b in biases]
+            yield f"{_ordinal(place)} of {shards} shards", _with_bias(case, *kept)
+    for shards in (2, 4):  # of the three side by side
+        kept_whole = _shard(jnp.concatenate(biases), shards, 0)
+        yield f"first of {shards} shards", case.inputs[0] + kept_whole
+
+
+def _shard(x: Array, shards: int, place: int) -> Array:
+    return jnp.where(np.arange(len(x)) * shards // len(x) == place, x, 0)
+
+
+def _ordinal(place: int) -> str:
+    return ("first", "second", "third")[place] if place < 3 else f"{place + 1}th"
 
 
 # --- RoPE
@@ -615,6 +662,92 @@ def _(case: StageReplay) -> Candidates:
         yield " to the magnitude", case.run(pos=_table(case, case.positions, yarn=plain))
 
 
+@mistake("bias_after_rope", "bias added after RoPE instead of before", ROPES)
+def _(case: StageReplay) -> Candidates:
+    biased = case.tables.stage.get("qkv_bias")
+    if biased is None or biased.name not in case.stage.inputs:
+        return
+    parts = [jnp.asarray(case.parameter(name)) for name in biased.parameters]
+    q, k, _ = split_heads(case.config, jnp.concatenate(parts)[None, None])
+    bias, given = q if case.stage.axes[1] == "N" else k, _unrotated(case)
+    yield "", _rotated(case, given - bias) + bias
+    yield "", _rotated(case, given) + bias  # where the dump before it has no bias either
+
+
+@mistake("rope_first_head_only", "only the {} head rotated", ROPES)
+def _(case: StageReplay) -> Candidates:
+    heads = np.arange(case.exact.shape[2])[:, None]
+    yield "first", jnp.where(heads == 0, case.exact, _unrotated(case))
+    yield "last", jnp.where(heads == heads.max(), case.exact, _unrotated(case))
+
+
+@mistake("rope_pair_offset", "RoPE pairs channels {} apart, not H/2", ROPES)
+def _(case: StageReplay) -> Candidates:
+    x = _unrotated(case)
+    cos, sin = (t.astype(jnp.float64)[:, :, None, :] for t in (case.pos.cos, case.pos.sin))
+    for parts in (2, 4, 8):  # pairs lie within so many parts of a head
+        size = case.config.head_dim // parts
+        if size % 2:
+            continue
+        says = f"H/{2 * parts}"
+        grid = x.reshape(*x.shape[:-1], parts, size)
+        for tables in (_in_parts(cos, sin, parts), _first_part(cos, sin, size // 2)):
+            c, s = tables
+            a, b = jnp.split(grid, 2, -1)
+            yield says, jnp.concatenate([a * c - b * s, b * c + a * s], -1).reshape(x.shape)
+
+
+def _in_parts(cos: Array, sin: Array, parts: int) -> tuple[Array, Array]:
+    """The frequencies go on from part to part."""
+    shape = *cos.shape[:-1], parts, cos.shape[-1] // parts
+    return cos.reshape(shape), sin.reshape(shape)
+
+
+def _first_part(cos: Array, sin: Array, pairs: int) -> tuple[Array, Array]:
+    """Every part has the first frequencies."""
+    return cos[..., None, :pairs], sin[..., None, :pairs]
+
+
+@mistake(
+    "positions_not_shifted",
+    "RoPE positions off by {}, as if padding or a cached prefix were not counted",
+    ROPES,
+)
+def _(case: StageReplay) -> Candidates:
+    for step in _offsets(case):
+        yield f"{step:+d}", case.run(pos=_table(case, case.positions + step))
+
+
+def _offsets(case: StageReplay) -> list[int]:
+    """By how many positions the dump's angles are off, if all by as many."""
+    (a, b), (c, d) = (jnp.split(jnp.asarray(x), 2, -1) for x in (case.exact, case.dump))
+    finite = jnp.isfinite(c) & jnp.isfinite(d)
+    turn = jnp.where(finite, (c + 1j * d) * (a - 1j * b), 0).sum((0, 1, 2))
+    frequency, _ = rope.inverse_frequencies(case.config)
+    longest = case.config.max_position_embeddings
+    steps = np.arange(-min(longest, 4096), min(longest, 4096) + 1)
+    phase = np.exp(-1j * steps[:, None] * frequency.astype(np.float64))
+    best = int(steps[(phase @ np.asarray(turn)).real.argmax()])
+    return [best] if best else []
+
+
+@mistake("rope_mscale_twice", "YaRN's factor on cos and sin applied twice", ROPES, near=True)
+def _(case: StageReplay) -> Candidates:
+    _, factor = rope.inverse_frequencies(case.config)
+    if factor != 1:
+        yield "", case.exact * factor
+
+
+@mistake("rope_factor_twice", "YaRN's stretching of positions applied twice", ROPES, near=True)
+def _(case: StageReplay) -> Candidates:
+    if case.config.yarn is not None:
+        _, magnitude = rope.inverse_frequencies(case.config)
+        twice = replace(
+            case.config.yarn, factor=case.config.yarn.factor**2, attention_factor=magnitude
+        )
+        yield "", case.run(pos=_table(case, case.positions, yarn=twice))
+
+
 # --- attention
 
 
@@ -626,6 +759,14 @@ def _scale(case: StageReplay) -> float:
 @mistake("scale_missing", "scale 1/sqrt(H) missing", "attn_scores")
 def _(case: StageReplay) -> Candidates:
     yield "", case.exact / _scale(case)
+
+
+@mistake("scale_rounded", "scale 1/sqrt(H) rounded to {}", "attn_scores", near=True)
+def _(case: StageReplay) -> Candidates:
+    for name, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)):
+        rounded = float(np.asarray(_scale(case)).astype(dtype))
+        if rounded != _scale(case):
+            yield name, case.exact * (rounded / _scale(case))
 
 
 simple("scale_hidden", "scaled by 1/sqrt(D) instead of 1/sqrt(H)", "attn_scores",
@@ -1004,3 +1145,59 @@ def _(case: StageReplay) -> Candidates:
         moved = case.stage.by_head(heads, np.asarray(case.exact))[order]
         says = ",".join(map(str, order)) if heads <= 16 else "of a permutation"
         yield says, jnp.asarray(case.stage.from_heads(moved, case.exact.shape))
+
+
+@mistake("tail_not_written", "the last {}", ALL, None)
+def _(case: StageReplay) -> Candidates:
+    dump = np.asarray(case.dump)
+    for axis, what in _tails(case):
+        rows = np.moveaxis(dump, axis, 0).reshape(dump.shape[axis], -1)
+        for count, says in (
+            (_trailing((rows == 0).all(1)), "zero"),
+            (_repeated(rows), "as before them"),
+        ):
+            if 0 < count < len(rows):
+                kept = len(rows) - count
+                exact = jnp.moveaxis(case.exact, axis, 0)
+                end = 0 if says == "zero" else exact[kept - 1]
+                yield f"{count} {what} {says}", jnp.moveaxis(exact.at[kept:].set(end), 0, axis)
+
+
+def _tails(case: StageReplay) -> Iterator[tuple[int, str]]:
+    """The axes whose end may be left unwritten: positions, and channels that are no heads."""
+    if "T" in case.stage.axes:
+        yield 1 + case.stage.axes.index("T"), "positions"
+    if case.stage.linear:
+        yield case.dump.ndim - 1, "channels"
+
+
+def _trailing(marks: Any) -> int:
+    """How many marks in a row stand at the end."""
+    return len(marks) if marks.all() else int(marks[::-1].argmin())
+
+
+def _repeated(rows: np.ndarray) -> int:
+    """How many rows at the end are the same as the one before them."""
+    return _trailing(np.concatenate([[False], (rows[1:] == rows[:-1]).all(1)]))
+
+
+LARGEST_F16 = 65504.0
+
+
+@mistake("saturated_to_65504", "{} elements clamped to 65504, where float16 ends", ALL, None)
+def _(case: StageReplay) -> Candidates:
+    beyond = int((jnp.abs(case.exact) > LARGEST_F16).sum())
+    if beyond:
+        yield str(beyond), jnp.clip(case.exact, -LARGEST_F16, LARGEST_F16)
+
+
+# --- weights in another order or type: the last, as what has a name of its own is also one of these
+
+mistake("vocabulary_rolled", "rows of the vocabulary moved by {}", "embedding lm_head")(
+    rearranged.vocabulary
+)
+mistake("weight_requantised", "weight in another type: {}", f"embedding {LINEARS}", near=True)(
+    rearranged.requantised
+)
+mistake("columns_permuted", "columns in another order: {}", LINEARS)(rearranged.columns)
+mistake("rows_permuted", "rows of {}", f"{LINEARS} {BIASES}", None)(rearranged.rows)

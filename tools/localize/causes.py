@@ -252,7 +252,9 @@ def _worded(fault: Fault) -> Fault:
     """What the first stage says may be true of that stage alone."""
     if fault.joined or not fault.diagnosis:
         return fault
-    first, stages = fault.diagnosis[0], (fault.stage, *fault.also)
+    late = [f.diagnosis[0] for f in fault.findings if f.diagnosis[0].name == "bias_after_rope"]
+    first, stages = (late or fault.diagnosis)[0], (fault.stage, *fault.also)
+    fault.joined = first if late else None
     says = JOINED[first.name](fault) if len(stages) > 1 and first.name in JOINED else ""
     if says:
         fault.joined = replace(first, says=says)
