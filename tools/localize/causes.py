@@ -157,6 +157,7 @@ OF_FILES = ("weight_requantised", "vocabulary_rolled")
 # Names that are said of one stage where another stage of the same layer shows the rest of it.
 PARTS = {
     "gate_up_swapped": ("gate_up_swapped",),
+    "rope_before_norm": ("rope_before_norm", "rope_missing"),
     "bias_after_rope": ("bias_missing", "bias_after_rope", "bias_v_only"),
     "bias_missing": ("bias_after_rope",),
     "bias_v_only": ("bias_after_rope",),
@@ -179,7 +180,8 @@ def _same_cause(first: Fault, second: Fault) -> bool:
     if first.name in CONSTANTS:
         return len(kinds) == 1 and first.diagnosis[0].says == second.diagnosis[0].says
     if first.name in OF_FILES:
-        return first.diagnosis[0].detail == second.diagnosis[0].detail
+        types = [fault.diagnosis[0].detail.split(", of ")[0] for fault in (first, second)]
+        return types[0] == types[1]
     return layers and (first.name in OF_ROWS or kinds <= {NORM} or kinds <= {ROTATION})
 
 

@@ -24,6 +24,10 @@ from tools.localize.stage_replay import StageReplay, confine, focus_of
 SLACK = 2.5
 VAGUE = 4.0  # an input that lacks that many bits cannot show what a stage made of it
 SMOOTH_SHAPES = ("constant_factor", "additive_constant", "row_scaled", "function_approximate")
+# What need not bring back everything: those, and a quantiser, whose ties fall either way.
+LENIENT = (*SMOOTH_SHAPES, "weight_requantised")
+# What has a number for every row: it follows the rounding too, and would win by that.
+FITTED = ("norm_not_upcast",)
 SHOWN = 3  # explanations listed for one fault
 
 
@@ -172,7 +176,7 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
         rank: int, name: str, says: str, candidate: Array, rotated: bool = False, detail: str = ""
     ) -> None:
         score = case.scored(candidate, focus, rotated)
-        least = _smooth_needed(base, suspect.expected) if name in SMOOTH_SHAPES else needed
+        least = _smooth_needed(base, suspect.expected) if name in LENIENT else needed
         if score >= least:
             found.append((rank, Explanation(name, score, says, detail)))
 
@@ -193,7 +197,7 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     if not found and suspect.why != "nan":
         _confined(case, finding, found)
     # half a bit is within the noise: the more specific entry, which stands first, wins
-    found.sort(key=lambda pair: (-round(2 * pair[1].bits) / 2, pair[0]))
+    found.sort(key=lambda pair: (pair[1].name in FITTED, -round(2 * pair[1].bits) / 2, pair[0]))
     seen: dict[str, Explanation] = {}
     for _, explanation in found:
         seen.setdefault(explanation.name, explanation)
