@@ -201,7 +201,8 @@ def _types() -> Iterator[tuple[str, int, Change]]:
     yield "BF16", 1, emulated.bf16
     for name, quantise in (
         ("Q8_0", _q8_0_of_weights), ("Q8_0", emulated.q8_0), ("Q5_0", emulated.q5_0),
-        ("Q5_1", emulated.q5_1), ("Q4_0", emulated.q4_0), ("Q4_1", emulated.q4_1), ("IQ4_NL", emulated.iq4_nl),
+        ("Q5_1", emulated.q5_1), ("Q4_0", emulated.q4_0), ("Q4_1", emulated.q4_1),
+        ("IQ4_NL", emulated.iq4_nl),
     ):  # fmt: skip
         yield name, 32, quantise
     yield "int8 per row", 1, emulated.symmetric
