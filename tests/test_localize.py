@@ -105,7 +105,12 @@ def test_a_cosine_threshold_does_not_pass_the_matrix(directory):
                     diagnosis=[], suspect=SimpleNamespace(item=item, why="cosine")
                 )
                 fault = SimpleNamespace(
-                    stage=stage, layer=layer, also=[], first=finding, findings=[finding]
+                    stage=stage,
+                    layer=layer,
+                    also=[],
+                    diagnosis=[],
+                    first=finding,
+                    findings=[finding],
                 )
                 return [fault]
         return []

@@ -101,7 +101,7 @@ class Bench:
         run = self.plant(fault, which)
         found = (judge or (lambda r: reported(self.localize(r))))(run)
         accused = tuple((f.stage, f.layer) for f in found)
-        names = tuple(f.first.diagnosis[0].name if f.first.diagnosis else "-" for f in found)
+        names = tuple(f.diagnosis[0].name if f.diagnosis else "-" for f in found)
         stages = [stage for f in found for stage in (f.stage, *f.also)]
         planted = {stage for _, stage in run.effects}
         placed = bool(found) and set(stages) <= planted and self._layers_right(fault, found, run)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax import Array
 
@@ -27,6 +28,8 @@ from stages.architecture import (
     Stage,
 )
 from stages.architectures import ALL_NAMES, any_stage
+from tools.localize import rearranged
+from tools.localize.approximations import exponentials, tanh_by_fraction, tanh_by_long_fraction
 from tools.localize.stage_replay import StageReplay, Weight
 
 Candidates = Iterator[tuple[str, Array]]
@@ -95,12 +98,34 @@ def mistake(
     return enter
 
 
+def simple(
+    name: str,
+    says: str,
+    stages: str,
+    candidate: Callable[[StageReplay], Array | None],
+    dump_only: bool | None = False,
+    near: bool = False,
+) -> None:
+    """Enter a mistake with one candidate; None where it cannot be made."""
+
+    def candidates(case: StageReplay) -> Candidates:
+        value = candidate(case)
+        if value is not None:
+            yield "", value
+
+    mistake(name, says, stages, dump_only, near)(candidates)
+
+
+def _given(value: Array | None, function: Callable[[Array], Array]) -> Array | None:
+    """``function`` of a value that may not be in the trace."""
+    return None if value is None else function(value)
+
+
 # --- embedding
 
 
-@mistake("embedding_scaled_sqrt_d", "embedding multiplied by sqrt(D), as Gemma does", "embedding")
-def _(case: StageReplay) -> Candidates:
-    yield "", case.exact * np.sqrt(case.config.hidden_size)
+simple("embedding_scaled_sqrt_d", "embedding multiplied by sqrt(D), as Gemma does", "embedding",
+       lambda case: case.exact * np.sqrt(case.config.hidden_size))  # fmt: skip
 
 
 def _embedding_table(case: StageReplay) -> np.ndarray:
@@ -172,25 +197,26 @@ def _(case: StageReplay) -> Candidates:
     yield "0", case.run(config=replace(case.config, rms_norm_eps=1e-300))
 
 
-@mistake("norm_layernorm", "LayerNorm (mean subtracted) instead of RMSNorm", NORMS, near=True)
-def _(case: StageReplay) -> Candidates:
-    x = _normed(case)
-    x = x - x.mean(-1, keepdims=True)
-    yield "", x / jnp.sqrt(_mean_square(case, x)) * _norm_weight(case)
-
-
 def _mean_square(case: StageReplay, x: Array) -> Array:
     return (x * x).mean(-1, keepdims=True) + case.config.rms_norm_eps
 
 
-@mistake("norm_one_plus_weight", "multiplied by 1 + weight, as Gemma does", NORMS)
-def _(case: StageReplay) -> Candidates:
-    yield "", _with_norm(case, 1 + _norm_weight(case))
+def _over(case: StageReplay, root: Callable[[Array], Array]) -> Array:
+    """What is normed over any ``root`` of it, times the weight."""
+    return _normed(case) / root(_normed(case)) * _norm_weight(case)
 
 
-@mistake("norm_weight_missing", "norm weight not applied", NORMS)
-def _(case: StageReplay) -> Candidates:
-    yield "", _with_norm(case, jnp.ones_like(_norm_weight(case)))
+def _layer_norm(case: StageReplay) -> Array:
+    x = _normed(case) - _normed(case).mean(-1, keepdims=True)
+    return x / jnp.sqrt(_mean_square(case, x)) * _norm_weight(case)
+
+
+simple("norm_layernorm", "LayerNorm (mean subtracted) instead of RMSNorm", NORMS, _layer_norm,
+       near=True)  # fmt: skip
+simple("norm_one_plus_weight", "multiplied by 1 + weight, as Gemma does", NORMS,
+       lambda case: _with_norm(case, 1 + _norm_weight(case)))  # fmt: skip
+simple("norm_weight_missing", "norm weight not applied", NORMS,
+       lambda case: _with_norm(case, jnp.ones_like(_norm_weight(case))))  # fmt: skip
 
 
 @mistake("norm_weight_swapped", "weight of another norm: {}", NORMS)
@@ -250,11 +276,12 @@ def _projected(case: StageReplay, norm: Stage) -> Array | None:
     return q if case.stage.axes[1] == "N" else k
 
 
-@mistake("norm_sum_not_mean", "divided by the root of the sum of squares, not of the mean", NORMS)
-def _(case: StageReplay) -> Candidates:
-    x = _normed(case)
-    total = (x * x).sum(-1, keepdims=True) + case.config.rms_norm_eps
-    yield "", x / jnp.sqrt(total) * _norm_weight(case)
+def _root_of_sum(case: StageReplay, x: Array) -> Array:
+    return jnp.sqrt((x * x).sum(-1, keepdims=True) + case.config.rms_norm_eps)
+
+
+simple("norm_sum_not_mean", "divided by the root of the sum of squares, not of the mean", NORMS,
+       lambda case: _over(case, partial(_root_of_sum, case)))  # fmt: skip
 
 
 @mistake("norm_skipped", "not normalised: {}", NORMS, None)
@@ -264,21 +291,38 @@ def _(case: StageReplay) -> Candidates:
     yield "the input times the weight", x * _norm_weight(case)
 
 
-@mistake("norm_eps_outside", "eps added outside the square root", NORMS, near=True)
-def _(case: StageReplay) -> Candidates:
-    x = _normed(case)
-    root = jnp.sqrt((x * x).mean(-1, keepdims=True)) + case.config.rms_norm_eps
-    yield "", x / root * _norm_weight(case)
+def _root_less_eps(x: Array) -> Array:
+    return jnp.sqrt((x * x).mean(-1, keepdims=True))
+
+
+simple("norm_eps_outside", "eps added outside the square root", NORMS,
+       lambda case: _over(case, lambda x: _root_less_eps(x) + case.config.rms_norm_eps),
+       near=True)  # fmt: skip
+
+
+def _mean_magnitude(x: Array) -> Array:
+    return jnp.abs(x).mean(-1, keepdims=True)
 
 
 @mistake("norm_mean_abs", "divided by the mean magnitude instead of the root mean square", NORMS)
 def _(case: StageReplay) -> Candidates:
-    x = _normed(case)
-    yield (
-        "",
-        x / (jnp.abs(x).mean(-1, keepdims=True) + case.config.rms_norm_eps) * _norm_weight(case),
-    )
-    yield "", x / jnp.abs(x).mean(-1, keepdims=True) * _norm_weight(case)
+    yield "", _over(case, lambda x: _mean_magnitude(x) + case.config.rms_norm_eps)
+    yield "", _over(case, _mean_magnitude)
+
+
+# A mean square or a root that was kept in 16 bits is off by less: bfloat16 has lost 5 % of a sum.
+NOT_UPCAST, ONE_UNIT = 0.1, 2.0**-12
+
+
+@mistake("norm_not_upcast", "mean square kept in 16 bits: rows off by up to {}", NORMS, near=True)
+def _(case: StageReplay) -> Candidates:
+    exact = case.exact
+    along = (case.dump * exact).sum(-1, keepdims=True)
+    factor = along / jnp.maximum((exact * exact).sum(-1, keepdims=True), 1e-300)
+    off = float(jnp.abs(factor - 1).max())
+    # one factor for all rows is another mistake
+    if ONE_UNIT < off < NOT_UPCAST and float(factor.max() - factor.min()) > ONE_UNIT:
+        yield f"{off:.2g}", exact * factor
 
 
 # --- linear layers
@@ -317,10 +361,12 @@ def _(case: StageReplay) -> Candidates:
             yield f"{layer} ({name} alone)", case.run(weights={name: others[name]})
 
 
-@mistake("kv_swapped", "k and v projections swapped", "qkv_matmul")
-def _(case: StageReplay) -> Candidates:
-    _, k, v = case.stage.parameters
-    yield "", case.run(weights={k: case.weights[v], v: case.weights[k]})
+def _exchanged(case: StageReplay, a: str, b: str) -> Array:
+    return case.run(weights={a: case.weights[b], b: case.weights[a]})
+
+
+simple("kv_swapped", "k and v projections swapped", "qkv_matmul",
+       lambda case: _exchanged(case, *case.stage.parameters[1:]))  # fmt: skip
 
 
 @mistake(
@@ -348,6 +394,10 @@ def _(case: StageReplay) -> Candidates:
         for permute in (to_interleaved, to_halves):
             moved = heads.at[:, :, part].set(permute(heads[:, :, part]))
             yield what, moved.reshape(exact.shape)
+            if case.stage.kind is ADD:  # of the bias alone: what it is added to has that order
+                bias = jnp.concatenate(_biases(case)).reshape(-1, case.config.head_dim)
+                turned = bias.at[part].set(permute(bias[part]))
+                yield what, case.inputs[0] + turned.ravel()
 
 
 @mistake(
@@ -369,10 +419,13 @@ def _(case: StageReplay) -> Candidates:
         yield "", case.exact + jnp.concatenate([case.parameter(p) for p in biased.parameters])
 
 
-@mistake("gate_up_swapped", "gate and up projections swapped", "ffn_gate ffn_up", None)
+@mistake("gate_up_swapped", "the weight of {}", "ffn_gate ffn_up", None)
 def _(case: StageReplay) -> Candidates:
     other = case.tables.stage["ffn_up" if case.stage.name == "ffn_gate" else "ffn_gate"]
-    yield "", case.run(weights={case.stage.parameters[0]: case.parameter(other.parameters[0])})
+    yield (
+        other.parameters[0],
+        case.run(weights={case.stage.parameters[0]: case.parameter(other.parameters[0])}),
+    )
 
 
 @mistake(
@@ -399,20 +452,23 @@ def _(case: StageReplay) -> Candidates:
             yield f"the position {-step:+d}", rolled.at[:, edge].set(case.exact[:, edge])
 
 
-@mistake("logits_softmaxed", "probabilities instead of logits", "lm_head")
-def _(case: StageReplay) -> Candidates:
-    yield "", jax.nn.softmax(case.exact, -1)
-
-
-@mistake("logits_log_softmaxed", "log-probabilities instead of logits", "lm_head")
-def _(case: StageReplay) -> Candidates:
-    yield "", jax.nn.log_softmax(case.exact, -1)
+simple("logits_softmaxed", "probabilities instead of logits", "lm_head",
+       lambda case: jax.nn.softmax(case.exact, -1))  # fmt: skip
+simple("logits_log_softmaxed", "log-probabilities instead of logits", "lm_head",
+       lambda case: jax.nn.log_softmax(case.exact, -1))  # fmt: skip
 
 
 @mistake("softcap", "soft-capped at {}, as Gemma 2 does", "lm_head attn_scores", near=True)
 def _(case: StageReplay) -> Candidates:
     for cap in (30.0, 50.0, 20.0, 15.0, 100.0):
         yield f"{cap:g}", cap * jnp.tanh(case.exact / cap)
+
+
+@mistake("head_zero_initialised", "the same number for every token: the head is empty", "lm_head")
+def _(case: StageReplay) -> Candidates:
+    first = case.dump[..., :1]
+    if bool((case.dump == first).all()):
+        yield "", jnp.broadcast_to(first, case.exact.shape)
 
 
 # --- bias
@@ -427,19 +483,15 @@ def _with_bias(case: StageReplay, *biases: Array) -> Array:
     return case.inputs[0] + jnp.concatenate(biases)
 
 
-@mistake("bias_missing", "bias not added", BIASES)
-def _(case: StageReplay) -> Candidates:
-    yield "", case.inputs[0]
+def _biased(case: StageReplay, *factors: float) -> Array:
+    """With the biases of q, k and v times these."""
+    pairs = zip(factors, _biases(case), strict=True)
+    return _with_bias(case, *(factor * bias for factor, bias in pairs))
 
 
-@mistake("bias_doubled", "bias added twice", BIASES)
-def _(case: StageReplay) -> Candidates:
-    yield "", _with_bias(case, *(2 * b for b in _biases(case)))
-
-
-@mistake("bias_subtracted", "bias subtracted", BIASES)
-def _(case: StageReplay) -> Candidates:
-    yield "", _with_bias(case, *(-b for b in _biases(case)))
+simple("bias_missing", "bias not added", BIASES, lambda case: case.inputs[0])
+simple("bias_doubled", "bias added twice", BIASES, lambda case: _biased(case, 2, 2, 2))
+simple("bias_subtracted", "bias subtracted", BIASES, lambda case: _biased(case, -1, -1, -1))
 
 
 @mistake("bias_other_layer", "bias of layer {}", BIASES)
@@ -448,28 +500,35 @@ def _(case: StageReplay) -> Candidates:
         yield str(layer), _with_bias(case, *map(jnp.asarray, case.parameters_of(layer).values()))
 
 
-@mistake("bias_kv_swapped", "biases of k and v swapped", BIASES)
+simple("bias_kv_swapped", "biases of k and v swapped", BIASES,
+       lambda case: _with_bias(case, *(_biases(case)[place] for place in (0, 2, 1))))  # fmt: skip
+simple("bias_q_only", "bias added to q alone", BIASES, lambda case: _biased(case, 1, 0, 0))
+simple("bias_q_missing", "bias of q not added", BIASES, lambda case: _biased(case, 0, 1, 1))
+simple("bias_k_missing", "bias of k not added", BIASES, lambda case: _biased(case, 1, 0, 1))
+simple("bias_v_missing", "bias of v not added", BIASES, lambda case: _biased(case, 1, 1, 0))
+
+
+simple("bias_v_only", "bias added to v alone", BIASES, lambda case: _biased(case, 0, 0, 1))
+
+
+@mistake("bias_shard_only", "bias added to the {} of the channels alone", BIASES)
 def _(case: StageReplay) -> Candidates:
-    q, k, v = _biases(case)
-    yield "", _with_bias(case, q, v, k)
+    biases = _biases(case)
+    for shards in (2, 4, 8):
+        for place in range(shards):
+            kept = [_shard(b, shards, place) for b in biases]
+            yield f"{_ordinal(place)} of {shards} shards", _with_bias(case, *kept)
+    for shards in (2, 4):  # of the three side by side
+        kept_whole = _shard(jnp.concatenate(biases), shards, 0)
+        yield f"first of {shards} shards", case.inputs[0] + kept_whole
 
 
-@mistake("bias_q_only", "bias added to q alone", BIASES)
-def _(case: StageReplay) -> Candidates:
-    q, k, v = _biases(case)
-    yield "", _with_bias(case, q, 0 * k, 0 * v)
+def _shard(x: Array, shards: int, place: int) -> Array:
+    return jnp.where(np.arange(len(x)) * shards // len(x) == place, x, 0)
 
 
-def _one_bias_missing(part: str) -> Callable[[StageReplay], Candidates]:
-    def candidates(case: StageReplay) -> Candidates:
-        kept = [0 * b if p == part else b for p, b in zip("qkv", _biases(case), strict=True)]
-        yield "", _with_bias(case, *kept)
-
-    return candidates
-
-
-for _part in "qkv":
-    mistake(f"bias_{_part}_missing", f"bias of {_part} not added", BIASES)(_one_bias_missing(_part))
+def _ordinal(place: int) -> str:
+    return ("first", "second", "third")[place] if place < 3 else f"{place + 1}th"
 
 
 # --- RoPE
@@ -536,14 +595,9 @@ def _(case: StageReplay) -> Candidates:
         yield f"{step:+d}", case.run(pos=_table(case, case.positions + step))
 
 
-@mistake("rope_sign", "RoPE turns the other way", ROPES)
-def _(case: StageReplay) -> Candidates:
-    yield "", case.run(pos=case.pos.replace(sin=-case.pos.sin))
-
-
-@mistake("rope_missing", "not rotated", ROPES)
-def _(case: StageReplay) -> Candidates:
-    yield "", _unrotated(case)
+simple("rope_sign", "RoPE turns the other way", ROPES,
+       lambda case: case.run(pos=case.pos.replace(sin=-case.pos.sin)))  # fmt: skip
+simple("rope_missing", "not rotated", ROPES, lambda case: _unrotated(case))
 
 
 @mistake("rope_partial", "only {} rotated", ROPES)
@@ -566,9 +620,8 @@ def _(case: StageReplay) -> Candidates:
     yield "the second half of the channels", jnp.where(first_channels, x, whole)
 
 
-@mistake("rope_cos_sin_swapped", "cos and sin swapped", ROPES)
-def _(case: StageReplay) -> Candidates:
-    yield "", case.run(pos=case.pos.replace(cos=case.pos.sin, sin=case.pos.cos))
+simple("rope_cos_sin_swapped", "cos and sin swapped", ROPES,
+       lambda case: case.run(pos=case.pos.replace(cos=case.pos.sin, sin=case.pos.cos)))  # fmt: skip
 
 
 @mistake("rope_frequency_step", "RoPE frequencies theta^(-{}) instead of theta^(-2i/H)", ROPES)
@@ -580,9 +633,8 @@ def _(case: StageReplay) -> Candidates:
         yield says, case.run(pos=case.pos.replace(cos=jnp.cos(angle), sin=jnp.sin(angle)))
 
 
-@mistake("rope_twice", "rotated twice", ROPES)
-def _(case: StageReplay) -> Candidates:
-    yield "", case.run(pos=_table(case, 2 * case.positions))
+simple("rope_twice", "rotated twice", ROPES,
+       lambda case: case.run(pos=_table(case, 2 * case.positions)))  # fmt: skip
 
 
 @mistake("rope_position_constant", "every position rotated as position {}", ROPES)
@@ -610,6 +662,92 @@ def _(case: StageReplay) -> Candidates:
         yield " to the magnitude", case.run(pos=_table(case, case.positions, yarn=plain))
 
 
+@mistake("bias_after_rope", "bias added after RoPE instead of before", ROPES)
+def _(case: StageReplay) -> Candidates:
+    biased = case.tables.stage.get("qkv_bias")
+    if biased is None or biased.name not in case.stage.inputs:
+        return
+    parts = [jnp.asarray(case.parameter(name)) for name in biased.parameters]
+    q, k, _ = split_heads(case.config, jnp.concatenate(parts)[None, None])
+    bias, given = q if case.stage.axes[1] == "N" else k, _unrotated(case)
+    yield "", _rotated(case, given - bias) + bias
+    yield "", _rotated(case, given) + bias  # where the dump before it has no bias either
+
+
+@mistake("rope_first_head_only", "only the {} head rotated", ROPES)
+def _(case: StageReplay) -> Candidates:
+    heads = np.arange(case.exact.shape[2])[:, None]
+    yield "first", jnp.where(heads == 0, case.exact, _unrotated(case))
+    yield "last", jnp.where(heads == heads.max(), case.exact, _unrotated(case))
+
+
+@mistake("rope_pair_offset", "RoPE pairs channels {} apart, not H/2", ROPES)
+def _(case: StageReplay) -> Candidates:
+    x = _unrotated(case)
+    cos, sin = (t.astype(jnp.float64)[:, :, None, :] for t in (case.pos.cos, case.pos.sin))
+    for parts in (2, 4, 8):  # pairs lie within so many parts of a head
+        size = case.config.head_dim // parts
+        if size % 2:
+            continue
+        says = f"H/{2 * parts}"
+        grid = x.reshape(*x.shape[:-1], parts, size)
+        for tables in (_in_parts(cos, sin, parts), _first_part(cos, sin, size // 2)):
+            c, s = tables
+            a, b = jnp.split(grid, 2, -1)
+            yield says, jnp.concatenate([a * c - b * s, b * c + a * s], -1).reshape(x.shape)
+
+
+def _in_parts(cos: Array, sin: Array, parts: int) -> tuple[Array, Array]:
+    """The frequencies go on from part to part."""
+    shape = *cos.shape[:-1], parts, cos.shape[-1] // parts
+    return cos.reshape(shape), sin.reshape(shape)
+
+
+def _first_part(cos: Array, sin: Array, pairs: int) -> tuple[Array, Array]:
+    """Every part has the first frequencies."""
+    return cos[..., None, :pairs], sin[..., None, :pairs]
+
+
+@mistake(
+    "positions_not_shifted",
+    "RoPE positions off by {}, as if padding or a cached prefix were not counted",
+    ROPES,
+)
+def _(case: StageReplay) -> Candidates:
+    for step in _offsets(case):
+        yield f"{step:+d}", case.run(pos=_table(case, case.positions + step))
+
+
+def _offsets(case: StageReplay) -> list[int]:
+    """By how many positions the dump's angles are off, if all by as many."""
+    (a, b), (c, d) = (jnp.split(jnp.asarray(x), 2, -1) for x in (case.exact, case.dump))
+    finite = jnp.isfinite(c) & jnp.isfinite(d)
+    turn = jnp.where(finite, (c + 1j * d) * (a - 1j * b), 0).sum((0, 1, 2))
+    frequency, _ = rope.inverse_frequencies(case.config)
+    longest = case.config.max_position_embeddings
+    steps = np.arange(-min(longest, 4096), min(longest, 4096) + 1)
+    phase = np.exp(-1j * steps[:, None] * frequency.astype(np.float64))
+    best = int(steps[(phase @ np.asarray(turn)).real.argmax()])
+    return [best] if best else []
+
+
+@mistake("rope_mscale_twice", "YaRN's factor on cos and sin applied twice", ROPES, near=True)
+def _(case: StageReplay) -> Candidates:
+    _, factor = rope.inverse_frequencies(case.config)
+    if factor != 1:
+        yield "", case.exact * factor
+
+
+@mistake("rope_factor_twice", "YaRN's stretching of positions applied twice", ROPES, near=True)
+def _(case: StageReplay) -> Candidates:
+    if case.config.yarn is not None:
+        _, magnitude = rope.inverse_frequencies(case.config)
+        twice = replace(
+            case.config.yarn, factor=case.config.yarn.factor**2, attention_factor=magnitude
+        )
+        yield "", case.run(pos=_table(case, case.positions, yarn=twice))
+
+
 # --- attention
 
 
@@ -623,24 +761,22 @@ def _(case: StageReplay) -> Candidates:
     yield "", case.exact / _scale(case)
 
 
-@mistake("scale_hidden", "scaled by 1/sqrt(D) instead of 1/sqrt(H)", "attn_scores")
+@mistake("scale_rounded", "scale 1/sqrt(H) rounded to {}", "attn_scores", near=True)
 def _(case: StageReplay) -> Candidates:
-    yield "", case.exact / _scale(case) * case.config.hidden_size**-0.5
+    for name, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)):
+        rounded = float(np.asarray(_scale(case)).astype(dtype))
+        if rounded != _scale(case):
+            yield name, case.exact * (rounded / _scale(case))
 
 
-@mistake("scale_head", "scaled by 1/H instead of 1/sqrt(H)", "attn_scores")
-def _(case: StageReplay) -> Candidates:
-    yield "", case.exact * _scale(case)
-
-
-@mistake("scale_twice", "scale applied twice", "attn_softmax")
-def _(case: StageReplay) -> Candidates:
-    yield "", case.run(case.inputs[0] * _scale(case))
-
-
-@mistake("scale_missing", "softmax of scores without the scale 1/sqrt(H)", "attn_softmax")
-def _(case: StageReplay) -> Candidates:
-    yield "", case.run(case.inputs[0] / _scale(case))
+simple("scale_hidden", "scaled by 1/sqrt(D) instead of 1/sqrt(H)", "attn_scores",
+       lambda case: case.exact / _scale(case) * case.config.hidden_size**-0.5)  # fmt: skip
+simple("scale_head", "scaled by 1/H instead of 1/sqrt(H)", "attn_scores",
+       lambda case: case.exact * _scale(case))  # fmt: skip
+simple("scale_twice", "scale applied twice", "attn_softmax",
+       lambda case: case.run(case.inputs[0] * _scale(case)))  # fmt: skip
+simple("scale_missing", "softmax of scores without the scale 1/sqrt(H)", "attn_softmax",
+       lambda case: case.run(case.inputs[0] / _scale(case)))  # fmt: skip
 
 
 def _tiled(case: StageReplay, heads: Array) -> Array:
@@ -678,11 +814,9 @@ def _(case: StageReplay) -> Candidates:
         yield "", case.run(q, k)
 
 
-@mistake("scores_k_unrotated", "scores of k before RoPE", "attn_scores")
-def _(case: StageReplay) -> Candidates:
-    k = _before_rope(case, ROPES.split()[1], keys=True)
-    if k is not None:
-        yield "", case.run(None, k)
+simple("scores_k_unrotated", "scores of k before RoPE", "attn_scores",
+       lambda case: _given(_before_rope(case, ROPES.split()[1], keys=True),
+                           lambda k: case.run(None, k)))  # fmt: skip
 
 
 def _masked_softmax(case: StageReplay, allowed: np.ndarray) -> Array:
@@ -695,9 +829,8 @@ def _distance(case: StageReplay) -> np.ndarray:
     return positions[-case.rows :, None] - positions[None, :]
 
 
-@mistake("mask_missing", "no causal mask: attends to the future", "attn_softmax")
-def _(case: StageReplay) -> Candidates:
-    yield "", _masked_softmax(case, np.ones_like(_distance(case), bool))
+simple("mask_missing", "no causal mask: attends to the future", "attn_softmax",
+       lambda case: _masked_softmax(case, np.ones_like(_distance(case), bool)))  # fmt: skip
 
 
 @mistake("mask_off_by_one", "causal mask off by one: sees {} future token", "attn_softmax")
@@ -724,10 +857,9 @@ def _(case: StageReplay) -> Candidates:
             yield str(window), _masked_softmax(case, allowed)
 
 
-@mistake("mask_window_missing", "the layer's sliding window not applied", "attn_softmax")
-def _(case: StageReplay) -> Candidates:
-    if case.sliding:
-        yield "", _masked_softmax(case, _distance(case) >= 0)
+simple("mask_window_missing", "the layer's sliding window not applied", "attn_softmax",
+       lambda case: (_masked_softmax(case, _distance(case) >= 0)
+                     if case.sliding else None))  # fmt: skip
 
 
 @mistake("softmax_wrong_axis", "softmax over queries instead of keys", "attn_softmax")
@@ -739,9 +871,8 @@ def _(case: StageReplay) -> Candidates:
     yield "", jnp.where(case.pos.mask[:, None], over, 0)
 
 
-@mistake("softmax_base_2", "powers of 2 instead of e", "attn_softmax")
-def _(case: StageReplay) -> Candidates:
-    yield "", case.run(case.inputs[0] * np.log(2))
+simple("softmax_base_2", "powers of 2 instead of e", "attn_softmax",
+       lambda case: case.run(case.inputs[0] * np.log(2)))  # fmt: skip
 
 
 @mistake("softmax_plus_one", "1 added to the denominator of the softmax", "attn_softmax")
@@ -807,21 +938,12 @@ def _(case: StageReplay) -> Candidates:
 # --- residual additions
 
 
-def _residual_inputs(case: StageReplay) -> tuple[Array, Array]:
-    return case.inputs[0], case.inputs[1]
-
-
 RESIDUALS = "post_attn_residual post_ffn_residual"
 
 
-@mistake("residual_missing", "residual not added", RESIDUALS)
-def _(case: StageReplay) -> Candidates:
-    yield "", case.inputs[1]
-
-
-@mistake("branch_missing", "only the residual; the block's output not added", RESIDUALS)
-def _(case: StageReplay) -> Candidates:
-    yield "", case.inputs[0]
+simple("residual_missing", "residual not added", RESIDUALS, lambda case: case.inputs[1])
+simple("branch_missing", "only the residual; the block's output not added", RESIDUALS,
+       lambda case: case.inputs[0])  # fmt: skip
 
 
 @mistake("residual_normed", "residual taken after the norm", RESIDUALS)
@@ -832,28 +954,21 @@ def _(case: StageReplay) -> Candidates:
         yield "", value + case.inputs[1]
 
 
-@mistake("residual_doubled", "residual added twice", RESIDUALS)
-def _(case: StageReplay) -> Candidates:
-    yield "", 2 * case.inputs[0] + case.inputs[1]
-
-
-@mistake("branch_doubled", "the block's output added twice", RESIDUALS)
-def _(case: StageReplay) -> Candidates:
-    yield "", case.inputs[0] + 2 * case.inputs[1]
+simple("residual_doubled", "residual added twice", RESIDUALS,
+       lambda case: 2 * case.inputs[0] + case.inputs[1])  # fmt: skip
+simple("branch_doubled", "the block's output added twice", RESIDUALS,
+       lambda case: case.inputs[0] + 2 * case.inputs[1])  # fmt: skip
 
 
 @mistake("residual_subtracted", "{}", RESIDUALS)
 def _(case: StageReplay) -> Candidates:
-    residual, branch = _residual_inputs(case)
+    residual, branch = case.inputs
     yield "the block's output subtracted from the residual", residual - branch
     yield "the residual subtracted from the block's output", branch - residual
 
 
-@mistake("residual_layer_input", "residual taken from the layer's input", "post_ffn_residual")
-def _(case: StageReplay) -> Candidates:
-    value = case.value(LAYER_INPUT)
-    if value is not None:
-        yield "", value + case.inputs[1]
+simple("residual_layer_input", "residual taken from the layer's input", "post_ffn_residual",
+       lambda case: _given(case.value(LAYER_INPUT), lambda x: x + case.inputs[1]))  # fmt: skip
 
 
 # --- feed-forward
@@ -878,55 +993,10 @@ _activation("act_missing", "activation not applied", lambda x: x)
 _activation("act_tanh", "tanh instead of SiLU", jnp.tanh)
 
 
-def _schraudolph(shift: float, x: Array) -> Array:
-    """exp by writing a linear function of its argument into the exponent bits of a float32."""
-    bits = np.clip(np.asarray(x) * (2**23 / np.log(2)) + (127 * 2**23 - shift), 0, 2**31 - 1)
-    return jnp.asarray(bits.astype(np.int32).view(np.float32), jnp.float64)
-
-
-# The cubic that stands in for 2^fraction in FlashAttention 4.
-FLASH_ATTENTION_4 = (1, 0.6951461434364319, 0.22756439447402954, 0.07711908966302872)
-
-
-def _by_power(n: int, x: Array) -> Array:
-    return jnp.maximum(1 + x / n, 0) ** n
-
-
-def _by_powers_of_2(coefficients: tuple[float, ...], x: Array) -> Array:
-    """exp as 2^whole times a polynomial of the fraction, lowest power first."""
-    power = x / np.log(2)
-    whole = jnp.floor(power)
-    fraction = power - whole
-    return jnp.exp2(whole) * sum(c * fraction**n for n, c in enumerate(coefficients))
-
-
-def _series(degree: int, x: Array) -> Array:
-    """exp by its series, of what a multiple of ln 2 leaves."""
-    whole = jnp.round(x / np.log(2))
-    rest, term, total = x - whole * np.log(2), jnp.ones_like(x), jnp.ones_like(x)
-    for n in range(1, degree + 1):
-        term = term * rest / n
-        total = total + term
-    return jnp.exp2(whole) * total
-
-
-def _exponentials() -> Iterator[tuple[str, Callable[[Array], Array]]]:
-    """Cheap exponentials of [..., any] float64 that engines use: (what it is, function)."""
-    for n in (256, 1024, 4096, 65536):
-        yield f"(1 + x/{n})^{n}", partial(_by_power, n)
-    for shift in (486411.0, 366393.0, 298765.0, 0.0):
-        yield "exponent bits", partial(_schraudolph, shift)
-    yield "2^n and a line", partial(_by_powers_of_2, (1, 1))
-    yield "2^n and a parabola", partial(_by_powers_of_2, (1, 0.6565, 0.3435))
-    yield "2^n and a cubic", partial(_by_powers_of_2, FLASH_ATTENTION_4)
-    for degree in (2, 3, 4, 5):
-        yield f"series of degree {degree}", partial(_series, degree)
-
-
 @mistake("exp_approximate", "exponentials by {}", "ffn_silu attn_softmax", near=True)
 def _(case: StageReplay) -> Candidates:
     x = case.inputs[0]
-    for says, exponential in _exponentials():
+    for says, exponential in exponentials():
         if case.stage.name == "ffn_silu":
             yield says, x / (1 + exponential(-x))
         else:
@@ -936,23 +1006,13 @@ def _(case: StageReplay) -> Candidates:
             yield says, weights / weights.sum(-1, keepdims=True)
 
 
-def _tanh_by_fraction(x: Array) -> Array:
-    return jnp.clip(x * (27 + x * x) / (27 + 9 * x * x), -1, 1)
-
-
-def _tanh_by_long_fraction(x: Array) -> Array:
-    x2 = x * x
-    top = x * (135135 + x2 * (17325 + x2 * (378 + x2)))
-    return jnp.clip(top / (135135 + x2 * (62370 + x2 * (3150 + x2 * 28))), -1, 1)
-
-
 _activation(
     "silu_tanh_form", "SiLU as x/2 (1 + tanh(x/2)) with tanh by a fraction",
-    lambda x: x / 2 * (1 + _tanh_by_fraction(x / 2)),
+    lambda x: x / 2 * (1 + tanh_by_fraction(x / 2)),
 )  # fmt: skip
 _activation(
     "silu_tanh_form", "SiLU as x/2 (1 + tanh(x/2)) with tanh by a long fraction",
-    lambda x: x / 2 * (1 + _tanh_by_long_fraction(x / 2)),
+    lambda x: x / 2 * (1 + tanh_by_long_fraction(x / 2)),
 )  # fmt: skip
 _activation(
     "silu_tanh_form", "SiLU by the tanh form of GELU, 1.702 times narrower",
@@ -965,35 +1025,16 @@ _activation(
 )  # fmt: skip
 
 
-@mistake("silu_of_up", "SiLU of up instead of gate", "ffn_silu")
-def _(case: StageReplay) -> Candidates:
-    up = case.value("ffn_up")
-    if up is not None:
-        yield "", case.run(up)
-
-
-@mistake("swigl_no_silu", "gate * up without SiLU", "ffn_swigl")
-def _(case: StageReplay) -> Candidates:
-    gate = case.value("ffn_gate")
-    if gate is not None:
-        yield "", gate * case.inputs[1]
-
-
-@mistake("swigl_silu_of_up", "gate * silu(up)", "ffn_swigl")
-def _(case: StageReplay) -> Candidates:
-    gate = case.value("ffn_gate")
-    if gate is not None:
-        yield "", gate * jax.nn.silu(case.inputs[1])
-
-
-@mistake("swigl_added", "silu(gate) + up instead of their product", "ffn_swigl")
-def _(case: StageReplay) -> Candidates:
-    yield "", case.inputs[0] + case.inputs[1]
-
-
-@mistake("swigl_up_missing", "not multiplied by up", "ffn_swigl")
-def _(case: StageReplay) -> Candidates:
-    yield "", case.inputs[0]
+simple("silu_of_up", "SiLU of up instead of gate", "ffn_silu",
+       lambda case: _given(case.value("ffn_up"), case.run))  # fmt: skip
+simple("swigl_no_silu", "gate * up without SiLU", "ffn_swigl",
+       lambda case: _given(case.value("ffn_gate"), lambda gate: gate * case.inputs[1]))  # fmt: skip
+simple("swigl_silu_of_up", "gate * silu(up)", "ffn_swigl",
+       lambda case: _given(case.value("ffn_gate"),
+                           lambda gate: gate * jax.nn.silu(case.inputs[1])))  # fmt: skip
+simple("swigl_added", "silu(gate) + up instead of their product", "ffn_swigl",
+       lambda case: case.inputs[0] + case.inputs[1])  # fmt: skip
+simple("swigl_up_missing", "not multiplied by up", "ffn_swigl", lambda case: case.inputs[0])
 
 
 # --- layout of the dump, and anything else that can happen to any stage
@@ -1038,14 +1079,11 @@ def _(case: StageReplay) -> Candidates:
         yield "", grid.swapaxes(1, 2).reshape(case.exact.shape)
 
 
-@mistake("layout_tokens_first", "dumped tokens first, [T, N, S]", "attn_scores attn_softmax", None)
-def _(case: StageReplay) -> Candidates:
-    yield "", case.exact[0].swapaxes(0, 1).reshape(case.exact.shape)
-
-
-@mistake("layout_keys_first", "dumped keys first, [N, S, T]", "attn_scores attn_softmax", None)
-def _(case: StageReplay) -> Candidates:
-    yield "", case.exact.swapaxes(2, 3)
+simple("layout_tokens_first", "dumped tokens first, [T, N, S]", "attn_scores attn_softmax",
+       lambda case: case.exact[0].swapaxes(0, 1).reshape(case.exact.shape),
+       dump_only=None)  # fmt: skip
+simple("layout_keys_first", "dumped keys first, [N, S, T]", "attn_scores attn_softmax",
+       lambda case: case.exact.swapaxes(2, 3), dump_only=None)  # fmt: skip
 
 
 @mistake("layer_off_by_one", "the dump of layer {}", ALL, None)
@@ -1107,3 +1145,59 @@ def _(case: StageReplay) -> Candidates:
         moved = case.stage.by_head(heads, np.asarray(case.exact))[order]
         says = ",".join(map(str, order)) if heads <= 16 else "of a permutation"
         yield says, jnp.asarray(case.stage.from_heads(moved, case.exact.shape))
+
+
+@mistake("tail_not_written", "the last {}", ALL, None)
+def _(case: StageReplay) -> Candidates:
+    dump = np.asarray(case.dump)
+    for axis, what in _tails(case):
+        rows = np.moveaxis(dump, axis, 0).reshape(dump.shape[axis], -1)
+        for count, says in (
+            (_trailing((rows == 0).all(1)), "zero"),
+            (_repeated(rows), "as before them"),
+        ):
+            if 0 < count < len(rows):
+                kept = len(rows) - count
+                exact = jnp.moveaxis(case.exact, axis, 0)
+                end = 0 if says == "zero" else exact[kept - 1]
+                yield f"{count} {what} {says}", jnp.moveaxis(exact.at[kept:].set(end), 0, axis)
+
+
+def _tails(case: StageReplay) -> Iterator[tuple[int, str]]:
+    """The axes whose end may be left unwritten: positions, and channels that are no heads."""
+    if "T" in case.stage.axes:
+        yield 1 + case.stage.axes.index("T"), "positions"
+    if case.stage.linear:
+        yield case.dump.ndim - 1, "channels"
+
+
+def _trailing(marks: Any) -> int:
+    """How many marks in a row stand at the end."""
+    return len(marks) if marks.all() else int(marks[::-1].argmin())
+
+
+def _repeated(rows: np.ndarray) -> int:
+    """How many rows at the end are the same as the one before them."""
+    return _trailing(np.concatenate([[False], (rows[1:] == rows[:-1]).all(1)]))
+
+
+LARGEST_F16 = 65504.0
+
+
+@mistake("saturated_to_65504", "{} elements clamped to 65504, where float16 ends", ALL, None)
+def _(case: StageReplay) -> Candidates:
+    beyond = int((jnp.abs(case.exact) > LARGEST_F16).sum())
+    if beyond:
+        yield str(beyond), jnp.clip(case.exact, -LARGEST_F16, LARGEST_F16)
+
+
+# --- weights in another order or type: the last, as what has a name of its own is also one of these
+
+mistake("vocabulary_rolled", "rows of the vocabulary moved by {}", "embedding lm_head")(
+    rearranged.vocabulary
+)
+mistake("weight_requantised", "weight in another type: {}", f"embedding {LINEARS}", near=True)(
+    rearranged.requantised
+)
+mistake("columns_permuted", "columns in another order: {}", LINEARS)(rearranged.columns)
+mistake("rows_permuted", "rows of {}", f"{LINEARS} {BIASES}", None)(rearranged.rows)

@@ -14,9 +14,9 @@ from stages.trace import coarsest_dtype
 from stages.verdict import LocalError, Suspect
 from tools.localize import shapes
 from tools.localize.catalogue import CATALOGUE, Mistake
+from tools.localize.causes import Explanation, Finding
 from tools.localize.fitting import Fitted
 from tools.localize.formats import GRIDS, Format
-from tools.localize.report import Explanation, Finding
 from tools.localize.stage_replay import StageReplay, confine, focus_of
 
 # An explanation must bring back what the right function would have, within this many bits, and
@@ -24,6 +24,10 @@ from tools.localize.stage_replay import StageReplay, confine, focus_of
 SLACK = 2.5
 VAGUE = 4.0  # an input that lacks that many bits cannot show what a stage made of it
 SMOOTH_SHAPES = ("constant_factor", "additive_constant", "row_scaled", "function_approximate")
+# What need not bring back everything: those, and a quantiser, whose ties fall either way.
+LENIENT = (*SMOOTH_SHAPES, "weight_requantised")
+# What has a number for every row: it follows the rounding too, and would win by that.
+FITTED = ("norm_not_upcast",)
 SHOWN = 3  # explanations listed for one fault
 
 
@@ -168,18 +172,20 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     needed = max(sound, base + SLACK)
     found: list[tuple[int, Explanation]] = []
 
-    def consider(rank: int, name: str, says: str, candidate: Array, rotated: bool = False) -> None:
+    def consider(
+        rank: int, name: str, says: str, candidate: Array, rotated: bool = False, detail: str = ""
+    ) -> None:
         score = case.scored(candidate, focus, rotated)
-        least = _smooth_needed(base, suspect.expected) if name in SMOOTH_SHAPES else needed
+        least = _smooth_needed(base, suspect.expected) if name in LENIENT else needed
         if score >= least:
-            found.append((rank, Explanation(name, score, says)))
+            found.append((rank, Explanation(name, score, says, detail)))
 
     entries = _entries(case, finding.dump_only)
     entries.sort(key=lambda entry: entry.name not in hints)
     for rank, entry in enumerate(entries):
         for detail, candidate in entry.candidates(case):
             says = entry.says.replace("{}", detail)
-            consider(rank, entry.name, says, candidate, entry.rotated)
+            consider(rank, entry.name, says, candidate, entry.rotated, detail)
         if found and entry.name in hints:
             break
     if not found and suspect.why != "nan":
@@ -191,7 +197,7 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     if not found and suspect.why != "nan":
         _confined(case, finding, found)
     # half a bit is within the noise: the more specific entry, which stands first, wins
-    found.sort(key=lambda pair: (-round(2 * pair[1].bits) / 2, pair[0]))
+    found.sort(key=lambda pair: (pair[1].name in FITTED, -round(2 * pair[1].bits) / 2, pair[0]))
     seen: dict[str, Explanation] = {}
     for _, explanation in found:
         seen.setdefault(explanation.name, explanation)

@@ -1,17 +1,17 @@
 """What localize found out about a trace: as data, as JSON, and as a sentence."""
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from stages import verdict
-from stages.architecture import LINEAR, LOOKUP, NORM, ROTATION, SCORES, WEIGHTED_SUM
-from stages.architectures import any_stage
+from stages.architecture import LINEAR, LOOKUP, SCORES, WEIGHTED_SUM
 from stages.trace import Trace
-from stages.verdict import LocalError, Suspect
+from stages.verdict import LocalError
+from tools.localize import causes
+from tools.localize.causes import Fault, Finding
 from tools.localize.fitting import Fitted
 from tools.localize.formats import PLAIN_FORMAT, coarsest
 
@@ -20,25 +20,6 @@ COLOURS = {
     "exact": "green", "f64": "green", "f32": "green", "tf32/f16": "cyan", "bf16": "yellow",
     "8-bit": "magenta", "lower": "red",
 }  # fmt: skip
-
-
-@dataclass
-class Explanation:
-    """One explanation that restores a suspect's bits."""
-
-    name: str
-    bits: float
-    says: str
-
-
-@dataclass
-class Finding:
-    """A suspect with what explains it."""
-
-    suspect: Suspect
-    dump_only: bool = False
-    diagnosis: list[Explanation] = field(default_factory=list)
-    shape: str = ""
 
 
 @dataclass
@@ -96,88 +77,9 @@ class Localization:
         return "clean" if all(p["class"] in fine for p in self.precision.values()) else "precision"
 
 
-@dataclass
-class Fault:
-    """Findings of one cause, as reported: one entry, whatever the number of layers."""
-
-    layer: int | str | None
-    stage: str
-    findings: list[Finding]
-    also: list[str] = field(default_factory=list)
-
-    @property
-    def first(self) -> Finding:
-        return self.findings[0]
-
-    def to_json(self) -> dict[str, Any]:
-        worst = min(self.findings, key=lambda f: f.suspect.found)
-        suspect = worst.suspect
-        entry: dict[str, Any] = {
-            "layer": self.layer,
-            "stage": self.stage,
-            "bits": None if suspect.why == "nan" else round(suspect.found, 1),
-            "expected_bits": round(suspect.expected, 1),
-            "where": suspect.where,
-            "diagnosis": [
-                {"name": e.name, "bits": round(e.bits, 1), "says": e.says}
-                for e in self.first.diagnosis
-            ],
-        }
-        if suspect.item.segment:
-            entry["segment"] = [*dict.fromkeys(s for s, _ in suspect.item.segment), self.stage]
-        if suspect.why == "nan":
-            entry["nonfinite"] = suspect.item.born
-        if self.first.dump_only:
-            entry["dump_only"] = True
-        if self.also:
-            entry["also"] = self.also
-        if self.first.shape:
-            entry["shape"] = self.first.shape
-        return entry
-
-
 def faults(report: Localization) -> list[Fault]:
     """Findings put together by cause, first cause first."""
-    groups: dict[tuple[str, str], list[Finding]] = {}
-    for finding in report.findings:
-        name = finding.diagnosis[0].name if finding.diagnosis else finding.suspect.why
-        groups.setdefault((finding.suspect.item.stage, name), []).append(finding)
-    measured: dict[str, set[int | None]] = {}
-    for item in report.items:
-        measured.setdefault(item.stage, set()).add(item.layer)
-    result: list[Fault] = []
-    for (stage, name), found in groups.items():
-        layers = [f.suspect.item.layer for f in found]
-        fault = Fault(_layers(layers, measured[stage]), stage, found)
-        twin = next((f for f in result if _same_cause(f, fault, name)), None)
-        if twin:
-            twin.also.append(stage)
-        else:
-            result.append(fault)
-    order = {item.key: place for place, item in enumerate(report.items)}
-    return sorted(result, key=lambda f: order[f.first.suspect.key])
-
-
-TWINS = (NORM, ROTATION)  # kinds whose stages one piece of an engine's code computes
-
-
-def _same_cause(first: Fault, second: Fault, name: str) -> bool:
-    """Whether two stages that share code show the same named mistake in the same layers."""
-    named = bool(first.first.diagnosis) and first.first.diagnosis[0].name == name
-    kinds = [any_stage(fault.stage).kind for fault in (first, second)]
-    related = kinds[0] is kinds[1] and kinds[0] in TWINS
-    layers = first.layer == second.layer or (first.layer == "all" and second.layer is None)
-    return named and related and layers
-
-
-def _layers(found: list[int | None], measured: set[int | None]) -> int | str | None:
-    if len(found) == 1:
-        return "all" if measured == {found[0]} and len(measured) > 1 else found[0]
-    if set(found) == measured:
-        return "all"
-    mask = np.zeros(max(n for n in measured if n is not None) + 2, bool)
-    mask[[n for n in found if n is not None]] = True
-    return verdict.ranges(mask)
+    return causes.faults(report.findings, report.items)
 
 
 def to_json(report: Localization) -> dict[str, Any]:
@@ -201,8 +103,8 @@ def sentence(report: Localization) -> str:
         first = found[0]
         what = place(first)
         finding = first.first
-        why = finding.diagnosis[0].says if finding.diagnosis else "of no known kind"
-        if finding.suspect.why == "nan" and not finding.diagnosis:
+        why = first.diagnosis[0].says if first.diagnosis else "of no known kind"
+        if finding.suspect.why == "nan" and not first.diagnosis:
             why = finding.shape
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
         return f"fault: {what}: {why}{more}"

@@ -52,6 +52,9 @@ def render() -> str:
         lines.append(f"| `{entry.name}` | {entry.says.replace('{}', '...')} | {where} |")
     lines += [
         "",
+        "The same in several stages is one fault; two layers with each other's weights are "
+        "`layers_exchanged`.",
+        "",
         "Where none of them fits, the shape of the error is described: zeros (`zeros`, "
         "`dead_head`), a constant factor (`constant_factor`, `row_scaled`), an additive constant "
         "(`additive_constant`), saturation (`saturation`), rounding to a format "

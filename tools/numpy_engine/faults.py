@@ -39,6 +39,7 @@ from tools.numpy_engine.engine import (
     Shape,
     bf16,
     causal,
+    f16,
     keys_of,
     q8_0,
     rms_norm,
@@ -1376,4 +1377,221 @@ _add(
     None,
     shape="precision",
     one_layer=True,
+)
+
+
+# --- weights that a converter has rearranged or made coarser -----------------------------------
+
+
+def _rows_reversed(w: Array) -> Array:
+    return w[::-1]
+
+
+def _rows_shuffled(w: Array) -> Array:
+    return w[np.random.default_rng(5).permutation(len(w))]
+
+
+def _rows_dealt(w: Array) -> Array:
+    """First half and second half in turns."""
+    return np.stack(np.split(w, 2), 1).reshape(w.shape)
+
+
+def _columns_swapped(w: Array) -> Array:
+    """The two halves of what it multiplies exchanged."""
+    return np.concatenate(np.split(w, 2, axis=1)[::-1], axis=1)
+
+
+def _columns_dealt(w: Array) -> Array:
+    left, right = np.split(w, 2, axis=1)
+    return np.stack([left, right], 2).reshape(w.shape)
+
+
+def _eight_bits_a_row(w: Array) -> Array:
+    step = np.abs(w).max(axis=1, keepdims=True) / _f32(127)
+    return np.rint(w / step) * step
+
+
+def _four_bits_a_block(w: Array) -> Array:
+    """Blocks of 32 with a float16 step: the extreme value is -8 of them."""
+    blocks = w.reshape(len(w), -1, 32)
+    at = np.abs(blocks).argmax(axis=-1, keepdims=True)
+    step = np.take_along_axis(blocks, at, axis=-1) / _f32(-8)
+    codes = np.clip(np.floor(blocks * (1 / step) + _f32(8.5)), 0, 15) - 8
+    return (codes * f16(step)).reshape(w.shape)
+
+
+for _stage in LINEARS:
+    for _what, _change, _says in [
+        ("rows_reversed", _rows_reversed, "rows from last to first"),
+        ("rows_shuffled", _rows_shuffled, "rows in any order"),
+    ]:
+        _add(
+            _stage,
+            _what,
+            partial(_with_weight, _stage, _change),
+            _says,
+            "rows_permuted",
+            accept=("vocabulary_rolled",),
+        )
+_coarse: list[tuple[str, str, Callable[[Array], Array], str, str]] = [
+    ("ffn_up", "rows_dealt", _rows_dealt, "rows of both halves in turns", "rows_permuted"),
+    ("attn_out", "columns_swapped", _columns_swapped, "halves exchanged", "columns_permuted"),
+    ("ffn_out", "columns_dealt", _columns_dealt, "halves in turns", "columns_permuted"),
+    ("attn_out", "weight_q8_0", q8_0, "the weight in Q8_0", "weight_requantised"),
+    ("ffn_out", "weight_q4_0", _four_bits_a_block, "the weight in Q4_0", "weight_requantised"),
+    ("ffn_gate", "weight_f16", f16, "the weight in float16", "weight_requantised"),
+    ("ffn_up", "weight_bf16", bf16, "the weight in bfloat16", "weight_requantised"),
+    ("lm_head", "weight_int8", _eight_bits_a_row, "int8 by row", "weight_requantised"),
+]
+for _stage, _what, _spoilt, _says, _name in _coarse:
+    _add(_stage, _what, partial(_with_weight, _stage, _spoilt), _says, _name, one_layer=True)
+_add(
+    "qkv_matmul",
+    "v_rows_reversed",
+    partial(_qkv_one, 2, _rows_reversed),
+    "rows of v from last to first",
+    "rows_permuted",
+)
+_add(
+    "lm_head",
+    "vocabulary_rolled",
+    lambda c: c.linear(c["final_norm"], np.roll(c.weight("lm_head.weight"), 3, axis=0)),
+    "the head's rows three further on",
+)
+_add(
+    "embedding",
+    "vocabulary_rolled",
+    lambda c: np.roll(c.weight(TABLE), -2, axis=0)[c["tokens"]],
+    "the table's rows two further on",
+)
+_add(
+    "embedding",
+    "weight_q8_0",
+    lambda c: q8_0(c.weight(TABLE))[c["tokens"]],
+    "the table in Q8_0",
+    "weight_requantised",
+)
+
+
+# --- one thing forgotten -----------------------------------------------------------------------
+
+
+def _bias_of_shard(c: Context) -> Array:
+    """The first of two shards' bias."""
+    parts = []
+    for name in QKV:
+        bias = c.weight(f"{name}.bias").copy()
+        bias[len(bias) // 2 :] = 0
+        parts.append(bias)
+    return c["qkv_matmul"] + np.concatenate(parts)
+
+
+def _bias_late(part: int, c: Context) -> Array:
+    heads = c.heads(c["qkv_matmul"])[part]
+    bias = c.weight(f"{QKV[part]}.bias").reshape(-1, c.shape.head)
+    return rotate(heads, *c.tables()) + bias
+
+
+_add("qkv_bias", "bias_shard_only", _bias_of_shard, "bias of the first half of the channels")
+_add(
+    "q_post_rope k_post_rope",
+    "bias_after_rope",
+    {"q_post_rope": partial(_bias_late, 0), "k_post_rope": partial(_bias_late, 1)},
+    "bias added to what has been rotated",
+    label="qk_post_rope",
+    bias=True,
+)
+_add(
+    "qkv_bias q_post_rope k_post_rope",
+    "bias_after_rope",
+    {
+        "qkv_bias": partial(_biased, factors=(0, 0, 1)),
+        "q_post_rope": partial(_bias_late, 0),
+        "k_post_rope": partial(_bias_late, 1),
+    },
+    "bias of v alone before RoPE, those of q and k after",
+    label="qkv_bias_rope",
+)
+
+
+def _rope_first_head(c: Context, x: Array) -> Array:
+    x = x.copy()
+    x[:, :1] = rotate(x[:, :1], *c.tables())
+    return x
+
+
+def _rope_narrow_pairs(c: Context, x: Array) -> Array:
+    """Channel i turns with i + H/4 inside each half of a head, pair for pair as before."""
+    left, right = (np.split(x, 2, axis=-1)[n] for n in (0, 1))
+    tables = c.tables()
+    halves = [tuple(np.split(t, 2, axis=-1)[n] for t in tables) for n in (0, 1)]
+    return np.concatenate([rotate(left, *halves[0]), rotate(right, *halves[1])], axis=-1)
+
+
+for _what, _rope, _says in [
+    ("rope_first_head_only", _rope_first_head, "one head alone rotated"),
+    ("rope_pair_offset", _rope_narrow_pairs, "pairs a quarter of a head apart"),
+    (
+        "positions_not_shifted",
+        lambda c, x: rotate(x, *_table(c, c.positions + 7)),
+        "seven positions of padding counted",
+    ),
+]:
+    _add(
+        "q_post_rope k_post_rope",
+        _what,
+        {"q_post_rope": _of_rope(0, _rope), "k_post_rope": _of_rope(1, _rope)},
+        f"q and k: {_says}",
+        label="qk_post_rope",
+    )
+
+_add(
+    "attn_scores",
+    "scale_rounded",
+    lambda c: _scores(c, bf16(np.array([c.shape.head**-0.5], np.float32)).item()),
+    "the scale rounded to bfloat16",
+    accept=("constant_factor",),
+)
+
+
+def _norm_half(c: Context, x: Array, w: Array) -> Array:
+    """The mean square added up in bfloat16, one value after the other."""
+    total = np.zeros(x.shape[:-1], np.float32)
+    for channel in range(x.shape[-1]):
+        total = bf16(total + bf16(bf16(x[..., channel]) ** 2))
+    mean = bf16(total / _f32(x.shape[-1]))[..., None]
+    return x / np.sqrt(mean + _f32(c.shape.eps)) * w
+
+
+for _stage in ("attn_norm", "q_norm", "final_norm"):
+    _add(_stage, "norm_not_upcast", _of_norm(_stage, _norm_half), "mean square in bfloat16")
+_add(
+    "lm_head",
+    "head_zero_initialised",
+    lambda c: 0 * _logits(c),
+    "a head that was never loaded",
+)
+
+
+def _tail_zero(x: Array) -> Array:
+    x[-3:] = 0
+    return x
+
+
+def _tail_stale(x: Array) -> Array:
+    x[-2:] = x[-3]
+    return x
+
+
+def _saturated(x: Array) -> Array:
+    return np.clip(x, _f32(-65504), _f32(65504))
+
+
+_add("attention", "tail_zero", _changed("attention", _tail_zero), "last rows 0", "tail_not_written")
+_add("ffn_up", "tail_stale", _changed("ffn_up", _tail_stale), "old last rows", "tail_not_written")
+_add(
+    "ffn_swigl",
+    "saturated_to_65504",
+    _changed("ffn_swigl", _saturated),
+    "clamped to the largest float16; nothing on models whose values are small",
 )

@@ -1,0 +1,359 @@
+"""Case law: bugs of real engines, re-enacted; each is placed, and called what it was.
+
+A case cites the public threads it is taken from, ``repo#number``. The engine is the NumPy one, on a
+checkpoint with the statistics of a published model (the bias of k tens of times k itself, a few
+channels of the residual stream hundreds of times the rest), in float32 where nothing else is said.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from tests.planted.matrix import Bench, make_bench
+from tools.localize import Localization
+from tools.localize.report import faults as reported
+from tools.localize.report import sentence
+from tools.numpy_engine import engine, faults
+from tools.numpy_engine.engine import OPERATIONS, Array, Context
+
+LENGTH = 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cause.
+
+    Attributes:
+        threads: where it was reported.
+        plant: names of planted faults, in all layers.
+        stage, also: where it has to be placed.
+        name: what it has to be called.
+        says: what must be part of the sentence about it.
+    """
+
+    threads: str
+    plant: tuple[str, ...]
+    stage: str
+    name: str
+    also: tuple[str, ...] = ()
+    says: str = ""
+    model: str = "hard"
+
+
+CASES: dict[str, Case] = {
+    "RoPE interleaved on a half-split model": Case(
+        "candle#3410",
+        ("qk_post_rope.rope_interleaved",),
+        "q_post_rope",
+        "rope_interleaved",
+        ("k_post_rope",),
+    ),
+    "bias of q, k and v dropped": Case(
+        "ANEForge#253 candle-vllm#167 aprender#1604 Fast-LLM#398",
+        ("qkv_bias.bias_missing",),
+        "qkv_bias",
+        "bias_missing",
+    ),
+    "bias silently cut to one shard": Case(
+        "Automodel#1410", ("qkv_bias.bias_shard_only",), "qkv_bias", "bias_shard_only"
+    ),
+    "head tied on a model that does not tie it": Case(
+        "pegainfer#544 candle#2295 candle#2445 mlx-examples#566",
+        ("lm_head.head_tied",),
+        "lm_head",
+        "head_tied",
+    ),
+    "head never loaded: perplexity is the vocabulary": Case(
+        "parallax#444 FastDeploy#2736 imp#1282",
+        ("lm_head.head_zero_initialised",),
+        "lm_head",
+        "head_zero_initialised",
+    ),
+    "RoPE before the norm of q and k": Case(
+        "torchtune#2866 torchtune#2867",
+        ("qk_norm_rope.rope_before_norm",),
+        "q_norm",
+        "rope_before_norm",
+        model="hard-qwen3",
+    ),
+    "RoPE twice": Case(
+        "TensorRT-LLM#4040",
+        ("qk_post_rope.rope_twice",),
+        "q_post_rope",
+        "rope_twice",
+        ("k_post_rope",),
+        model="hard-qwen3",
+    ),
+    "norm of q not written back": Case(
+        "ktransformers#1959",
+        ("q_post_rope.input_not_normed",),
+        "q_post_rope",
+        "input_not_normed",
+        model="hard-qwen3",
+    ),
+    "eps hard-coded": Case(
+        "aprender#1606 MinivLLM#82 FastDeploy#2804 tvm#15856",
+        ("attn_norm.norm_eps", "ffn_norm.norm_eps", "final_norm.norm_eps"),
+        "attn_norm",
+        "norm_eps",
+        ("ffn_norm", "final_norm"),
+        "eps 1e-05",
+    ),
+    "a norm of 1 + weight, were it there": Case(
+        "quant.cpp#23",
+        ("attn_norm.norm_one_plus_weight",),
+        "attn_norm",
+        "norm_one_plus_weight",
+    ),
+    "positions of a padded row not shifted": Case(
+        "unsloth#3699 unsloth#4100 nnsight#673",
+        ("qk_post_rope.positions_not_shifted",),
+        "q_post_rope",
+        "positions_not_shifted",
+        ("k_post_rope",),
+        "+7",
+    ),
+    "softmax scale rounded to bfloat16": Case(
+        "mlx#3119", ("attn_scores.scale_rounded",), "attn_scores", "scale_rounded"
+    ),
+    "norm without upcast": Case(
+        "Automodel#1410", ("attn_norm.norm_not_upcast",), "attn_norm", "norm_not_upcast"
+    ),
+    "pairs of RoPE at the wrong offset": Case(
+        "imp#30",
+        ("qk_post_rope.rope_pair_offset",),
+        "q_post_rope",
+        "rope_pair_offset",
+        ("k_post_rope",),
+    ),
+    "bias added after RoPE": Case(
+        "amd/Triton-XDNA#129",
+        ("qk_post_rope.bias_after_rope",),
+        "q_post_rope",
+        "bias_after_rope",
+        ("k_post_rope",),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def benches(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bench]:
+    directory = tmp_path_factory.mktemp("case-law")
+    made: dict[tuple[str, str], Bench] = {}
+
+    def bench(model: str = "hard", mode: str = "f32") -> Bench:
+        if (model, mode) not in made:
+            made[model, mode] = make_bench(model, mode, directory, length=LENGTH)
+        return made[model, mode]
+
+    return bench
+
+
+def broken(bench: Bench, *planted: str) -> Localization:
+    """What is said of an engine with these faults in all its layers."""
+    wrong = engine.Engine(*bench.loaded, bench.mode)
+    for name in planted:
+        faults.FAULTS[name].apply(wrong)
+    return bench.localize(wrong.run(bench.tokens, "all"))
+
+
+def replaced(bench: Bench, stage: str, operation: engine.Operation) -> Localization:
+    """What is said of an engine with one operation of its own in all layers."""
+    wrong = engine.Engine(*bench.loaded, bench.mode)
+    for layer in range(wrong.shape.layers):
+        wrong.replace(stage, layer, operation)
+    return bench.localize(wrong.run(bench.tokens, "all"))
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_one_mistake_of_an_engine(benches: Callable[..., Bench], what: str) -> None:
+    case = CASES[what]
+    bench = benches(case.model)
+    found = broken(bench, *case.plant)
+    (fault,) = reported(found)
+    assert (fault.stage, fault.layer in ("all", None)) == (case.stage, True), sentence(found)
+    assert set(case.also) <= set(fault.also), sentence(found)
+    assert fault.name == case.name, sentence(found)
+    assert case.says in sentence(found)
+
+
+def test_a_wrong_root_cause_is_refuted(benches: Callable[..., Bench]) -> None:
+    """quant.cpp#23 and #24: "the norm is 1 + weight" was merged as the cause and reverted the same
+    day; the engine's norms were right all along, and nothing here says otherwise."""
+    for model in ("hard", "hard-qwen3"):
+        bench = benches(model)
+        assert bench.localize(bench.right).verdict == "clean"
+
+
+def test_four_stacked_faults_are_told_apart(benches: Callable[..., Bench]) -> None:
+    """aprender#2252: pairs of RoPE, biases, softmax and causal mask, all wrong at once."""
+    planted = (
+        "qkv_bias.bias_missing", "qk_post_rope.rope_interleaved", "attn_scores.scale_missing",
+        "attn_softmax.mask_missing",
+    )  # fmt: skip
+    found = [(f.stage, f.layer, f.name) for f in reported(broken(benches(), *planted))]
+    assert found == [
+        ("qkv_bias", "all", "bias_missing"),
+        ("q_post_rope", "all", "rope_interleaved"),
+        ("attn_scores", "all", "scale_missing"),
+        ("attn_softmax", "all", "mask_missing"),
+    ]
+
+
+def _fast_exp(x: Array) -> Array:
+    """e^x by (1 + x / 256)^256, eight squarings: below -256 it is 0."""
+    value = np.maximum(1 + x.astype(np.float64) / 256, 0)
+    for _ in range(8):
+        value = value * value
+    return value
+
+
+def _fast_softmax(c: Context) -> Array:
+    scores = np.where(engine.causal(len(c["tokens"])), c["attn_scores"], np.float32(-np.inf))
+    weights = _fast_exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def test_an_approximate_exponential_in_the_kernel(benches: Callable[..., Bench]) -> None:
+    """1bit-MONSTER#2325: found by script after four other hypotheses."""
+    (fault,) = reported(replaced(benches(), "attn_softmax", _fast_softmax))
+    assert (fault.stage, fault.layer, fault.name) == ("attn_softmax", "all", "exp_approximate")
+
+
+def _stale_channels(c: Context) -> Array:
+    """All but the first 64 channels of q are those of the position before: what the buffer held."""
+    value = OPERATIONS["qkv_matmul"](c).copy()
+    width = c.shape.heads * c.shape.head
+    value[1:, 64:width] = value[:-1, 64:width].copy()
+    return value
+
+
+def test_stale_channels_of_q(benches: Callable[..., Bench]) -> None:
+    """sparkinfer#518: 192 of 256 channels of q were never written."""
+    bench = benches()
+    (fault,) = reported(replaced(bench, "qkv_matmul", _stale_channels))
+    assert (fault.stage, fault.layer) == ("qkv_matmul", "all")
+    assert fault.to_json()["where"]["channels"] == "64-255"
+
+
+def _swigl_overflows(c: Context) -> Array:
+    """The product is cast to float16, where it is beyond the largest such number."""
+    return engine.f16(OPERATIONS["ffn_swigl"](c) * np.float32(1e6))
+
+
+def test_overflow_of_the_gated_product_in_f16(benches: Callable[..., Bench]) -> None:
+    """llama.cpp#26044, llama.cpp#27016: NaN from 64 tokens on, as the product of gate and up does
+    not fit float16; openvino#30440, openvino#33491, onnxruntime#26732, mlx-vlm#293 likewise."""
+    report = replaced(benches(), "ffn_swigl", _swigl_overflows)
+    (fault,) = reported(report)
+    assert fault.stage == "ffn_swigl" and fault.first.suspect.why == "nan"
+
+
+def test_uniform_rounding_is_no_fault(benches: Callable[..., Bench]) -> None:
+    """vllm.cpp#269, vllm.cpp#3105, vllm#55944, colibri#100, pegainfer#833: greedy tokens differ
+    across boards, at a near tie, by the noise of bfloat16 and nothing else."""
+    for model in ("hard", "hard-qwen3"):
+        bench = benches(model, "bf16")
+        report = bench.localize(bench.right)
+        assert report.verdict == "precision" and "bf16 in" in sentence(report)
+
+
+def _rotated_with(theta: float) -> Callable[[int, Context], Array]:
+    def operation(part: int, c: Context) -> Array:
+        return engine.rotate(
+            c.attended()[part], *engine.rope_table(c.positions, c.shape.head, theta)
+        )
+
+    return operation
+
+
+def test_theta_of_the_config_is_ignored(benches: Callable[..., Bench]) -> None:
+    """mlx-lm 0.32.2 does not read ``rope_parameters.rope_theta``, as transformers 5 writes it, and
+    takes a default."""
+    bench = benches()
+    wrong = engine.Engine(*bench.loaded)
+    turned = _rotated_with(1e5)
+    for layer in range(wrong.shape.layers):
+        wrong.replace("q_post_rope", layer, lambda c: turned(0, c))
+        wrong.replace("k_post_rope", layer, lambda c: turned(1, c))
+    report = bench.localize(wrong.run(bench.tokens, "all"))
+    (fault,) = reported(report)
+    assert (fault.name, fault.also) == ("rope_theta", ["k_post_rope"])
+    assert "theta 100000" in sentence(report)
+
+
+# --- files of weights, as converters and loaders make them wrong
+
+
+def _layers_exchanged(weights: engine.Weights) -> None:
+    for name in [name for name in weights if ".layers.1." in name]:
+        other = name.replace(".layers.1.", ".layers.3.")
+        weights[name], weights[other] = weights[other], weights[name]
+
+
+def _gate_up_exchanged(weights: engine.Weights) -> None:
+    for name in [name for name in weights if ".1.mlp.gate_proj" in name]:
+        other = name.replace("gate", "up")
+        weights[name], weights[other] = weights[other], weights[name]
+
+
+def _permuted_for_interleaved_rope(weights: engine.Weights) -> None:
+    for name in [name for name in weights if "q_proj" in name or "k_proj" in name]:
+        found = weights[name]
+        pairs = found.reshape(-1, 2, 16, *found.shape[1:])  # heads of 32
+        weights[name] = pairs.swapaxes(1, 2).reshape(found.shape)
+
+
+def _vocabulary_rolled(weights: engine.Weights) -> None:
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        weights[name] = np.roll(weights[name], 5, axis=0)
+
+
+def _columns_by_place(weights: engine.Weights) -> None:
+    name = "model.layers.1.self_attn.o_proj.weight"
+    found = weights[name]
+    weights[name] = found.reshape(len(found), 2, 4, 32).swapaxes(1, 2).reshape(found.shape)
+
+
+def _two_of_another_type(weights: engine.Weights) -> None:
+    for name in ("model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.up_proj.weight"):
+        weights[name] = engine.q8_0(weights[name])
+
+
+@dataclass(frozen=True)
+class File:
+    """A wrong file of weights: how it was made wrong, and what is to be said of it."""
+
+    change: Callable[[engine.Weights], None]
+    stage: str
+    layer: int | str | None
+    name: str
+    says: str
+    also: tuple[str, ...] = field(default=())
+
+
+LAYER = ("qkv_matmul", "qkv_bias", "attn_out", "ffn_norm", "ffn_gate", "ffn_up", "ffn_out")
+FILES = [
+    File(_layers_exchanged, "attn_norm", "1,3", "layers_exchanged",
+         "weights of layers 1 and 3 exchanged", LAYER),
+    File(_gate_up_exchanged, "ffn_gate", 1, "gate_up_swapped",
+         "gate and up projections exchanged", ("ffn_up",)),
+    File(_permuted_for_interleaved_rope, "qkv_matmul", "all", "rows_rope_permuted",
+         "the biases too", ("qkv_bias",)),
+    File(_vocabulary_rolled, "embedding", 0, "vocabulary_rolled", "moved by +5", ("lm_head",)),
+    File(_columns_by_place, "attn_out", 1, "columns_permuted", "heads by their place in a group"),
+    File(_two_of_another_type, "qkv_matmul", "1-2", "weight_requantised", "Q8_0", ("ffn_up",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.change.__name__.strip("_"))
+def test_one_cause_in_a_file_is_one_fault(benches: Callable[..., Bench], file: File) -> None:
+    bench = benches()
+    wrong = engine.Engine(*bench.loaded, "f32", file.change)
+    report = bench.localize(wrong.run(bench.tokens, "all"))
+    (fault,) = reported(report)
+    assert (fault.stage, fault.layer, fault.name) == (file.stage, file.layer, file.name)
+    assert fault.also == list(file.also)
+    assert file.says in sentence(report)

@@ -1,0 +1,274 @@
+"""Findings put together by cause: one mistake is one fault, however many stages show it.
+
+An engine that exchanged two layers is wrong in eight stages of both; one that has an eps of its own
+is so wherever the eps is seen. What is said of a fault is then said of all of it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from stages import verdict
+from stages.architecture import ADD, NORM, ROTATION, Key
+from stages.architectures import any_stage
+from stages.verdict import LocalError, Suspect
+
+
+@dataclass
+class Explanation:
+    """One explanation that restores a suspect's bits."""
+
+    name: str
+    bits: float
+    says: str
+    detail: str = ""  # what the entry of the catalogue found: a layer, a number
+
+
+@dataclass
+class Finding:
+    """A suspect with what explains it."""
+
+    suspect: Suspect
+    dump_only: bool = False
+    diagnosis: list[Explanation] = field(default_factory=list)
+    shape: str = ""
+
+
+@dataclass
+class Fault:
+    """Findings of one cause, as reported: one entry, whatever the number of layers.
+
+    Attributes:
+        layer, stage: where it was found; the first of the stages.
+        findings: of that stage first.
+        also: the other stages.
+        diagnosis: what all of it is, where that says more than what the first stage shows.
+    """
+
+    layer: int | str | None
+    stage: str
+    findings: list[Finding]
+    also: list[str] = field(default_factory=list)
+    joined: Explanation | None = None
+
+    @property
+    def first(self) -> Finding:
+        return self.findings[0]
+
+    @property
+    def diagnosis(self) -> list[Explanation]:
+        """What explains it, the best first."""
+        return [self.joined] if self.joined else self.first.diagnosis
+
+    @property
+    def name(self) -> str:
+        """The mistake's name, or else why it is suspected."""
+        return self.diagnosis[0].name if self.diagnosis else self.first.suspect.why
+
+    def to_json(self) -> dict[str, Any]:
+        """An element of ``faults``."""
+        here = [f for f in self.findings if f.suspect.item.stage == self.stage]
+        suspect = min(here, key=lambda f: f.suspect.found).suspect
+        entry: dict[str, Any] = {
+            "layer": self.layer,
+            "stage": self.stage,
+            "bits": None if suspect.why == "nan" else round(suspect.found, 1),
+            "expected_bits": round(suspect.expected, 1),
+            "where": suspect.where,
+            "diagnosis": [
+                {"name": e.name, "bits": round(e.bits, 1), "says": e.says} for e in self.diagnosis
+            ],
+        }
+        if suspect.item.segment:
+            entry["segment"] = [*dict.fromkeys(s for s, _ in suspect.item.segment), self.stage]
+        if suspect.why == "nan":
+            entry["nonfinite"] = suspect.item.born
+        if self.first.dump_only:
+            entry["dump_only"] = True
+        if self.also:
+            entry["also"] = self.also
+        if self.first.shape:
+            entry["shape"] = self.first.shape
+        return entry
+
+
+def faults(findings: list[Finding], items: Sequence[LocalError]) -> list[Fault]:
+    """Findings put together by cause, first cause first."""
+    measured: dict[str, set[int | None]] = {}
+    for item in items:
+        measured.setdefault(item.stage, set()).add(item.layer)
+    order = {item.key: place for place, item in enumerate(items)}
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        name = finding.diagnosis[0].name if finding.diagnosis else finding.suspect.why
+        groups.setdefault((finding.suspect.item.stage, name), []).append(finding)
+    found = [_fault(stage, group, measured) for (stage, _), group in groups.items()]
+    found = _other_layers(found, measured, order)
+    result: list[Fault] = []
+    for fault in sorted(found, key=lambda fault: order[fault.first.suspect.key]):
+        twin = next((other for other in result if _same_cause(other, fault)), None)
+        if twin:
+            result[result.index(twin)] = _together([twin, fault], measured)
+        else:
+            result.append(fault)
+    return [_worded(fault) for fault in result]
+
+
+def _fault(stage: str, found: list[Finding], measured: dict[str, set[int | None]]) -> Fault:
+    return Fault(_layers([f.suspect.item.layer for f in found], measured[stage]), stage, found)
+
+
+def _together(
+    found: Sequence[Fault],
+    measured: dict[str, set[int | None]],
+    joined: Explanation | None = None,
+) -> Fault:
+    """Faults of several stages as one, named after the first."""
+    first = found[0]
+    stages = dict.fromkeys(s for fault in found for s in (fault.stage, *fault.also))
+    findings = [finding for fault in found for finding in fault.findings]
+    here = [s for s in stages if measured[s] != {None}] or [first.stage]
+    layers = {f.suspect.item.layer for f in findings if f.suspect.item.stage in here}
+    layer = _layers(list(layers), set().union(*(measured[s] for s in here)))
+    others = [s for s in stages if s != first.stage]
+    return Fault(layer, first.stage, findings, others, joined or first.joined)
+
+
+def _layers(found: list[int | None], measured: set[int | None]) -> int | str | None:
+    if len(found) == 1:
+        return "all" if measured == {found[0]} and len(measured) > 1 else found[0]
+    if set(found) == measured:
+        return "all"
+    mask = np.zeros(max(n for n in measured if n is not None) + 2, bool)
+    mask[[n for n in found if n is not None]] = True
+    return verdict.ranges(mask)
+
+
+# --- what is one cause
+
+# Mistakes of one constant, which every norm or rotation reads, whether it shows there or not.
+CONSTANTS = ("norm_eps", "norm_eps_outside", "rope_theta")
+# Of the order of a weight's rows, which its bias then has too.
+OF_ROWS = ("rows_rope_permuted", "rows_permuted", "heads_permuted")
+# Of a file of weights, in whichever of its tensors they show.
+OF_FILES = ("weight_requantised", "vocabulary_rolled")
+# Names that are said of one stage where another stage of the same layer shows the rest of it.
+PARTS = {
+    "gate_up_swapped": ("gate_up_swapped",),
+    "rope_before_norm": ("rope_before_norm", "rope_missing"),
+    "bias_after_rope": ("bias_missing", "bias_after_rope", "bias_v_only"),
+    "bias_missing": ("bias_after_rope",),
+    "bias_v_only": ("bias_after_rope",),
+}
+
+
+def _same_cause(first: Fault, second: Fault) -> bool:
+    """Whether the faults of two stages are one mistake."""
+    if (
+        not (first.diagnosis and second.diagnosis)
+        or first.first.dump_only != second.first.dump_only
+    ):
+        return False
+    layers = first.layer == second.layer or (first.layer == "all" and second.layer is None)
+    if second.name in PARTS.get(first.name, ()):
+        return layers
+    if first.name != second.name:
+        return False
+    kinds = {any_stage(fault.stage).kind for fault in (first, second)}
+    if first.name in CONSTANTS:
+        return len(kinds) == 1 and first.diagnosis[0].says == second.diagnosis[0].says
+    if first.name in OF_FILES:
+        types = [fault.diagnosis[0].detail.split(", of ")[0] for fault in (first, second)]
+        return types[0] == types[1]
+    return layers and (first.name in OF_ROWS or kinds <= {NORM} or kinds <= {ROTATION})
+
+
+# --- weights of other layers
+
+OTHER_LAYER = ("norm_weight_other_layer", "weight_other_layer", "bias_other_layer")
+
+
+def _other_layers(
+    found: list[Fault], measured: dict[str, set[int | None]], order: dict[Key, int]
+) -> list[Fault]:
+    """Faults whose weights are those of other layers, in the same way: one cause."""
+    groups: list[tuple[dict[int, int], list[Fault]]] = []
+    rest = []
+    for fault in sorted(found, key=lambda fault: order[fault.first.suspect.key]):
+        moved = _moved(fault)
+        for moves, group in groups if moved else ():
+            shared = moves.keys() & moved.keys()
+            if shared and all(moves[layer] == moved[layer] for layer in shared):
+                moves |= moved
+                group.append(fault)
+                break
+        else:
+            if moved:
+                groups.append((moved, [fault]))
+            else:
+                rest.append(fault)
+    for moves, group in groups:
+        worst = min(fault.diagnosis[0].bits for fault in group)
+        exchanged = len(moves) > 1 and all(moves.get(b) == a for a, b in moves.items())
+        name = "layers_exchanged" if exchanged and len(group) > 1 else group[0].name
+        if len(moves) == 1 and len(group) == 1:
+            rest += group
+        else:
+            said = Explanation(name, worst, _says_moved(sorted(moves.items())))
+            rest.append(_together(group, measured, said))
+    return rest
+
+
+def _moved(fault: Fault) -> dict[int, int]:
+    """Layer -> the layer whose whole weight it has, of every finding; or nothing."""
+    moved = {}
+    for finding in fault.findings:
+        layer = finding.suspect.item.layer
+        if layer is None or not finding.diagnosis or finding.diagnosis[0].name not in OTHER_LAYER:
+            return {}
+        if not finding.diagnosis[0].detail.isdecimal():  # of one of several weights
+            return {}
+        moved[layer] = int(finding.diagnosis[0].detail)
+    return moved
+
+
+def _says_moved(moves: Sequence[tuple[int, int]]) -> str:
+    moved = dict(moves)
+    pairs = [(a, b) for a, b in moves if a < b and moved.get(b) == a]
+    if 2 * len(pairs) == len(moves):
+        said = "; ".join(f"{a} and {b}" for a, b in pairs)
+        return f"weights of layers {said} exchanged"
+    steps = {b - a for a, b in moves}
+    if len(moves) > 1 and len(steps) == 1:
+        return f"weights of the layer {steps.pop():+d}"
+    said = ", ".join(f"{a} has those of {b}" for a, b in moves[:4])
+    return f"weights of other layers: {said}{', ...' if len(moves) > 4 else ''}"
+
+
+# --- what is said of all of it
+
+
+def _worded(fault: Fault) -> Fault:
+    """What the first stage says may be true of that stage alone."""
+    if fault.joined or not fault.diagnosis:
+        return fault
+    late = [f.diagnosis[0] for f in fault.findings if f.diagnosis[0].name == "bias_after_rope"]
+    first, stages = (late or fault.diagnosis)[0], (fault.stage, *fault.also)
+    fault.joined = first if late else None
+    says = JOINED[first.name](fault) if len(stages) > 1 and first.name in JOINED else ""
+    if says:
+        fault.joined = replace(first, says=says)
+    return fault
+
+
+def _of_rows(fault: Fault) -> str:
+    biased = any(any_stage(stage).kind is ADD for stage in fault.also)
+    return f"{fault.diagnosis[0].says}; the biases too" if biased else ""
+
+
+JOINED: dict[str, Callable[[Fault], str]] = {
+    "gate_up_swapped": lambda fault: "gate and up projections exchanged",
+    **dict.fromkeys(OF_ROWS, _of_rows),
+}
