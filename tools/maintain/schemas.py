@@ -1,5 +1,6 @@
 """``python -m tools.maintain.schemas``: write docs/schema/ from the types that the code runs on."""
 
+import inspect
 from pathlib import Path
 
 import msgspec
@@ -24,6 +25,12 @@ def render() -> dict[str, bytes]:
     }
     whole["required"] = ["schema", "kind", *whole["required"]]
     found["manifest"] = manifest
+    for schema in found.values():
+        for kind in schema[
+            "$defs"
+        ].values():  # a docstring is indented, but not from Python 3.13 on
+            if "description" in kind:
+                kind["description"] = inspect.cleandoc(kind["description"])
     return {
         f"{name}.json": msgspec.json.format(msgspec.json.encode({"$schema": DIALECT} | schema))
         + b"\n"
