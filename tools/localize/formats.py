@@ -492,8 +492,16 @@ def _in_half(x: Array, rounding: Rounding) -> Array:
     return _as_array(keep(gate * sigmoid))
 
 
+def _by_mlas(case: Any) -> Array:
+    gate = np.asarray(case.inputs[0], np.float32)
+    return _as_array(gate * emulated.mlas_logistic(gate))
+
+
+MLAS_SILU = Format("silu mlas", "SiLU by onnxruntime's own sigmoid (MLAS)", "f32", whole=_by_mlas)
+
+
 def _of_values(kind: Kind) -> list[Format]:
-    found: list[Format] = []
+    found: list[Format] = [MLAS_SILU] if kind is ACTIVATION else []
     for name, level, rounding in (
         ("float16", "tf32/f16", emulated.f16), ("bfloat16", "bf16", emulated.bf16)
     ):  # fmt: skip
