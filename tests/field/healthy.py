@@ -91,9 +91,11 @@ def llama_case(
     """Without flash attention llama.cpp has no quantised V cache: K's alone is then quantised."""
     v = "f16" if flash == "off" and cache[0] == "q" else cache
     options = ("--flash", flash, "--cache-k", cache, "--cache-v", v)
-    kept = {f"kv {'float16' if each == 'f16' else each}" for each in (cache, v) if each != "f32"}
-    if "f16" in (cache, v):
-        kept |= {"flash float16"} if flash == "on" else set()
+    # flash attention casts what a float32 cache holds to float16
+    held = {"f16" if each == "f32" and flash == "on" else each for each in (cache, v)} - {"f32"}
+    kept = {f"kv {'float16' if each == 'f16' else each}" for each in held}
+    if flash == "on" and "f16" in held:
+        kept |= {"flash float16"}
     true = _true(
         linear=[INPUTS[weights]] if weights in INPUTS else [],
         RoPE=["rope recurrence f32", "rope products f32"],

@@ -1,7 +1,6 @@
 """Small models that the engines are run on, made on the spot."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +99,3 @@ def permuted(value: np.ndarray, heads: int) -> np.ndarray:
     """Rows of q or k as LLaMA's converter lays them: (pair, half) where (half, pair) was."""
     turned = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2)
     return turned.reshape(value.shape)
-
-
-Change = Callable[[Tensors], None]

@@ -94,8 +94,9 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[st
 def _healthy(rows: Sequence[Row]) -> Iterator[str]:
     yield "## Healthy engines"
     yield ""
-    yield f"llama.cpp's {len(healthy.covering(healthy.OPTIONS))} runs are a covering design, not the"
-    yield "full product: each pair of values of two of weight type, length, cache, theta, calls,"
+    count = len(healthy.covering(healthy.OPTIONS))
+    yield f"llama.cpp's {count} runs are a covering design, not the full product: each"
+    yield " pair of values of two of weight type, length, cache, theta, calls,"
     yield "size of a head and flash attention occurs at least once. A quantised V cache needs flash"
     yield "attention; without it K's alone is quantised. Wrong is an accusation, or the name of a"
     yield "format that the engine does not compute in."
@@ -120,7 +121,7 @@ def _broken(rows: Sequence[Row]) -> Iterator[str]:
         return
     yield "## Wrong GGUFs"
     yield ""
-    yield "Files as wrong converters make them, run by llama.cpp with its own defaults and judged by"
+    yield "Files as wrong converters make them, run by llama.cpp with its own defaults, judged by"
     yield "the right file of the same type. p: placed, n: named, 1: one entry; a dash is a no."
     yield ""
     names = {each.name: None for each in broken.WRONG}
