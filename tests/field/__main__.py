@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.field import broken, healthy, models, runs, table
+from tests.field import broken, healthy, large, models, runs, table
 from tools.collect import engines
 
 
@@ -45,6 +45,7 @@ def jobs() -> Iterator[Job]:
                 "llama.cpp",
                 lambda made, each=each, kind=kind: runs.run_broken(each, kind, made),
             )
+    yield f"timing {large.MODEL}", "llama.cpp", large.run
 
 
 def installed(engine: str) -> bool:

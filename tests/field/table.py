@@ -49,7 +49,7 @@ def totals(rows: Sequence[Row]) -> list[str]:
 
 def page(rows: Sequence[Row]) -> str:
     """docs/field.md."""
-    return "\n".join([*_head(rows), *_healthy(rows), *_broken(rows), *_figures(), ""])
+    return "\n".join([*_head(rows), *_healthy(rows), *_broken(rows), *_figures(rows), ""])
 
 
 def _head(rows: Sequence[Row]) -> Iterator[str]:
@@ -61,10 +61,24 @@ def _head(rows: Sequence[Row]) -> Iterator[str]:
     yield ""
     yield from (f"- **{total}**" for total in totals(rows))
     yield ""
+    if missing := _missing(rows):
+        yield f"Not run here: {missing}."
+        yield ""
     yield f"Run on {_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}; "
     yield ", ".join(_versions()) + ". Seconds are of collecting and judging, in one process"
     yield "that has the programs of earlier runs."
     yield ""
+
+
+def _missing(rows: Sequence[Row]) -> str:
+    """Cases without a row, counted by engine."""
+    done = {row.name for row in rows}
+    left = [case.engine for case in healthy.cases() if case.name not in done]
+    words = [f"{left.count(engine)} healthy of {engine}" for engine in dict.fromkeys(left)]
+    for kind in runs.TYPES:
+        count = sum(f"{each.name} {kind}" not in done for each in broken.WRONG)
+        words += [f"{count} wrong files in {kind}"] if count else []
+    return ", ".join(words)
 
 
 def _processor() -> str:
@@ -146,5 +160,10 @@ def _short(says: str) -> str:
     return says.partition(" [")[0].replace("|", "\\|")
 
 
-def _figures() -> Iterator[str]:
-    yield from ()
+def _figures(rows: Sequence[Row]) -> Iterator[str]:
+    for row in rows:
+        if row.kind == "timing":
+            yield "## From an engine's model file to its verdict"
+            yield ""
+            yield f"{row.name}, {row.model}, {row.length} tokens, two commands: {row.seconds:.0f} s"
+            yield f"({row.says})."

@@ -87,8 +87,8 @@ def parser(name: str, adapter: Adapter) -> tuple[argparse.ArgumentParser, list[s
     result.add_argument(
         "--of",
         metavar="MODEL",
-        help="what MODEL was meant to be, where it may have been made wrongly: the trace is then one "
-        "of that, for tools.localize --model",
+        help="what MODEL should be, where it may have been made wrongly: the trace is then one of "
+        "that, for tools.localize --model",
     )
     result.add_argument(
         "--weights",
