@@ -6,12 +6,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: help trace test matrix lock clean
+.PHONY: help trace test field matrix lock clean
 
 help:
 	@echo "make trace   trace the embedded demo model into demo-trace/"
 	@echo "make test    lint, check types, run all tests; among them, as a gate, the quick parity sweep"
 	@echo "             (installs PyTorch)"
+	@echo "make field   run every engine that is installed, healthy and broken, and write docs/field.md"
 	@echo "make matrix  the tests that need no PyTorch, on every Python that is claimed"
 	@echo "make lock    note down the installed versions in requirements.lock"
 	@echo "make clean   remove everything that these two made"
@@ -24,6 +25,11 @@ test: $(VENV)/test.stamp
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m pytest --durations=15 # tests/test_gate.py: python -m tools.parity --sweep quick must exit with 0
+
+# The engines that `make test` does not install, where they are to be had:
+# pip install openvino mlx mlx-lm google-tunix
+field: $(VENV)/test.stamp
+	$(PY) -m tests.field --markdown docs/field.md
 
 # Python 3.11 is what `make test` runs. PyTorch's CPU build is not to be had for every Python, so what
 # needs it is left out.

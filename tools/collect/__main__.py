@@ -85,6 +85,12 @@ def parser(name: str, adapter: Adapter) -> tuple[argparse.ArgumentParser, list[s
         help="then N tokens more, the likeliest each time, computed one by one",
     )
     result.add_argument(
+        "--of",
+        metavar="MODEL",
+        help="what MODEL should be, where it may have been made wrongly: the trace is then one of "
+        "that, for tools.localize --model",
+    )
+    result.add_argument(
         "--weights",
         type=Path,
         metavar="DIR",
@@ -106,12 +112,13 @@ def main(argv: list[str]) -> int:
     args = made.parse_args(rest)
     replaceable(args.out, args.overwrite)
     model, prompt = open_model(args.model), arguments.prompt_of(args)
-    tokens = prompt.read(model)
+    right = open_model(args.of) if args.of else model
+    tokens = prompt.read(right)
     positions = prompt.positions(tokens)
     steps = args.steps or (len(tokens),)
     if sum(steps) != len(tokens):
         raise UserError(f"--steps add up to {sum(steps)}, but the prompt has {len(tokens)} tokens")
-    recorder = Recorder(model, args.stages, args.layers)
+    recorder = Recorder(right, args.stages, args.layers)
     length = len(tokens) + args.generate
     if args.weights:
         effective.refuse(args.weights)
@@ -123,6 +130,8 @@ def main(argv: list[str]) -> int:
             )
         computed, logits = run(session, tokens, positions, steps, args.generate)
         weights, judged_by = _weights(session, model, args.weights)
+        if args.of:  # what it multiplies by is what is in question
+            weights, judged_by = {}, right.name
         options = {each: getattr(args, each) for each in own}
         found = recorder.finish(
             args.out,

@@ -342,3 +342,32 @@ PARTNER: dict[str, Rounding] = {
     "iq4_nl": q8_0,
 }  # fmt: skip
 WITH_MINIMUM = ("q4_1", "q5_1")  # types whose minimum multiplies the partner's stored sum
+
+
+# --- functions that are approximated
+
+MLAS_ODD = (
+    4.37031012579801e-11, 1.15627324459942e-07, 6.08574864600143e-05, 8.51377133304701e-03,
+    2.48287947061529e-01,
+)  # fmt: skip
+MLAS_EVEN = (
+    6.10247389755681e-13, 5.76102136993427e-09, 6.29106785017040e-06, 1.70198817374094e-03,
+    1.16817656904453e-01, 9.93151921023180e-01,
+)  # fmt: skip
+
+
+def _horner(square: Array, coefficients: tuple[float, ...]) -> Array:
+    """A polynomial by fused multiply-adds: one rounding each."""
+    found = np.full_like(square, coefficients[0])
+    for each in coefficients[1:]:
+        found = (found.astype(np.float64) * square + np.float64(F32(each))).astype(F32)
+    return found
+
+
+def mlas_logistic(x: Array) -> Array:
+    """The sigmoid of onnxruntime's MLAS (``MlasComputeLogistic``): a quotient of polynomials, to
+    which 1/2 is added. Where the sigmoid is small little of it is left: at -9 three digits."""
+    x = np.clip(np.asarray(x, F32), F32(-18), F32(18))
+    square = x * x
+    quotient = _horner(square, MLAS_ODD) * x / _horner(square, MLAS_EVEN)
+    return np.clip(quotient + F32(0.5), F32(0), F32(1))

@@ -14,7 +14,7 @@ import numpy as np
 from qwen_jax.config import Config
 from qwen_jax.replay import ErrorSums, Measured, Replay, allowance, error_sums
 from stages import verdict
-from stages.architecture import ROTATION, Key
+from stages.architecture import ACTIVATION, ROTATION, Key
 from stages.architectures import any_stage
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError
@@ -150,6 +150,10 @@ def _low(item: LocalError, dtype: str) -> bool:
     if item.row.kind is ROTATION and dtype == "float32":
         return item.bits < PLAIN_ROTATION
     if dtype == "float32":
+        if item.row.kind is ACTIVATION and any(
+            mask.any() for mask in verdict.bad_slices(item, verdict.NOMINAL[dtype]).values()
+        ):
+            return True  # approximations differ where the function is small
         return item.level < (PLAIN if item.sums_products else PLAIN_OTHERS)
     # of a 16-bit trace: products whose operands are coarser still
     return item.sums_products and item.level < verdict.NOMINAL[dtype] - 1.0
@@ -278,7 +282,9 @@ class _Trial:
             and self.dtype == "float32"
         ):
             return {self.item.key: GRID_FORMATS[self.grid]}
-        members = [key for key in (self.item.key, *self.item.segment) if _may_have(key)]
+        members = [self.item.key]
+        if self.item.segment:
+            members = [key for key in (self.item.key, *self.item.segment) if _may_have(key)]
         if not members or len(members) > MEMBERS:
             return None
         found: Formats = {}

@@ -405,17 +405,42 @@ def _flash_f16() -> Format:
     foreign dump does not say how many, so the nearest counts, row by row."""
     says = "flash attention with a float16 value cache, summed in float16"
     # 16.1 to 17.3 measured: the last bit of a score decides a rounding to float16 now and then
-    return Format("flash float16", says, "tf32/f16", whole=_flash_rows, leaves=14.5)
+    return Format(
+        "flash float16", says, "tf32/f16", whole=_flash_rows, allows=_flash_flips, leaves=14.5
+    )
 
 
-def _flash_rows(case: Any) -> Array | None:
+def _flash_operands(case: Any) -> tuple[Any, np.ndarray] | None:
+    """The scores' replay, and the cached v of each query head, where neither was dumped."""
     scored = case.other("attn_scores")
     if case.value("attn_softmax") is not None or not scored.replayable:
         return None
     v = case.inputs[1]
     v = emulated.f16(np.asarray(v if v.ndim == 4 else split_heads(case.config, v)[2])[0])
+    return scored, np.repeat(v, case.config.num_attention_heads // v.shape[1], 1)
+
+
+# A score's last bit decides, now and then, to which of two float16 values a running sum goes. It
+# may be far larger than what is left of it at the end.
+FLIP = 2.0**-13
+
+
+def _flash_flips(case: Any) -> Array:
+    found = _flash_operands(case)
+    if found is None:
+        return jnp.zeros(())
+    scored, v = found
+    return _as_array(FLIP * _softmaxed(_unmasked(case, scored.exact), np.abs(v))).reshape(
+        case.dump.shape
+    )
+
+
+def _flash_rows(case: Any) -> Array | None:
+    found = _flash_operands(case)
+    if found is None:
+        return None
+    scored, v = found
     scores = [_unmasked(case, scored.exact)]
-    v = np.repeat(v, scores[0].shape[0] // v.shape[1], 1)
     loop = emulated.sum_in_f16(scores[0].astype(np.float32), v)
     if scored.format is not None and 0 in scored.format.operands:
         others = {place: f for place, f in scored.format.operands.items() if place != 0}
@@ -492,8 +517,16 @@ def _in_half(x: Array, rounding: Rounding) -> Array:
     return _as_array(keep(gate * sigmoid))
 
 
+def _by_mlas(case: Any) -> Array:
+    gate = np.asarray(case.inputs[0], np.float32)
+    return _as_array(gate * emulated.mlas_logistic(gate))
+
+
+MLAS_SILU = Format("silu mlas", "SiLU by onnxruntime's own sigmoid (MLAS)", "f32", whole=_by_mlas)
+
+
 def _of_values(kind: Kind) -> list[Format]:
-    found: list[Format] = []
+    found: list[Format] = [MLAS_SILU] if kind is ACTIVATION else []
     for name, level, rounding in (
         ("float16", "tf32/f16", emulated.f16), ("bfloat16", "bf16", emulated.bf16)
     ):  # fmt: skip

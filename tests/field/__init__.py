@@ -1,0 +1,1 @@
+"""Real engines, healthy and broken, run, traced and judged: ``python -m tests.field``."""
