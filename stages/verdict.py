@@ -4,7 +4,7 @@ Nothing here has a tolerance to tune to a model: the scale that error is measure
 every stage of one arithmetic come out at nearly the same number of bits, whatever its values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
@@ -184,6 +184,12 @@ def class_of(level: float, row: Stage, segment: Sequence[Key] = ()) -> str | Non
     """
     product = sums_products(row, segment)
     return next((n for n, sums, others in CLASSES if level >= (sums if product else others)), None)
+
+
+def coarsest(classes: Iterable[str]) -> str:
+    """The coarsest of some precision classes."""
+    order = [name for name, _, _ in CLASSES]
+    return max(classes, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def sibling_gap(item: LocalError) -> float:

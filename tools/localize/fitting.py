@@ -25,7 +25,6 @@ from tools.localize.formats import (
     ROPE_BY_PRODUCTS,
     Format,
     choices,
-    coarsest,
     on_grid,
     side_by_side,
 )
@@ -138,7 +137,7 @@ def _give_up_lone(
     if len(mine) < LONE or len(found) != 1:
         return
     item = found[0]
-    if coarsest(f.level for f in fitted.by_item[item.key]) != "f32":
+    if verdict.coarsest(f.level for f in fitted.by_item[item.key]) != "f32":
         fitted.lone[item.key] = fitted.by_item.pop(item.key)
         judged[item.key] = item
         for key in (item.key, *item.segment):

@@ -6,7 +6,7 @@ it. ``choices`` lists the ones that a kind of arithmetic may have; ``find`` in `
 them. The roundings themselves are in ``emulated``.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -33,7 +33,7 @@ from stages.architecture import (
     Stage,
     axis_size,
 )
-from stages.verdict import CLASSES
+from stages.verdict import coarsest
 from tools.localize import emulated
 from tools.localize.emulated import CACHE, PARTNER, WITH_MINIMUM, Rounding
 
@@ -113,12 +113,6 @@ def side_by_side(parts: Sequence[Format]) -> Format:
     return Format(
         names.replace(";", ","), says, coarsest(f.level for f in parts), parts=tuple(parts)
     )
-
-
-def coarsest(levels: Iterable[str]) -> str:
-    """The coarsest of some precision classes."""
-    order = [name for name, _, _ in CLASSES]
-    return max(levels, key=lambda name: order.index(name) if name in order else len(order))
 
 
 # What an engine does that has no format of its own.

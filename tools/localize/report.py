@@ -2,7 +2,7 @@
 
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
@@ -12,8 +12,9 @@ from stages.trace import Trace
 from stages.verdict import LocalError
 from tools.localize import causes
 from tools.localize.causes import Fault, Finding
-from tools.localize.fitting import Fitted
-from tools.localize.formats import PLAIN_FORMAT, coarsest
+
+if TYPE_CHECKING:  # importing this loads no JAX
+    from tools.localize.fitting import Fitted
 
 SCHEMA = 2
 COLOURS = {
@@ -32,7 +33,7 @@ class Localization:
     items: list[LocalError]
     findings: list[Finding]
     skipped: list[dict[str, Any]]
-    fitted: Fitted
+    fitted: "Fitted"
 
     @property
     def precision(self) -> dict[str, dict[str, Any]]:
@@ -40,7 +41,7 @@ class Localization:
         for stage, entry in table.items():
             found = self.fitted.names(stage)
             if found:
-                entry["class"] = coarsest(f.level for f in found)
+                entry["class"] = verdict.coarsest(f.level for f in found)
                 entry["format"] = ", ".join(dict.fromkeys(f.name for f in found))
         return table
 
@@ -49,7 +50,7 @@ class Localization:
         """The number formats that stages are computed in, for people."""
         stages = dict.fromkeys(item.stage for item in self.items)
         said = {part for s in stages for f in self.fitted.names(s) for part in f.says.split("; ")}
-        return sorted(said - {PLAIN_FORMAT.says})
+        return sorted(said - {"float32"})  # of one weight beside others that have a format
 
     def to_json(self) -> dict[str, Any]:
         """The object of ``--json``."""
