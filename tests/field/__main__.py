@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     chosen = [job for job in jobs() if args.only in job[0]][:: 10 if args.quick else 1]
     rows = kept(args.rows)
+    earlier = len(rows)
     done = {f"{row.kind} {row.name}" for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         made = models.Models(Path(folder))
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
     for total in table.totals(rows):
         print(total)
     if args.markdown:
-        args.markdown.write_text(table.page(rows), encoding="utf-8")
+        args.markdown.write_text(table.page(rows, earlier), encoding="utf-8")
     return 0
 
 

@@ -139,7 +139,7 @@ def v_heads_exchanged(t: Tensors) -> None:
     in_all(t, f"{V}.weight", lambda w: np.roll(w, len(w) // 2, 0))
 
 
-@wrong("qkv_matmul", "all", "row_scaled")
+@wrong("qkv_matmul", "all", "row_scaled constant_factor")
 def q_scaled_by_the_head_size(t: Tensors) -> None:
     """The softmax's factor folded into the weight, and applied again."""
     in_all(t, f"{Q}.weight", lambda w: w / 8)
@@ -279,7 +279,7 @@ def a_layer_written_twice(t: Tensors) -> None:
         t[name] = t[name.replace(".2.", ".1.", 1)]
 
 
-@wrong("embedding", 0, "embedding_scaled_sqrt_d")
+@wrong("embedding", 0, "embedding_scaled_sqrt_d constant_factor")
 def embedding_scaled(t: Tensors) -> None:
     """By the root of D, as for Gemma; nothing of it is left after the first norm."""
     t["model.embed_tokens.weight"] *= np.float32(16)

@@ -47,12 +47,12 @@ def totals(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def page(rows: Sequence[Row]) -> str:
-    """docs/field.md."""
-    return "\n".join([*_head(rows), *_healthy(rows), *_broken(rows), *_figures(rows), ""])
+def page(rows: Sequence[Row], earlier: int = 0) -> str:
+    """docs/field.md; ``earlier`` is how many rows were kept from earlier runs."""
+    return "\n".join([*_head(rows, earlier), *_healthy(rows), *_broken(rows), *_figures(rows), ""])
 
 
-def _head(rows: Sequence[Row]) -> Iterator[str]:
+def _head(rows: Sequence[Row], earlier: int) -> Iterator[str]:
     yield "# Real engines, healthy and broken"
     yield ""
     yield "Made by `make field`, which runs what is installed: real engines on small models with"
@@ -61,12 +61,16 @@ def _head(rows: Sequence[Row]) -> Iterator[str]:
     yield ""
     yield from (f"- **{total}**" for total in totals(rows))
     yield ""
+    if earlier:
+        yield f"{earlier} rows were kept from earlier runs (`--rows`), some of them judged by a"
+        yield "localizer that has changed since."
+        yield ""
     if missing := _missing(rows):
         yield f"Not run here: {missing}."
         yield ""
-    yield f"Run on {_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}; "
+    yield f"Run on {_processor()}, {os.cpu_count()} cores, Python {platform.python_version()};"
     yield ", ".join(_versions()) + ". Seconds are of collecting and judging, in one process"
-    yield "that has the programs of earlier runs."
+    yield "that keeps compiled programs, and with whatever else the machine did meanwhile."
     yield ""
 
 
@@ -109,8 +113,8 @@ def _healthy(rows: Sequence[Row]) -> Iterator[str]:
     yield "## Healthy engines"
     yield ""
     count = len(healthy.covering(healthy.OPTIONS))
-    yield f"llama.cpp's {count} runs are a covering design, not the full product: each"
-    yield " pair of values of two of weight type, length, cache, theta, calls,"
+    yield f"llama.cpp's {count} cases are a covering design, not the full product: each pair of"
+    yield "values of two of weight type, length, cache, theta, calls,"
     yield "size of a head and flash attention occurs at least once. A quantised V cache needs flash"
     yield "attention; without it K's alone is quantised. Wrong is an accusation, or the name of a"
     yield "format that the engine does not compute in."

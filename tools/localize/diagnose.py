@@ -171,6 +171,9 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     base = case.scored(case.exact, focus)
     needed = max(sound, base + SLACK)
     found: list[tuple[int, Explanation]] = []
+    # a mistake that was made before the weights were quantised comes out with their rounding
+    near: list[tuple[int, Explanation]] = []
+    enough = max(ANEW, base + SLACK) if _quantised(case) else np.inf
 
     def consider(
         rank: int, name: str, says: str, candidate: Array, rotated: bool = False, detail: str = ""
@@ -179,6 +182,9 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
         least = _smooth_needed(base, suspect.expected) if name in LENIENT else needed
         if score >= least:
             found.append((rank, Explanation(name, score, says, detail)))
+        elif score >= enough:
+            says += ", before it was quantised"
+            near.append((rank, Explanation(name, score, says, detail)))
 
     entries = _entries(case, finding.dump_only)
     entries.sort(key=lambda entry: entry.name not in hints)
@@ -196,6 +202,8 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
         consider(len(entries), *shapes.smooth_function(case))
     if not found and suspect.why != "nan":
         _confined(case, finding, found)
+    if not found and near:
+        found = [min(near, key=lambda pair: (-round(2 * pair[1].bits) / 2, pair[0]))]
     # half a bit is within the noise: the more specific entry, which stands first, wins
     found.sort(key=lambda pair: (pair[1].name in FITTED, -round(2 * pair[1].bits) / 2, pair[0]))
     seen: dict[str, Explanation] = {}
@@ -204,6 +212,19 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     finding.diagnosis = list(seen.values())[:SHOWN]
     if not finding.diagnosis and not finding.shape:
         finding.shape = shapes.describe(case, suspect.masks, focus)
+
+
+# Bits that an explanation brings back whatever the type of a weight that was quantised after the
+# mistake: Q4_K's rounding leaves 4 to 5 of its own.
+ANEW = 3.5
+
+
+def _quantised(case: StageReplay) -> bool:
+    """Whether the stage multiplies by, or looks up, rows of a quantised type."""
+    types = getattr(case.model, "types", {})  # of a GGUF
+    rows = [case.tables.parameter[name] for name in case.stage.parameters]
+    names = [case.config.tensor_names(r.scope, case.layer)[r.name] for r in rows]
+    return any(types.get(name, "F32") not in ("F32", "F16", "BF16") for name in names)
 
 
 def _entries(case: StageReplay, dump_only: bool) -> list[Mistake]:
