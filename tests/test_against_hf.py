@@ -230,28 +230,27 @@ def test_the_oracle_only_reads(demo, prompt, tmp_path, architecture, dtype) -> N
 
 
 @pytest.mark.parametrize(
-    ("architecture", "method", "nth", "first"),
+    ("architecture", "method", "what", "layer", "first"),
     [
-        ("qwen2", "_output", 0, "embedding of layer 0"),
-        ("qwen2", "_output", 1, "final_norm of layer None"),
-        ("qwen2", "_output", 2, "attn_norm of layer 0"),
-        ("qwen2", "_projection", 0, "qkv_matmul of layer 0"),
-        ("qwen2", "_projection", 4, "qkv_matmul of layer 1"),
-        ("qwen2", "_input", 3, "ffn_swigl of layer 1"),
-        ("qwen3", "_output", 3, "q_norm of layer 0"),
-        ("qwen3", "_projection", 5, "qkv_matmul of layer 1"),
+        ("qwen2", "_output", "embedding", 0, "embedding of layer 0"),
+        ("qwen2", "_output", "final_norm", None, "final_norm of layer None"),
+        ("qwen2", "_output", "attn_norm", 0, "attn_norm of layer 0"),
+        ("qwen2", "_projection", "q_proj", 0, "qkv_matmul of layer 0"),
+        ("qwen2", "_projection", "k_proj", 1, "qkv_matmul of layer 1"),
+        ("qwen2", "_input", "ffn_swigl", 1, "ffn_swigl of layer 1"),
+        ("qwen3", "_output", "q_norm", 0, "q_norm of layer 0"),
+        ("qwen3", "_projection", "v_proj", 1, "qkv_matmul of layer 1"),
     ],
 )
 def test_the_oracle_refuses_a_silent_capture_point(
-    tmp_path, monkeypatch, architecture, method, nth, first
+    tmp_path, monkeypatch, architecture, method, what, layer, first
 ) -> None:
     """As if transformers no longer called a module: its hook is not installed."""
-    install, calls = getattr(Recorder, method), []
+    install = getattr(Recorder, method)
 
-    def skip_one(self, *where) -> None:
-        calls.append(where)
-        if len(calls) != nth + 1:
-            install(self, *where)
+    def skip_one(self, module, name, *where) -> None:
+        if (name, where[-1]) != (what, layer):
+            install(self, module, name, *where)
 
     monkeypatch.setattr(Recorder, method, skip_one)
     directory = write_checkpoint(tmp_path, model_type=architecture)

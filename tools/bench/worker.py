@@ -51,23 +51,38 @@ def nnsight(plan: Plan, out: Path) -> Run:
 
     from oracle import recorder
 
-    network = nnsight.NNsight(recorder.load(plan.model, plan.dtype, "eager"))
+    model = recorder.load(plan.model, plan.dtype, "eager")
+    network = nnsight.NNsight(model)
     ids = torch.tensor([plan.tokens])
 
     config = plan.model.config
-    places = [
+    wanted = {
         each
         for row, layer in config.tables.computation_order(config.num_hidden_layers)
         for each in modules(config.tables, row, layer)
+    }
+    places: list[tuple[str, str]] = []  # in the order of PyTorch's computation, as nnsight asks
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, path=path: places.append((path, "in")))
+        for path, module in model.named_modules()
+    ] + [
+        module.register_forward_hook(lambda *_, path=path: places.append((path, "out")))
+        for path, module in model.named_modules()
     ]
+    with torch.inference_mode():
+        model(ids, use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    places = [each for each in places if each in wanted]
+    assert set(places) == wanted
 
     def run() -> None:
         saved = []
         with torch.inference_mode(), network.trace(ids, use_cache=False, logits_to_keep=1):
-            for path, side in dict.fromkeys(places):
+            for path, side in places:
                 module = network.get(path)
                 saved.append((module.input if side == "in" else module.output).save())
-        assert len(saved) == len(set(places))
+        assert len(saved) == len(wanted)
 
     return run
 
