@@ -1,5 +1,6 @@
 """The device of the tests, chosen before any of them imports JAX, and what many of them need."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -51,6 +52,16 @@ def interruptible() -> Iterator[None]:
 def stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that ends in the tests' own process must leave that process's garbage to it."""
     monkeypatch.setattr(cli, "leave", sys.exit)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """What a file of tests has compiled goes with it: thousands of programs in one process are more
+    pieces of memory than Linux lets one have (vm.max_map_count), and XLA then aborts."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

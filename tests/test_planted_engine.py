@@ -101,6 +101,8 @@ def test_a_fault_changes_its_stage_and_nothing_before_it(small, clean, mode):
             continue
         if name == "ffn_out.bf16_in_one_layer" and mode == "bf16":
             continue  # the right precision there
+        if name == "attn_scores.scale_rounded":
+            continue  # 1/sqrt(16) is exact in 16 bits; test_localize plants it where it is not
         assert all(not same[keys.index(key)] for key in planted), name
         assert all(effect > 0 for effect in wrong.effects.values()), name
         if mode == "f32":
