@@ -80,6 +80,16 @@ def test_it_shares_nothing_with_what_it_tries():
             assert not roots & {"qwen_jax", "stages", "tools", "oracle", "jax", "torch"}, path
 
 
+# On these small checkpoints: 1/sqrt(16) is exact in 16 bits, nothing is as large as 65504, and the
+# weights are float16 or coarser as they lie.
+WITHOUT_EFFECT_HERE = (
+    "attn_scores.scale_rounded",
+    "ffn_swigl.saturated_to_65504",
+    "ffn_gate.weight_f16",
+    "ffn_up.weight_bf16",  # an engine of bfloat16 rounds them so itself
+)
+
+
 @pytest.mark.parametrize("mode", ["f32", "bf16"])
 def test_a_fault_changes_its_stage_and_nothing_before_it(small, clean, mode):
     known, right = faults.of(small[0]), clean[mode].stages
@@ -101,8 +111,8 @@ def test_a_fault_changes_its_stage_and_nothing_before_it(small, clean, mode):
             continue
         if name == "ffn_out.bf16_in_one_layer" and mode == "bf16":
             continue  # the right precision there
-        if name == "attn_scores.scale_rounded":
-            continue  # 1/sqrt(16) is exact in 16 bits; test_localize plants it where it is not
+        if name in WITHOUT_EFFECT_HERE:
+            continue
         assert all(not same[keys.index(key)] for key in planted), name
         assert all(effect > 0 for effect in wrong.effects.values()), name
         if mode == "f32":
