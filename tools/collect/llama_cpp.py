@@ -90,10 +90,10 @@ class Watch:
     may use the same memory.
     """
 
-    def __init__(self, library: Library, recorder: Recorder, biased: bool) -> None:
+    def __init__(self, llama: Library, recorder: Recorder, biased: bool) -> None:
         self.failed: BaseException | None = None
         self.types: dict[str, str] = {}  # of the weights, by name
-        self._library, self._recorder, self._biased = library, recorder, biased
+        self._llama, self._recorder, self._biased = llama, recorder, biased
         self._past = 0  # rows that have begun
         self.positions: list[int] = []  # of the rows that are to come in this call
         self._kq = np.empty(0)
@@ -110,7 +110,7 @@ class Watch:
             return False
 
     def _find(self, tensor: Tensor) -> Callable[[], None] | None:
-        op, name = self._library.op(tensor), tensor.name.decode()
+        op, name = self._llama.op(tensor), tensor.name.decode()
         if op == "GET_ROWS" and name != "embd":
             return None  # rows for inputs that are part tokens, part vectors: there are none here
         for place in (0, 1):
@@ -136,11 +136,11 @@ class Watch:
         return None
 
     def _note_type(self, weight: Tensor) -> None:
-        name = self._library.ggml_type_name(weight.type).decode()
+        name = self._llama.ggml_type_name(weight.type).decode()
         self.types[weight.name.decode()] = name
 
     def _named(self, layer: int | None, stage: str, tensor: Tensor, part: str = "") -> None:
-        self._recorder.named(layer, stage, self._library.read(tensor), part)
+        self._recorder.named(layer, stage, self._llama.read(tensor), part)
 
     def _weighted(self, tensor: Tensor, layer: int | None, stage: str, part: str) -> None:
         if stage == "embedding":  # a new graph begins
@@ -156,7 +156,7 @@ class Watch:
             self._named(layer, "attention", _source(tensor, 1))
 
     def _scores(self, tensor: Tensor) -> None:
-        self._kq = self._library.read(tensor)[0]  # softmax may be computed in the same memory
+        self._kq = self._llama.read(tensor)[0]  # softmax may be computed in the same memory
         self._cache("k", _source(tensor, 0))
 
     def _softmax(self, tensor: Tensor, layer: int) -> None:
@@ -165,7 +165,7 @@ class Watch:
         scale = np.array(tensor.op_params[:1], np.int32).view(np.float32)
         keys = np.s_[..., : self._past]
         self._recorder.named(layer, "attn_scores", self._kq[keys] * scale)
-        self._recorder.named(layer, "attn_softmax", self._library.read(tensor)[0][keys])
+        self._recorder.named(layer, "attn_softmax", self._llama.read(tensor)[0][keys])
 
     def _flash(self, tensor: Tensor) -> None:
         self._cache("k", _source(tensor, 1))
@@ -175,7 +175,7 @@ class Watch:
         """What attention reads back, [S, K, H]; without flash attention V lies [K, H, S]."""
         if not (name := CACHE.match(source.name.decode())):
             return
-        cells = self._library.read(source)[0]
+        cells = self._llama.read(source)[0]
         rows = (cells.transpose(2, 0, 1) if transposed else cells.swapaxes(0, 1))[: self._past]
         value = unrotated(rows, self.rotations[kind])
         self._recorder.cached(int(name[2]), kind.upper(), value)
@@ -206,16 +206,16 @@ class LlamaSession(Session):
         self, model: GgufWeights, args: argparse.Namespace, recorder: Recorder, length: int
     ) -> None:
         self.args, self.model = args, model
-        self.library = Library()
+        self.llama = Library()
         self._errors: list[str] = []
         self._log = Log(self._hear)  # kept, for the library calls it as long as it is loaded
-        self.library.llama_log_set(self._log, None)
+        self.llama.llama_log_set(self._log, None)
         biased = "qkv_bias" in model.config.tables.stage
-        self.watch = Watch(self.library, recorder, biased)
+        self.watch = Watch(self.llama, recorder, biased)
         self._callback = Eval(self.watch)
-        params = self.library.model_params
+        params = self.llama.model_params
         params.use_extra_bufts, params.n_gpu_layers = args.repack, 0
-        self._loaded = self.library.llama_model_load_from_file(str(model.path).encode(), params)
+        self._loaded = self.llama.llama_model_load_from_file(str(model.path).encode(), params)
         self._context = None
         if not self._loaded:
             raise self._refused(f"load {model.path}")
@@ -236,14 +236,14 @@ class LlamaSession(Session):
         return UserError(f"llama.cpp cannot {what}: {(self._errors or ['it does not say why'])[0]}")
 
     def _make_context(self, length: int) -> int:
-        params = self.library.context_params
+        params = self.llama.context_params
         params.n_ctx, params.n_batch = length, length
         params.n_ubatch = min(self.args.ubatch, length)
         params.n_threads = params.n_threads_batch = self.args.threads
         params.flash_attn_type = FLASH[self.args.flash]
         params.type_k, params.type_v = TYPES[self.args.cache_k], TYPES[self.args.cache_v]
         params.cb_eval = self._callback
-        context: int | None = self.library.llama_init_from_model(self._loaded, params)
+        context: int | None = self.llama.llama_init_from_model(self._loaded, params)
         if not context:
             raise self._refused("make a context")
         return context
@@ -251,31 +251,31 @@ class LlamaSession(Session):
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> np.ndarray:
         self.watch.positions = list(positions)
         batch = _batch(tokens, positions, self.args.logits == "all")
-        code = self.library.llama_decode(self._context, batch)
+        code = self.llama.llama_decode(self._context, batch)
         if self.watch.failed:
             raise self.watch.failed
         if code:
             raise self._refused(f"compute positions {positions[0]} to {positions[-1]}")
         size = self.model.config.vocab_size
-        logits = self.library.llama_get_logits_ith(self._context, -1)
+        logits = self.llama.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(logits, (size,)).copy()
 
     def describe(self) -> dict[str, Any]:
         return {
             "name": "llama.cpp",
-            "version": self.library.llama_version().decode(),
+            "version": self.llama.llama_version().decode(),
             "backend": "CPU",
-            "flags": self.library.llama_print_system_info().decode().strip(),
+            "flags": self.llama.llama_print_system_info().decode().strip(),
             "threads": self.args.threads,
-            "versions": {"xllamacpp": self.library.version},
+            "versions": {"xllamacpp": self.llama.version},
             "weight_types": self.watch.types,
             "rotations": self.watch.rotations,
         }
 
     def close(self) -> None:
         if self._context:
-            self.library.llama_free(self._context)
-        self.library.llama_model_free(self._loaded)
+            self.llama.llama_free(self._context)
+        self.llama.llama_model_free(self._loaded)
 
 
 def _batch(tokens: Sequence[int], positions: Sequence[int], all_logits: bool) -> Batch:
