@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tensorstore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -234,8 +235,10 @@ def test_rows_are_the_same_however_they_are_cut(tmp_path, monkeypatch):
     directory = write_checkpoint(tmp_path / "hf", vocab_size=48)
     assert convert.main([str(directory), str(tmp_path / "orbax")]) == 0
     model, orbax = (open_model(str(tmp_path / form)) for form in FORMATS)
-    chunk = orbax._open(EMBEDDING).chunk_layout.read_chunk.shape
-    assert chunk == (7, 24)
+    files = {"driver": "file", "path": f"{tmp_path / 'orbax' / PARAMS}/"}
+    kvstore = {"driver": "ocdbt", "base": files, "path": f"{EMBEDDING}/"}
+    stored = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()
+    assert stored.chunk_layout.read_chunk.shape == (7, 24)
     for start in range(48):
         for stop in range(start + 1, 49):
             rows = orbax.rows(EMBEDDING, start, stop)

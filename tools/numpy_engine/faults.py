@@ -528,10 +528,7 @@ _add(
 _add(
     "ffn_gate ffn_up",
     "gate_up_swapped",
-    {
-        "ffn_gate": FAULTS["ffn_gate.gate_up_swapped"].operations["ffn_gate"],
-        "ffn_up": FAULTS["ffn_up.gate_up_swapped"].operations["ffn_up"],
-    },
+    FAULTS["ffn_gate.gate_up_swapped"].operations | FAULTS["ffn_up.gate_up_swapped"].operations,
     "gate and up exchanged",
     label="ffn_gate_up",
 )
@@ -1029,10 +1026,7 @@ _add(
 _add(
     "attn_scores attention",
     "gqa_tiled",
-    {
-        "attn_scores": FAULTS["attn_scores.gqa_tiled"].operations["attn_scores"],
-        "attention": FAULTS["attention.gqa_tiled"].operations["attention"],
-    },
+    FAULTS["attn_scores.gqa_tiled"].operations | FAULTS["attention.gqa_tiled"].operations,
     "query head n reads key/value head n % K, twice",
     label="attn_scores_attention",
 )
