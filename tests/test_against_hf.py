@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oracle.recorder import ATTENTION, Recorder, TorchEngine, modeling, to_numpy
 from qwen_jax.prompt import Prompt
@@ -263,8 +263,7 @@ def test_the_oracle_refuses_when_attention_is_not_called(
     tmp_path, monkeypatch, architecture
 ) -> None:
     stock = modeling(ARCHITECTURES[architecture]).eager_attention_forward
-    known = dict(AttentionInterface._global_mapping, **{ATTENTION: stock})
-    monkeypatch.setattr(AttentionInterface, "_global_mapping", known)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, ATTENTION, stock)
     with pytest.raises(
         UserError, match="10 capture points never fired, first q_post_rope of layer 0"
     ):
