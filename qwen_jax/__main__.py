@@ -6,7 +6,7 @@ diff       how far one trace has come from another, stage by stage
 localize   where error is created in a trace, and what the mistake is
 parity     XLA-compiled against un-jitted, over a grid of ways to compile
 collect    run another engine and trace what it computes
-convert    a model between Hugging Face and orbax files
+convert    a model to Hugging Face or orbax files, from those or from GGUF
 bench      what tracing costs, beside what one would do instead
 
 qwen-stages COMMAND --help says more.
@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
     """Run the command that the first argument names."""
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
-        print(__doc__.strip())
+        print(__doc__.strip().replace("``", ""))
         return 0
     if name == "--version":
         print(f"{NAME} {version()}")

@@ -38,7 +38,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with the project's errors: one line, exit code 2. ``prog`` is a module."""
 
     def __init__(self, prog: str, description: str | None, **more: Any) -> None:
-        super().__init__(prog=called(prog), description=description, **more)
+        plain = description and description.replace("``", "")  # docstrings are written for Sphinx
+        super().__init__(prog=called(prog), description=plain, **more)
         self.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
 
     def error(self, message: str) -> NoReturn:

@@ -415,7 +415,7 @@ def test_shards_may_be_links_as_in_the_hub_cache(tmp_path):
 def test_what_is_no_checkpoint(tmp_path):
     assert "no such model directory" in refusal(tmp_path / "absent")
     (tmp_path / "file").write_bytes(b"")
-    assert "no such model directory" in refusal(tmp_path / "file")
+    assert "is a file; expected a model directory" in refusal(tmp_path / "file")
     assert "has no config.json" in refusal(tmp_path)
     write_json(tmp_path / "config.json", hf_config())
     assert f"has neither {SINGLE} nor {INDEX}" in refusal(tmp_path)

@@ -151,7 +151,7 @@ BAD = [
     (("--prompt", "the", "--tokens", "1"), "not allowed with"),
     # models
     (("--model", "absent", *TOKENS), "no such model directory: absent"),
-    (("--model", "file", *TOKENS), "no such model directory: file"),
+    (("--model", "file", *TOKENS), "file is a file; expected a model directory or FILE.gguf"),
     (("--model", "ab\nsent", *TOKENS), "no such model directory: ab sent"),
     (("--model", "empty", *TOKENS), "empty has no config.json"),
     (("--model", "llama", *TOKENS), "'llama'"),
@@ -601,6 +601,7 @@ def test_tokens_are_printed_as_they_are(capsys):
 def test_help(run, option):
     result = run(option)
     assert (result.code, result.stderr) == (0, "")
+    assert "``" not in result.stdout  # markup is for the docs
     for name in ("--stages", "--layers", "--dry-run", "--first-position", *ALL_NAMES):
         assert name in result.stdout
 

@@ -38,6 +38,8 @@ class HuggingFaceWeights(Weights):
 
     def __init__(self, directory: Path, name: str | None = None) -> None:
         super().__init__()
+        if directory.is_file():
+            raise UserError(f"{directory} is a file; expected a model directory or FILE.gguf")
         if not directory.is_dir():
             raise UserError(f"no such model directory: {directory}")
         self.directory = directory

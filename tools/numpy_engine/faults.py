@@ -528,7 +528,10 @@ _add(
 _add(
     "ffn_gate ffn_up",
     "gate_up_swapped",
-    FAULTS["ffn_gate.gate_up_swapped"].operations | FAULTS["ffn_up.gate_up_swapped"].operations,
+    {
+        **FAULTS["ffn_gate.gate_up_swapped"].operations,
+        **FAULTS["ffn_up.gate_up_swapped"].operations,
+    },
     "gate and up exchanged",
     label="ffn_gate_up",
 )
@@ -1026,7 +1029,7 @@ _add(
 _add(
     "attn_scores attention",
     "gqa_tiled",
-    FAULTS["attn_scores.gqa_tiled"].operations | FAULTS["attention.gqa_tiled"].operations,
+    {**FAULTS["attn_scores.gqa_tiled"].operations, **FAULTS["attention.gqa_tiled"].operations},
     "query head n reads key/value head n % K, twice",
     label="attn_scores_attention",
 )
