@@ -201,7 +201,8 @@ def error_sums(
 
 def _rows(tables: Architecture, name: str) -> int:
     """The axis of the rows of a value that carries a batch axis."""
-    return 1 + tables.axes_of(name).index("T")
+    axes = tables.axes_of(name)
+    return 1 + axes.index("T" if "T" in axes else "S")
 
 
 def cut_inputs(
@@ -257,7 +258,7 @@ def run(
     Returns:
         (sums by stage, the values of the stages that were missing).
     """
-    tables, length = config.tables, pos.mask.shape[-1]
+    tables, length = config.tables.cached, pos.mask.shape[-1]
     computed: dict[str, Both | None] = dict(given)
     measured: dict[str, ErrorSums] = {}
 
@@ -345,7 +346,7 @@ class Replay:
         self, trace: Trace, weights: Weights, dtype: np.dtype, unoptimised: bool = False
     ) -> None:
         self.trace, self.weights, self.dtype = trace, weights, dtype
-        self.config, self.tables = weights.config, weights.config.tables
+        self.config, self.tables = weights.config, trace.tables
         self._compiled = partial(
             compiled, config=weights.config, dtype=dtype, unoptimised=unoptimised
         )

@@ -14,8 +14,8 @@ Axis letters (used everywhere in this project):
     H head size, D hidden, F intermediate, V vocabulary
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -64,6 +64,7 @@ SOFTMAX = Kind("softmax", "value", allows="depth")
 WEIGHTED_SUM = Kind("weighted sum", "terms", sums_products=True)
 ACTIVATION = Kind("activation", "value", allows="argument")
 PRODUCT = Kind("product", "value")
+CACHE = Kind("cache", "value")  # what was put away in a number format is read back
 
 
 def axis_size(axis: str, dims: Mapping[str, int]) -> int:
@@ -83,7 +84,7 @@ class Stage:
     """One row of a stage table.
 
     A stage is handled as a matrix everywhere: its rows are all axes up to T (positions, or heads x
-    positions), its columns what follows.
+    positions; of a cache up to S), its columns what follows.
 
     Attributes:
         name: what files, tables and command lines call it.
@@ -111,6 +112,11 @@ class Stage:
     last: bool = False
 
     @property
+    def row_axis(self) -> str:
+        """The axis of the rows of the sequence: T, or S of a cache, which has keys alone."""
+        return "T" if "T" in self.axes else "S"
+
+    @property
     def linear(self) -> bool:
         """Whether it is a weight (or several, side by side) times its one input."""
         return self.kind is LINEAR
@@ -127,7 +133,7 @@ class Stage:
         self, dims: Mapping[str, int], logits: str = "all", rows: int | None = None
     ) -> tuple[int, ...]:
         """The shape of one sequence's stage, without the batch axis; of its last ``rows`` only."""
-        dims = dims if rows is None else {**dims, "T": rows}
+        dims = dims if rows is None else {**dims, self.row_axis: rows}
         return tuple(axis_size(axis, dims) for axis in self.stored_axes(logits))
 
     def heads(self, dims: Mapping[str, int]) -> int | None:
@@ -143,7 +149,7 @@ class Stage:
 
     def row_axes(self) -> int:
         """How many of its axes make the rows of its matrix."""
-        return self.axes.index("T") + 1
+        return self.axes.index(self.row_axis) + 1
 
     def matrix(self, value: Any) -> Any:
         """One sequence's value, in ``axes`` and with or without a batch axis of 1, as a matrix."""
@@ -235,6 +241,8 @@ class Architecture:
     Attributes:
         name: Hugging Face's ``model_type``, and GGUF's ``general.architecture``.
         stages, parameters: the tables, in computation order.
+        cache: the stages that there are only where keys and values go through a cache, each of one
+            input: see ``with_cache``.
         aliases: other names under which stages are accepted.
         defaults: what a ``config.json`` means by leaving a setting out.
         fixed: settings that are supported at one value only.
@@ -248,9 +256,30 @@ class Architecture:
     defaults: Mapping[str, Any]
     fixed: Mapping[str, Any]
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cache: tuple[Stage, ...] = ()
 
     def __hash__(self) -> int:
-        return hash(self.name)
+        return hash((self.name, len(self.stages)))
+
+    def with_cache(self, names: Collection[str]) -> "Architecture":
+        """The same with those of the ``cache`` stages, each between its input and whoever reads
+        that at key positions."""
+        there = [row for row in self.cache if row.name in names]
+        stands_for = {row.inputs[0]: row.name for row in there}
+        rows: list[Stage] = []
+        for row in self.stages:
+            read = {name: stands_for.get(name, name) for name in row.keys}
+            inputs = tuple(read.get(name, name) for name in row.inputs)
+            if inputs != row.inputs:
+                rows += there
+                there = []
+            rows.append(replace(row, inputs=inputs, keys=tuple(read.values())))
+        return replace(self, stages=tuple(rows))
+
+    @cached_property
+    def cached(self) -> "Architecture":
+        """The same with all of its cache's stages."""
+        return self.with_cache([row.name for row in self.cache])
 
     @property
     def hf_class(self) -> str:

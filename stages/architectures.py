@@ -11,10 +11,11 @@ ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (QWEN2, QW
 
 
 def _merged() -> tuple[str, ...]:
-    """Every stage of any architecture, in an order of computation that all of them share."""
-    order = list(QWEN2.names)
+    """Every stage of any architecture, with a cache or without, in an order of computation that all
+    of them share."""
+    order = list(QWEN2.cached.names)
     for each in ARCHITECTURES.values():
-        for before, name in pairwise(each.names):
+        for before, name in pairwise(each.cached.names):
             if name not in order:
                 order.insert(order.index(before) + 1, name)
     return tuple(order)
@@ -36,4 +37,6 @@ def architecture(name: str) -> Architecture:
 
 def any_stage(name: str) -> Stage:
     """The row of a stage of whichever architecture has it first."""
-    return next(each.stage[name] for each in ARCHITECTURES.values() if name in each.stage)
+    plain = [*ARCHITECTURES.values()]
+    tables = [*plain, *(each.cached for each in plain)]
+    return next(each.stage[name] for each in tables if name in each.stage)

@@ -107,7 +107,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     @property
     def tables(self) -> Architecture:
-        return ARCHITECTURES[self.architecture]
+        tables = ARCHITECTURES[self.architecture]
+        return tables.cached if self.cache else tables
 
     def to_bytes(self) -> bytes:
         """The file's content: the same manifest always gives the same bytes."""
@@ -193,7 +194,7 @@ def _check(directory: Path, manifest: Manifest) -> None:
         ValueError: the rest.
     """
     try:
-        tables = architecture(manifest.architecture)
+        tables = architecture(manifest.architecture).cached
     except UserError as error:
         raise UserError(f"{directory / NAME}: {error}") from None
     length = len(manifest.tokens)
@@ -246,7 +247,7 @@ def _check_entry(
     axes = row.stored_axes(manifest.logits)
     if entry.axes != axes or len(entry.shape) != len(axes):
         raise ValueError(f"{path}: axes {entry.axes} of shape {entry.shape}; expected {axes}")
-    held, length = dict(zip(axes, entry.shape, strict=True)).get("T"), len(manifest.tokens)
+    held, length = dict(zip(axes, entry.shape, strict=True)).get(row.row_axis), len(manifest.tokens)
     if entry.rows != (None if held == length else held) or (held or 0) > length:
         raise ValueError(f"{path}: {entry.rows} rows of shape {entry.shape}, {length} tokens")
     if not entry.xxh3:

@@ -7,6 +7,7 @@ Source: transformers ``modeling_qwen2`` and ``Qwen2Config``; the GGUF names are 
 from stages.architecture import (
     ACTIVATION,
     ADD,
+    CACHE,
     LAYER_INPUT,
     LINEAR,
     LOOKUP,
@@ -39,6 +40,10 @@ ROPE = (
           parameters="q_bias k_bias v_bias"),
     stage("q_post_rope", "qkv_bias", "T N H", ROTATION, "rotated q (half-split pairs)"),
     stage("k_post_rope", "qkv_bias", "T K H", ROTATION, "rotated k (half-split pairs)"),
+)
+CACHED = (
+    stage("k_cache", "k_post_rope", "S K H", CACHE, "k as attention reads it back from the cache"),
+    stage("v_cache", "qkv_bias", "S K H", CACHE, "v as attention reads it back from the cache"),
 )
 SCORED = (
     stage("attn_scores", "q_post_rope k_post_rope[S]", "N T S", SCORES,
@@ -126,6 +131,7 @@ QWEN2 = Architecture(
     name="qwen2",
     stages=(*START, *PROJECTION, *ROPE, *SCORED, *MIXED, *REST, *END),
     parameters=(*EMBEDDING, *ATTENTION_WEIGHTS, *BIASES, *OTHER_WEIGHTS),
+    cache=CACHED,
     aliases={"layer_output": "post_ffn_residual"},
     defaults={"num_key_value_heads": 32, "max_window_layers": 28},
     fixed={"attention_bias": True},  # q, k and v have biases whatever the file says

@@ -5,7 +5,15 @@ Source: transformers ``modeling_qwen3`` and ``Qwen3Config``.
 """
 
 from stages import qwen2
-from stages.architecture import NORM, ROTATION, WEIGHTED_SUM, Architecture, parameter, stage
+from stages.architecture import (
+    CACHE,
+    NORM,
+    ROTATION,
+    WEIGHTED_SUM,
+    Architecture,
+    parameter,
+    stage,
+)
 
 # fmt: off
 ROPE = (
@@ -15,6 +23,10 @@ ROPE = (
           parameters="k_norm"),
     stage("q_post_rope", "q_norm", "T N H", ROTATION, "rotated q (half-split pairs)"),
     stage("k_post_rope", "k_norm", "T K H", ROTATION, "rotated k (half-split pairs)"),
+)
+CACHED = (
+    qwen2.CACHED[0],
+    stage("v_cache", "qkv_matmul", "S K H", CACHE, qwen2.CACHED[1].value),
 )
 MIXED = (
     stage("attention", "attn_softmax qkv_matmul[S]", "T N*H", WEIGHTED_SUM,
@@ -49,6 +61,7 @@ QWEN3 = Architecture(
         *HEAD_NORMS,
         *qwen2.OTHER_WEIGHTS,
     ),
+    cache=CACHED,
     aliases=qwen2.QWEN2.aliases,
     defaults={**qwen2.QWEN2.defaults, "head_dim": 128},
     fixed={"attention_bias": False},

@@ -62,7 +62,9 @@ class Trace:
         self.tokens = tokens
         self.positions = positions
         self.dtype: str | None = found.dtype if found else None
-        self.tables: Architecture = ARCHITECTURES[config["architecture"]]
+        # Without cache stages in the trace, attention is replayed from what went into the cache.
+        tables = ARCHITECTURES[config["architecture"]]
+        self.tables: Architecture = tables.with_cache({stage for stage, _ in entries})
         names = self.tables.names
         order = sorted(
             entries, key=lambda key: (math.inf if key[1] is None else key[1], names.index(key[0]))
@@ -79,7 +81,8 @@ class Trace:
     def rows_of(self, stage: str, layer: int | None) -> int:
         """How many rows, the last ones of the sequence, are held of a stage."""
         entry = self.entries[stage, layer]
-        return entry.shape[entry.axes.index("T")] if "T" in entry.axes else 1
+        axis = self.row(stage).row_axis
+        return entry.shape[entry.axes.index(axis)] if axis in entry.axes else 1
 
     def read(self, stage: str, layer: int | None) -> np.ndarray:
         """One stage in the shape of its entry; float32 from APRT, else its own dtype.
@@ -108,7 +111,7 @@ class Trace:
         value, row = self.read(stage, layer), self.row(stage)
         if len(value.shape) == len(row.axes):
             return value
-        return np.expand_dims(value, row.axes.index("T"))
+        return np.expand_dims(value, row.axes.index(row.row_axis))
 
     def to_json(self) -> dict[str, Any]:
         """What there is, as plain data."""
@@ -149,7 +152,7 @@ class MemoryTrace(Trace):
         values: Mapping[Key, np.ndarray],
         positions: tuple[int, ...] | None = None,
     ) -> None:
-        tables = ARCHITECTURES[config["architecture"]]
+        tables = ARCHITECTURES[config["architecture"]].cached
         entries = {
             (stage, layer): _entry(tables.stage[stage], layer, value.shape, len(tokens))
             for (stage, layer), value in values.items()
@@ -167,7 +170,7 @@ def _entry(
     row: Stage, layer: int | None, shape: tuple[int, ...], length: int, path: str = ""
 ) -> FileEntry:
     axes = row.stored_axes("all" if len(shape) == len(row.axes) else "last")
-    rows = shape[axes.index("T")] if "T" in axes else 1
+    rows = shape[axes.index(row.row_axis)] if row.row_axis in axes else 1
     return FileEntry(
         path=path,
         stage=row.name,
@@ -245,7 +248,7 @@ def _open_whole(path: Path) -> Trace:
 
 def _foreign_files(path: Path, architecture: str) -> dict[Key, Path]:
     """(stage, layer) -> file. Files under other names are no stages of ours and are passed over."""
-    tables = ARCHITECTURES[architecture]
+    tables = ARCHITECTURES[architecture].cached
     files: dict[Key, Path] = {}
     for file in sorted([*path.glob("*.bin"), *path.glob("layer-*/*.bin")]):
         stage = tables.aliases.get(file.stem, file.stem)
@@ -263,7 +266,7 @@ def _foreign_files(path: Path, architecture: str) -> dict[Key, Path]:
 def _foreign_entry(
     path: Path, file: Path, stage: str, layer: int | None, layout: Layout
 ) -> FileEntry:
-    row = ARCHITECTURES[layout.config["architecture"]].stage[stage]
+    row = ARCHITECTURES[layout.config["architecture"]].cached.stage[stage]
     if (layer is None) != (row.scope == "end"):
         where = "beside the layer directories" if row.scope == "end" else "in a layer directory"
         raise UserError(f"{file}: {stage} belongs {where}")

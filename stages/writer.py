@@ -243,7 +243,7 @@ class TraceWriter:
             self._sizes[relative] = file.tell()
         row = self.header.tables.stage[stage]
         axes = row.stored_axes(self.header.logits)
-        rows = array.shape[axes.index("T")] if "T" in axes else None
+        rows = array.shape[axes.index(row.row_axis)] if row.row_axis in axes else None
         self._entries[stage, layer] = FileEntry(
             path=relative,
             stage=stage,

@@ -68,12 +68,30 @@ def test_names_and_their_order(tables):
 
 
 def test_one_order_that_all_architectures_share():
-    assert set(ALL_NAMES) == {name for tables in ARCHITECTURES.values() for name in tables.names}
+    cached = [tables.cached for tables in ARCHITECTURES.values()]
+    assert set(ALL_NAMES) == {name for tables in cached for name in tables.names}
     assert len(set(ALL_NAMES)) == len(ALL_NAMES)
     for tables in ARCHITECTURES.values():
         assert tuple(name for name in ALL_NAMES if name in tables.names) == tables.names
     assert any_stage("qkv_bias") is QWEN2.stage["qkv_bias"]
     assert any_stage("q_norm") is QWEN3.stage["q_norm"]
+    assert any_stage("attn_scores") is QWEN2.stage["attn_scores"]  # not the one with a cache
+
+
+def test_a_cache_stands_between_its_input_and_attention():
+    """Without one there are the twenty stages; with one, two more, and only attention's reading of
+    keys and values changes."""
+    for tables in ARCHITECTURES.values():
+        cached = tables.cached
+        assert set(cached.names) - set(tables.names) == {"k_cache", "v_cache"}
+        changed = [n for n in tables.names if cached.stage[n] != tables.stage[n]]
+        assert changed == ["attn_scores", "attention"]
+        for name, cache in zip(changed, ("k_cache", "v_cache"), strict=True):
+            assert cached.stage[name].keys == (cache,)
+            assert tables.stage[name].keys == cached.stage[cache].inputs
+        only_k = tables.with_cache({"k_cache"})
+        assert only_k.stage["attention"] == tables.stage["attention"]
+        assert only_k.stage["attn_scores"] == cached.stage["attn_scores"]
 
 
 def test_what_qwen3_has_of_its_own():

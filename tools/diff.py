@@ -154,7 +154,7 @@ def _open(this: Trace | str | Path, other: Trace | str | Path) -> Trace:
 
 def _common_rows(row: Stage, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The last rows that both sides have of a stage, in the axes of the stage table."""
-    axis = row.axes.index("T")
+    axis = row.axes.index(row.row_axis)
     count = min(x.shape[axis], y.shape[axis])
     place = (slice(None),) * axis + (slice(-count, None),)
     return x[place], y[place]
@@ -162,7 +162,7 @@ def _common_rows(row: Stage, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, 
 
 def _in_the_sequence(found: Difference, row: Stage, before: int) -> Difference:
     """``found`` in the last rows of a stage, with positions counted from the sequence's start."""
-    axis, worst = row.axes.index("T"), dict(found.worst)
+    axis, worst = row.axes.index(row.row_axis), dict(found.worst)
     if "position" in worst:
         worst["position"] = worst["position"][0] + before, worst["position"][1]
     at = (*found.at[:axis], found.at[axis] + before, *found.at[axis + 1 :])
@@ -195,7 +195,7 @@ def compare_traces(
         if row.kind.masked and layer is not None:
             mask = layer_mask(b.config, layer, b.positions)[-x.shape[1] :]
         found = compare(x, y, row, dtype, mask, row.heads(dims))
-        found = _in_the_sequence(found, row, len(b.tokens) - x.shape[row.axes.index("T")])
+        found = _in_the_sequence(found, row, len(b.tokens) - x.shape[row.axes.index(row.row_axis)])
         # of the one row that is usually kept, its place goes without saying
         return replace(found, at=found.at[1:]) if row.last and len(x) == 1 else found
 

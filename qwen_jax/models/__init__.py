@@ -19,7 +19,7 @@ def _functions(architecture: Architecture) -> dict[str, StageFunction]:
     modules = MODULES[architecture.name]
     return {
         name: next(vars(module)[name] for module in modules if name in vars(module))
-        for name in architecture.names
+        for name in architecture.cached.names
     }
 
 

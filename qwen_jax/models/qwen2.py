@@ -69,6 +69,16 @@ def k_post_rope(config: Config, pos: Positional, qkv: Array) -> Array:
     return rotate(split_heads(config, qkv)[1], pos)
 
 
+def k_cache(config: Config, pos: Positional, k: Array) -> Array:
+    """[B, T, K, H] -> [B, S, K, H]. An exact cache; for another see ``qwen_jax.cache``."""
+    return k
+
+
+def v_cache(config: Config, pos: Positional, qkv: Array) -> Array:
+    """[B, T, (N+2K)*H] -> [B, S, K, H]. An exact cache; for another see ``qwen_jax.cache``."""
+    return split_heads(config, qkv)[2]
+
+
 def attn_scores(config: Config, pos: Positional, q: Array, k: Array) -> Array:
     """q [B, T, N, H], k [B, S, K, H] -> [B, N, T, S]. Query head n reads key head n // G.
 
@@ -99,9 +109,9 @@ def attn_softmax(config: Config, pos: Positional, scores: Array) -> Array:
     return weights / total[..., None]
 
 
-def attention(config: Config, pos: Positional, weights: Array, qkv: Array) -> Array:
-    """weights [B, N, T, S], qkv [B, S, (N+2K)*H] -> [B, T, N*H]"""
-    v = split_heads(config, qkv)[2]
+def attention(config: Config, pos: Positional, weights: Array, values: Array) -> Array:
+    """weights [B, N, T, S], v from a cache [B, S, K, H] or qkv [B, S, (N+2K)*H] -> [B, T, N*H]"""
+    v = values if values.ndim == 4 else split_heads(config, values)[2]
     batch, n, length, keys = weights.shape
     grouped = weights.reshape(batch, v.shape[2], -1, length, keys)  # [B, K, G, T, S]
     mixed = contract(grouped, v, ((4,), (1,)), ((0, 1), (0, 2)))  # [B, K, G, T, H]

@@ -554,7 +554,7 @@ def choices(stage: Stage, config: Config) -> list[Format]:
     """The formats that a stage may have."""
     width = config.head_dim
     if stage.linear:
-        width = axis_size(config.tables.axes_of(stage.inputs[0])[-1], config.dims(1))
+        width = axis_size(config.tables.cached.axes_of(stage.inputs[0])[-1], config.dims(1))
     return [format for format in _of_kind(stage.kind) if width % format.block == 0]
 
 

@@ -200,7 +200,7 @@ class StageReplay:
         dump = self._stored(self.stage.name)
         if ready is None or dump is None:
             return ready
-        rows = min(ready[0], dump.shape[1 + self.stage.axes.index("T")])
+        rows = min(ready[0], dump.shape[1 + self.stage.axes.index(self.stage.row_axis)])
         return rows, [
             value if name in self.stage.keys else last_rows(self.tables, name, value, rows)
             for name, value in zip(self.stage.inputs, ready[1], strict=True)

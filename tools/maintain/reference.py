@@ -73,13 +73,17 @@ def _tables(tables: Architecture) -> list[str]:
         "| stage | file | computed from | parameters | axes | value |",
         "|---|---|---|---|---|---|",
     ]
-    for row in tables.stages:
+    for row in tables.cached.stages:
         place = {"start": "layer-0/", "layer": "layer-<n>/", "end": ""}[row.scope]
         inputs, axes = ", ".join(row.inputs), " ".join(row.axes)
         read = ", ".join(f"`{name}`" for name in row.parameters)
         cells = [f"`{row.name}`", f"{place}{row.name}.bin", inputs, read, axes, row.value]
         lines.append(f"| {' | '.join(cells)} |")
+    cache = " and ".join(f"`{row.name}`" for row in tables.cache)
     lines += [
+        "",
+        f"{cache} are there only where there is a cache; without one, what they are computed from "
+        "is read in their place.",
         "",
         f"## {tables.name}: parameters",
         "",
