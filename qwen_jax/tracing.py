@@ -31,7 +31,7 @@ from stages.manifest import (
 )
 from stages.selection import parse_layers, parse_stages
 from stages.trace import MemoryTrace, Trace, numpy_dtype, open_trace
-from stages.writer import TraceWriter, replaceable
+from stages.writer import Planned, TraceWriter, replaceable
 
 Emit = Callable[[str, int | None, np.ndarray], None]
 
@@ -79,14 +79,18 @@ class Plan:
         config = self.model.config
         return config.tables.stage[stage].shape(config.dims(len(self.tokens)), self.logits)
 
+    @property
+    def planned(self) -> Planned:
+        return {key: (self.shape(key[0]), self.dtype) for key in self.stored}
+
     def bytes(self, stage: str) -> int:
-        """Tensor bytes of one file of this stage."""
+        """Tensor bytes of this stage, of one layer."""
         item = 4 if self.format == "aprt" else numpy_dtype(self.dtype).itemsize
         return item * math.prod(self.shape(stage))
 
     @property
     def total(self) -> int:
-        """Tensor bytes of all files."""
+        """Tensor bytes of all stages."""
         return sum(self.bytes(stage) for stage, _ in self.stored)
 
     def header(self, producer: dict[str, Any]) -> Manifest:
@@ -134,8 +138,6 @@ def make_plan(
     names = parse_stages(stages, config.tables)
     numbers = parse_layers(layers, config.num_hidden_layers)
     format = format or ("safetensors" if dtype == "float64" else "aprt")
-    if format == "aprt" and dtype == "float64":
-        raise UserError("--format aprt holds float32 values only; use --format safetensors")
     stored = tuple(
         (stage.name, layer)
         for stage, layer in config.tables.computation_order(config.num_hidden_layers)
@@ -162,7 +164,7 @@ def make_plan(
     )
     if format == "aprt":
         for stage, _ in stored:
-            aprt.check_count(math.prod(plan.shape(stage)))
+            aprt.check(dtype, math.prod(plan.shape(stage)))
     return plan
 
 
@@ -230,7 +232,7 @@ def to_disk(
     shown: int | None = -1
     head = plan.model.config.tables.head.name
     with TraceWriter(
-        out, header, plan.model.hashes, overwrite or go_on, kept, plan.stored
+        out, header, plan.model.hashes, plan.planned, overwrite or go_on, kept
     ) as writer:
 
         def emit(stage: str, layer: int | None, value: np.ndarray) -> None:
@@ -245,7 +247,7 @@ def to_disk(
                 advance(layer, writer.bytes)
 
         engine.run(plan.tokens, plan.positions, plan.logits, plan.want, emit, start)
-        writer.finish(plan.stored)
+        writer.finish()
     return Written(path=out, bytes=writer.bytes, logits=last[0])
 
 

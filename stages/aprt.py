@@ -4,13 +4,12 @@ Byte-compatible with the engine of the story in docs/story.md. A file knows neit
 its dtype, stage or tokens: those come from ``manifest.json``, or from the user.
 """
 
-import mmap
-import os
 import struct
 from pathlib import Path
 
 import numpy as np
 
+from stages import disk
 from stages.errors import UserError
 
 MAGIC = b"APRT"
@@ -19,24 +18,23 @@ HEADER = struct.Struct("<4sII")
 MOST = 0xFFFFFFFF  # values that the header can count
 
 
-def encode(array: np.ndarray, layer: int | None) -> tuple[bytes, np.ndarray]:
-    """Header and payload of one stage; the payload is flat little-endian float32 in C order.
+def header(layer: int | None, count: int) -> bytes:
+    """What comes before ``count`` values."""
+    return HEADER.pack(MAGIC, WHOLE_MODEL if layer is None else layer, count)
+
+
+def payload(array: np.ndarray) -> np.ndarray:
+    """The values as they are stored: little-endian float32 in C order.
 
     float16 and bfloat16 widen exactly and float32 is copied bit for bit, NaN payloads included.
-
-    Raises:
-        UserError: a dtype that float32 cannot hold, or more values than the header can count.
     """
-    if array.dtype.name not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"APRT holds float32, not {array.dtype}; write --format safetensors")
-    check_count(array.size)
-    payload = np.ascontiguousarray(array, dtype="<f4").reshape(-1)
-    header = HEADER.pack(MAGIC, WHOLE_MODEL if layer is None else layer, payload.size)
-    return header, payload
+    return np.asarray(array, "<f4", order="C")
 
 
-def check_count(count: int) -> None:
-    """Raises UserError for more values than the header can count."""
+def check(dtype: str, count: int) -> None:
+    """Raises UserError for what float32 cannot hold, or more values than the header can count."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"APRT holds float32, not {dtype}; use --format safetensors")
     if count > MOST:
         raise UserError(f"APRT counts to {MOST} values, not {count}; use --format safetensors")
 
@@ -49,13 +47,9 @@ def read(path: Path, layer: int | None) -> np.ndarray:
             does not match the value count.
     """
     try:
-        with open(path, "rb") as file:
-            # Mapped, not copied: three times as fast, and what is read once needs no memory.
-            whole = os.fstat(file.fileno()).st_size
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if whole else b""
+        data = disk.mapped(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    data = np.frombuffer(content, np.uint8)
     if bytes(data[:4]) != MAGIC:
         raise UserError(f"{path}: not an APRT file; it starts with {bytes(data[:4])!r}")
     if data.size < HEADER.size:

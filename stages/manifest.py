@@ -48,6 +48,7 @@ class FileEntry(Struct, frozen=True, kw_only=True, omit_defaults=True):
         dtype: what the model computed it in. APRT stores it widened to float32.
         xxh3: XXH3-64 of the file's tensor bytes, hexadecimal. Guards against damage.
         rows: how many rows it holds, where those are not all: the last ones of the sequence.
+        start: where in the file its tensor bytes begin, where the file has other stages too.
     """
 
     path: str
@@ -58,6 +59,7 @@ class FileEntry(Struct, frozen=True, kw_only=True, omit_defaults=True):
     dtype: DType
     xxh3: Hash | Literal[""]
     rows: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
+    start: Annotated[int, Meta(ge=0, lt=2**62)] | None = None
 
 
 class WeightEntry(Struct, frozen=True, kw_only=True):

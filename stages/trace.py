@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 import xxhash
 
-from stages import aprt, manifest
+from stages import aprt, disk, manifest
 from stages.architecture import Architecture, Key, Stage
 from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
@@ -93,7 +93,9 @@ class Trace:
         """
         entry = self.entries[stage, layer]
         path = self.path / entry.path
-        if path.suffix == ".safetensors":
+        if entry.start is not None:
+            array = _read_part(path, entry, entry.start)
+        elif path.suffix == ".safetensors":
             array = _read_safetensors(path, entry)
         else:
             array = aprt.read(path, layer)
@@ -183,6 +185,19 @@ def _entry(
     )
 
 
+def _read_part(path: Path, entry: FileEntry, start: int) -> np.ndarray:
+    """A stage that lies in a file with others: of ``stages.onefile``."""
+    dtype = numpy_dtype(entry.dtype)
+    end = start + dtype.itemsize * math.prod(entry.shape)
+    try:
+        data = disk.mapped(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) < end:
+        raise UserError(f"{path}: cut short; {entry.stage} would end after {end} bytes")
+    return data[start:end].view(dtype)
+
+
 def _read_safetensors(path: Path, entry: FileEntry) -> np.ndarray:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -235,10 +250,11 @@ def _no_trace(path: Path) -> UserError:
 def _open_whole(path: Path) -> Trace:
     found = manifest.read(path)
     entries = {(entry.stage, entry.layer): entry for entry in found.files}
-    if absent := [e.path for e in found.files if not (path / e.path).is_file()]:
+    files = dict.fromkeys(entry.path for entry in found.files)
+    if absent := [file for file in files if not (path / file).is_file()]:
         raise UserError(
             f"{path}: {absent[0]} is in {manifest.NAME} but not there ({len(absent)} of "
-            f"{len(entries)} files); copy the whole directory or trace again"
+            f"{len(files)} files); copy the whole directory or trace again"
         )
     vocabulary = found.model.config.get("vocab_size")
     if vocabulary and not all(0 <= token < vocabulary for token in found.tokens):

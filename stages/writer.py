@@ -1,5 +1,10 @@
-"""Writing a trace: one file a stage, hashed and written beside the computation, manifest last."""
+"""Writing a trace: stages are hashed and written beside the computation, the manifest last.
 
+APRT has one file a stage; safetensors one file for all, where each stage has its place from the
+beginning and its header is written when all are there. So a stage may come whole or row by row.
+"""
+
+import math
 import os
 import queue
 import threading
@@ -10,39 +15,49 @@ from pathlib import Path
 from types import TracebackType
 from typing import cast
 
-import ml_dtypes  # noqa: F401 -- teaches NumPy and safetensors bfloat16
 import numpy as np
 from msgspec.structs import replace
-from safetensors.numpy import save as safetensors_bytes
 
-from stages import aprt, manifest
+from stages import aprt, disk, manifest, onefile
 from stages.architecture import Key
 from stages.architectures import ALL_NAMES
 from stages.errors import UserError
 from stages.lock import lock
 from stages.manifest import FORMATS, DType, FileEntry, Manifest, Model, WeightEntry
-from stages.trace import tensor_hash
+from stages.trace import numpy_dtype, tensor_hash
+
+Planned = Mapping[Key, tuple[tuple[int, ...], str]]  # what there is to be: its shape and dtype
 
 THREADS = 2
 WAITING = 8  # stages that may wait to be written before the computation has to wait
 NOTE_EVERY = 1.0  # seconds between two notes of what is finished, for a process that is killed
 
 
-def stage_path(stage: str, layer: int | None, format: str) -> str:
-    """Where a stage lies in a trace directory: ``layer-3/ffn_up.bin`` or ``lm_head.bin``."""
-    file = stage + FORMATS[format]
-    return file if layer is None else f"layer-{layer}/{file}"
+def _lay_out(planned: Planned, header: Manifest) -> dict[Key, FileEntry]:
+    """What the manifest will say of each stage, but for the hash.
 
-
-def encode(
-    array: np.ndarray, stage: str, layer: int | None, format: str
-) -> tuple[list[bytes | np.ndarray], str]:
-    """The chunks of one stage's file, and the XXH3-64 of its tensor bytes."""
-    if format == "aprt":
-        header, payload = aprt.encode(array, layer)
-        return [header, payload], tensor_hash(payload)
-    array = np.ascontiguousarray(array)  # safetensors writes a strided array wrongly, silently
-    return [safetensors_bytes({stage: array})], tensor_hash(array)
+    Raises:
+        UserError: APRT cannot hold it.
+    """
+    entries: dict[Key, FileEntry] = {}
+    for (stage, layer), (shape, dtype) in planned.items():
+        row = header.tables.stage[stage]
+        axes = row.stored_axes(header.logits)
+        rows = shape[axes.index(row.row_axis)] if row.row_axis in axes else None
+        file = stage + FORMATS[header.format]
+        entries[stage, layer] = FileEntry(
+            path=file if layer is None else f"layer-{layer}/{file}",
+            stage=stage,
+            layer=layer,
+            axes=axes,
+            shape=shape,
+            dtype=cast(DType, dtype),
+            xxh3="",
+            rows=None if rows == len(header.tokens) else rows,
+        )
+        if header.format == "aprt":
+            aprt.check(dtype, math.prod(shape))
+    return entries
 
 
 def replaceable(directory: Path, overwrite: bool) -> list[Path]:
@@ -75,7 +90,7 @@ def _of_a_trace(path: Path) -> bool:
             map(_of_a_stage, path.iterdir())
         )
     names = (manifest.NAME, manifest.PARTIAL, manifest.NAME + ".tmp", manifest.PARTIAL + ".tmp")
-    return path.name in names or _of_a_stage(path)
+    return path.name in (*names, onefile.NAME) or _of_a_stage(path)
 
 
 def _of_a_stage(path: Path) -> bool:
@@ -97,14 +112,15 @@ class TraceWriter:
 
     ``add`` may be called with stages in any order, and returns before they are on disk; at most
     ``WAITING`` wait at a time. ``finish`` writes the manifest. Without it, or after an error, the
-    directory stays marked as unfinished; the mark lists the files that are whole.
+    directory stays marked as unfinished; the mark lists the stages that are whole.
 
     Arguments:
         overwrite: replace the trace that is there.
         header: everything but the files.
         hashes: tensor name -> what is known of it; may still grow: the mark has what is in it then.
-        planned: every (stage, layer) that there is to be, for the mark.
-        kept: files of an interrupted trace in the same directory that stay, and count as added.
+        planned: every (stage, layer) that there is to be, in computation order, with its shape
+            (without a batch axis) and dtype.
+        kept: stages of an interrupted trace in the same directory that stay, and count as added.
 
     Raises:
         UserError: the directory cannot be used, or a write failed (a full disk).
@@ -115,19 +131,33 @@ class TraceWriter:
         directory: Path,
         header: Manifest,
         hashes: Mapping[str, WeightEntry],
+        planned: Planned,
         overwrite: bool = False,
         kept: Collection[FileEntry] = (),
-        planned: Iterable[Key] = (),
     ) -> None:
         self.directory = directory
         self.header = header
         self.hashes = hashes
-        self._sizes = {entry.path: (directory / entry.path).stat().st_size for entry in kept}
+        self.bytes = 0  # written so far
+        self._places = _lay_out(planned, header)
+        self._head = b""
+        if header.format == "safetensors":
+            self._head, starts = onefile.lay_out(self._places.values())
+            self._places = {
+                key: replace(place, path=onefile.NAME, start=starts[key])
+                for key, place in self._places.items()
+            }
         self._entries = {(entry.stage, entry.layer): entry for entry in kept}
-        self._planned = tuple(planned)
+        for key, entry in self._entries.items():
+            if self._places.get(key) != replace(entry, xxh3=""):
+                raise UserError(f"--out {directory}: {entry.path} is not laid out as it will be")
+            self.bytes += self._size(entry)
+        self._made: set[str] = set()  # files
+        self._rows: dict[Key, np.ndarray] = {}  # of a stage that comes in parts: which are there
+        self._lock = threading.Lock()
         self._noted = time.monotonic()
         self._error: Exception | None = None
-        self._queue: queue.Queue[tuple[str, int | None, np.ndarray] | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[tuple[Key, np.ndarray, slice | None] | None] = queue.Queue(WAITING)
         with ExitStack() as undo:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -138,18 +168,19 @@ class TraceWriter:
                     raise UserError(f"--out {directory}: another process has just finished it")
                 # The mark comes first: from here on nothing in the directory reads as whole.
                 self._mark()
-                _remove(old, {directory / name for name in (manifest.PARTIAL, *self._sizes)})
+                stays = {manifest.PARTIAL, *(entry.path for entry in kept)}
+                _remove(old, {directory / name for name in stays})
+                self._file: int | None = None  # that has all stages
+                if self._head:
+                    self._file = disk.create(directory / onefile.NAME, exists=bool(kept))
+                    undo.callback(os.close, self._file)
+                    disk.write(self._file, bytes(len(self._head)), 0)
             except OSError as error:
                 raise UserError(f"--out {directory}: {error.strerror}") from None
             self._held = undo.pop_all()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(THREADS)]
         for thread in self._threads:
             thread.start()
-
-    @property
-    def bytes(self) -> int:
-        """Bytes written so far."""
-        return sum(self._sizes.values())
 
     def __enter__(self) -> "TraceWriter":
         return self
@@ -163,11 +194,17 @@ class TraceWriter:
                 with suppress(OSError):  # a full disk: the mark is an older one
                     self._mark()
 
-    def add(self, stage: str, layer: int | None, array: np.ndarray) -> None:
-        """Queue one stage of one sequence (no batch axis). ``array`` must not change any more."""
+    def add(
+        self, stage: str, layer: int | None, value: np.ndarray, rows: slice | None = None
+    ) -> None:
+        """Queue one stage of one sequence (no batch axis). ``value`` must not change any more.
+
+        With ``rows`` the value has these rows of the stage along T (of a cache, along S): a stage
+        is whole when all have come. An S axis may be shorter: the keys after it are zeros.
+        """
         if self._error:
             raise self._failure()
-        self._queue.put((stage, layer, array))
+        self._queue.put(((stage, layer), value, rows))
 
     def note(self) -> None:
         """Have the mark say which files are whole by now, for a process that is killed."""
@@ -178,26 +215,31 @@ class TraceWriter:
 
     def _mark(self) -> None:
         files = tuple(self._entries.copy().values())  # other threads add to it
-        marked = replace(self.header, model=self._model(), files=files, planned=self._planned)
+        planned = tuple(self._places)
+        marked = replace(self.header, model=self._model(), files=files, planned=planned)
         manifest.write(self.directory, marked, manifest.PARTIAL)
 
     def _model(self) -> Model:
         return replace(self.header.model, weights=dict(sorted(self.hashes.items())))
 
-    def finish(self, order: Iterable[Key]) -> Manifest:
-        """Wait for the files, then write the manifest that makes the directory a trace.
+    def finish(self) -> Manifest:
+        """Wait for the stages, then write the manifest that makes the directory a trace.
 
-        ``order`` is every (stage, layer) that must have been added, in computation order.
+        Raises:
+            RuntimeError: one that was planned was never added, or not all of its rows.
+            UserError: a write failed.
         """
         self._stop()
         if self._error:
             raise self._failure()
-        order = tuple(order)
-        if missing := [each for each in order if each not in self._entries]:
+        if missing := [each for each in self._places if each not in self._entries]:
             raise RuntimeError(f"stages that were never added: {missing[:3]}")
-        files = tuple(self._entries[each] for each in order)
+        files = tuple(self._entries[each] for each in self._places)
         whole = replace(self.header, model=self._model(), files=files)
         try:
+            if self._file is not None:
+                disk.write(self._file, self._head, 0)
+                self.bytes += len(self._head)
             manifest.write(self.directory, whole)
             (self.directory / manifest.PARTIAL).unlink()
         except OSError as error:
@@ -229,28 +271,68 @@ class TraceWriter:
                 except Exception as error:  # handed to the thread that adds
                     self._error = error
 
-    def _write(self, stage: str, layer: int | None, array: np.ndarray) -> None:
-        relative = stage_path(stage, layer, self.header.format)
-        chunks, digest = encode(array, stage, layer, self.header.format)
-        path = self.directory / relative
-        path.parent.mkdir(exist_ok=True)
-        path.unlink(missing_ok=True)  # whatever stands there, a link too, is not written through
-        with open(path, "xb", buffering=0) as file:
-            for chunk in chunks:
-                view = memoryview(chunk).cast("B") if len(chunk) else memoryview(b"")  # type: ignore[arg-type]
-                while len(view):  # an unbuffered write may be short, 2 GiB at most
-                    view = view[file.write(view) :]
-            self._sizes[relative] = file.tell()
-        row = self.header.tables.stage[stage]
-        axes = row.stored_axes(self.header.logits)
-        rows = array.shape[axes.index(row.row_axis)] if row.row_axis in axes else None
-        self._entries[stage, layer] = FileEntry(
-            path=relative,
-            stage=stage,
-            layer=layer,
-            axes=axes,
-            shape=array.shape,
-            dtype=cast(DType, str(array.dtype)),
-            xxh3=digest,
-            rows=None if rows == len(self.header.tokens) else rows,
-        )
+    def _write(self, key: Key, value: np.ndarray, rows: slice | None) -> None:
+        """Write a stage, or some rows of it, to its place."""
+        place = self._places[key]
+        axes, shape = place.axes, place.shape
+        along, expected = 0, shape
+        if rows is not None:
+            along = axes.index(self.header.tables.stage[place.stage].row_axis)
+            expected = (*shape[:along], rows.stop - rows.start, *shape[along + 1 :])
+            if "S" in axes[along + 1 :]:
+                at = axes.index("S")
+                later = np.zeros((*expected[:at], shape[at] - value.shape[at]), value.dtype)
+                value = np.concatenate([value, later], at)
+        within = rows is None or 0 <= rows.start < rows.stop <= shape[along]
+        if not within or (value.shape, str(value.dtype)) != (expected, place.dtype):
+            raise RuntimeError(
+                f"{key}: {value.dtype} {value.shape}, planned {place.dtype} {expected}"
+            )
+        alone = self._file is None
+        value = aprt.payload(value) if alone else np.ascontiguousarray(value)
+        file, start = self._open(place)
+        end = start + value.itemsize * math.prod(shape)
+        try:
+            if rows is None:
+                disk.write(file, value, start)
+            else:
+                first = start + value.itemsize * rows.start * math.prod(shape[along + 1 :])
+                step = value.itemsize * math.prod(shape[along:])
+                for part in value.reshape(math.prod(shape[:along]), -1):
+                    disk.write(file, part, first)
+                    first += step
+        finally:
+            if alone:
+                os.close(file)
+        with self._lock:
+            self.bytes += value.nbytes
+            if rows is not None:
+                there = self._rows.setdefault(key, np.zeros(shape[along], bool))
+                there[rows] = True
+                if not there.all():
+                    return
+        if rows is not None:
+            value = disk.mapped(self.directory / place.path)[start:end]
+        self._entries[key] = replace(place, xxh3=tensor_hash(value))
+
+    def _size(self, place: FileEntry) -> int:
+        """Bytes of a stage on disk."""
+        count = math.prod(place.shape)
+        if self.header.format == "aprt":
+            return aprt.HEADER.size + 4 * count
+        return numpy_dtype(place.dtype).itemsize * count
+
+    def _open(self, place: FileEntry) -> tuple[int, int]:
+        """The file of a stage, and where in it its values begin."""
+        if self._file is not None and place.start is not None:
+            return self._file, place.start
+        path = self.directory / place.path
+        with self._lock:
+            if place.path in self._made:
+                return os.open(path, os.O_WRONLY | os.O_NOFOLLOW), aprt.HEADER.size
+            path.parent.mkdir(exist_ok=True)
+            file = disk.create(path)
+            self._made.add(place.path)
+            disk.write(file, aprt.header(place.layer, math.prod(place.shape)), 0)
+            self.bytes += aprt.HEADER.size
+        return file, aprt.HEADER.size

@@ -358,7 +358,7 @@ def test_a_foreign_dump_of_fewer_rows(traced, checkpoint, tmp_path, capsys):
     for name, layer in (*files, ("lm_head", None)):
         value = open_trace(whole).read(name.rpartition("/")[2], layer)
         last = value[:, -3:] if "scores" in name else value[-3:]
-        header, payload = aprt.encode(last, layer)
+        header, payload = aprt.header(layer, last.size), aprt.payload(last)
         (foreign / f"{name}.bin").write_bytes(header + payload.tobytes())
     given = ["--model", checkpoint, "--tokens", TOKENS]
     for a, b in ((foreign, whole), (whole, foreign)):
@@ -440,7 +440,7 @@ def test_one_wrong_value_in_one_file(traced, checkpoint, tmp_path, capsys):
     path = changed / "layer-1" / "ffn_up.bin"
     values = aprt.read(path, 1).copy()
     values[37] += 1
-    header, payload = aprt.encode(values, 1)
+    header, payload = aprt.header(1, values.size), aprt.payload(values)
     path.write_bytes(header + payload.tobytes())
     with pytest.raises(UserError, match="was changed"):
         run(capsys, changed, traced())
@@ -467,7 +467,7 @@ def test_other_embeddings_of_a_foreign_trace_are_not_comparable(
         run(capsys, foreign, traced(), "--model", checkpoint, "--tokens", tokens)
     path = foreign / "layer-0" / "embedding.bin"
     values = aprt.read(path, 0) * np.float32(1.1)
-    path.write_bytes(b"".join(bytes(c) for c in aprt.encode(values, 0)))
+    path.write_bytes(aprt.header(0, values.size) + aprt.payload(values).tobytes())
     with pytest.raises(NotComparable, match="embeddings differ"):
         run(capsys, foreign, traced(), "--model", checkpoint, "--tokens", TOKENS)
 

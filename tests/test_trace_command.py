@@ -516,7 +516,7 @@ def test_short_names_of_dtypes(world, run, fake, short, dtype):
 
 def test_float64_is_written_as_safetensors_by_default(world, run, fake):
     assert run(*MODEL, "--dtype", "float64", "--stages", "lm_head", "--out", "out").code == 0
-    assert (world / "out/lm_head.safetensors").exists()
+    assert (world / "out/stages.safetensors").exists()
     wide = open_trace(world / "out").read("lm_head", None)
     assert wide.dtype == np.float64 and (wide != wide.astype(np.float32)).any()
 

@@ -268,11 +268,12 @@ class Recorder:
             producer=told,
             files=(),
         )
-        order = [key for key in self._order() if key in whole]
-        with TraceWriter(Path(out), header, weights, overwrite, planned=order) as writer:
-            for stage, layer in order:
-                writer.add(stage, layer, whole[stage, layer])
-            found = writer.finish(order)
+        values = {key: whole[key] for key in self._order() if key in whole}
+        planned = {key: (value.shape, str(value.dtype)) for key, value in values.items()}
+        with TraceWriter(Path(out), header, weights, planned, overwrite) as writer:
+            for (stage, layer), value in values.items():
+                writer.add(stage, layer, value)
+            found = writer.finish()
         return Collected(Path(out), found, absent, tuple(self.changed), writer.bytes)
 
     def _order(self) -> list[Key]:
