@@ -1,6 +1,7 @@
 """The planted-fault engine is right without a fault, and wrong exactly where one is planted."""
 
 import ast
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -63,9 +64,45 @@ def test_without_a_fault_it_equals_the_jax_forward(tmp_path, name):
         assert distance(values, right) <= (1e-5 if more else 2e-6), (layer, stage)
 
 
+STEPS = {
+    "decoded": (16, *[1] * 8),
+    "in chunks": (9, 9, 6),
+    "chunks and decoded": (7, 7, 6, 1, 1, 2),
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": checkpoints.QWEN3,
+    "sliding": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "yarn": {"rope_scaling": YARN},
+}
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_calls_it_equals_the_jax_forward_in_one(tmp_path, kind, steps):
+    model = checkpoints.random_checkpoint(tmp_path, **KINDS[kind])
+    theirs = qwen_jax.trace_model(model, TOKENS, logits="all")
+    run = Engine.open(model).run(TOKENS, "all", steps=STEPS[steps])
+    assert (run.steps, run.cache, len(run.calls)) == (STEPS[steps], "float32", len(STEPS[steps]))
+    for (layer, stage), values in run.stages.items():
+        right = run.stages[layer, "k_post_rope"] if stage == "k_cache" else None
+        if stage not in engine.CACHED:
+            right = theirs.read(stage, layer)
+        if stage == "attn_scores":
+            values, right = np.tril(values), np.tril(right)
+        if right is not None:
+            assert distance(values, right) <= 2e-6, (layer, stage)
+    last = run.calls[-1][1, "v_cache"]
+    assert np.array_equal(last, run.stages[1, "v_cache"])  # no row changes once it is written
+
+
 def test_its_stages_are_those_of_the_tables():
     for name, stages in LAYER_STAGES.items():
         assert stages == tuple(row.name for row in ARCHITECTURES[name].layer_stages)
+    order = tuple(row.name for row in ARCHITECTURES["qwen2"].cached.layer_stages)
+    cached = Engine(Shape("qwen2", 1, *[8] * 5, 1e-6, 1e4, False), {})._stages_of_a_layer
+    assert tuple(cached(dict.fromkeys(engine.CACHED))) == order
 
 
 def test_it_shares_nothing_with_what_it_tries():
@@ -127,7 +164,8 @@ def test_a_fault_can_be_planted_in_every_layer(small):
 
 
 def test_faults_cover_every_stage_and_say_what_they_are():
-    assert {stage for f in faults.FAULTS.values() for stage in f.stages} == set(OPERATIONS)
+    known = {stage for f in faults.FAULTS.values() for stage in f.stages}
+    assert known == set(OPERATIONS) - set(engine.CACHED)
     for fault in faults.FAULTS.values():
         assert fault.clean or fault.diagnosis or fault.shape, fault.name
         assert fault.says
@@ -191,6 +229,42 @@ def test_a_dump_is_a_foreign_trace(clean, tmp_path):
 def test_logits_of_the_last_position_are_the_default(small, clean):
     logits = Engine(*small).run(TOKENS).stages[None, "lm_head"]
     assert np.array_equal(logits, clean["f32"].stages[None, "lm_head"][-1])
+
+
+ERRORS = {  # of the rows of k, relative, on the hard checkpoint, whose blocks hold its bias
+    "float32": (0, 0), "float16": (1e-4, 4e-4), "bfloat16": (1e-3, 3e-3), "int8": (1e-3, 1e-2),
+    "q8_0": (1e-3, 1e-2), "float8_e4m3fn": (1e-2, 4e-2), "float8_e5m2": (2e-2, 8e-2),
+    "q4_0": (2e-2, 1e-1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cache", engine.CACHES)
+def test_a_cache_is_as_precise_as_its_format(tmp_path, cache):
+    model = Engine.open(checkpoints.hard_checkpoint(tmp_path))
+    run = model.run(checkpoints.hard_tokens(24), steps=(16, *[1] * 8), cache=cache)
+    low, high = ERRORS[cache]
+    for layer in range(model.shape.layers):
+        found, k = run.stages[layer, "k_cache"], run.stages[layer, "k_post_rope"]
+        assert low <= distance(found, k) <= high
+        assert np.array_equal(run.calls[-1][layer, "k_cache"], found)
+    assert ERRORS.keys() == engine.CACHES.keys()
+
+
+def test_a_format_that_the_heads_do_not_divide_is_refused(small):
+    with pytest.raises(ValueError, match="blocks of 32, and heads have 16"):
+        Engine(*small).run(TOKENS, cache="q4_0")
+    with pytest.raises(ValueError, match="are not of 24 tokens"):
+        Engine(*small).run(TOKENS, steps=(16, 7))
+
+
+def test_a_dump_by_calls_has_the_rows_of_each(small, tmp_path):
+    run = Engine(*small).run(TOKENS, "all", steps=(22, 1, 1))
+    run.dump_calls(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-000{n}" for n in range(3)]
+    kept = aprt.read(tmp_path / "step-0001" / "layer-2" / "k_cache.bin", 2)
+    assert np.array_equal(kept, run.stages[2, "k_cache"][:23].ravel())
+    row = aprt.read(tmp_path / "step-0002" / "layer-0" / "embedding.bin", 0)
+    assert np.array_equal(row, run.stages[0, "embedding"][23])
 
 
 def test_weights_can_be_changed_after_loading(small, clean):

@@ -1,8 +1,9 @@
 """``python -m tools.numpy_engine FAULT``: a broken engine's dump, to try things on.
 
 The engine is the small NumPy one of this folder; the dump is a foreign one, APRT files without a
-manifest, of the embedded prompt unless ``--tokens`` is given. ``python -m tools.numpy_engine list``
-lists the faults that the model can have.
+manifest, of the embedded prompt unless ``--tokens`` is given; with ``--prefill-chunk`` or
+``--decode`` call by call, in directories ``step-0000``, ``step-0001``, ... of it.
+``python -m tools.numpy_engine list`` lists the faults that the model can have.
 """
 
 import argparse
@@ -31,6 +32,9 @@ def main() -> None:
         action="store_true",
         help="compute the end of the last layer for the last position alone",
     )
+    parser.add_argument("--prefill-chunk", type=int, metavar="C", help="tokens of a call")
+    parser.add_argument("--decode", type=int, metavar="N", help="the last N tokens one by one")
+    parser.add_argument("--cache", choices=[*engine.CACHES], help="default: exact, if any")
     parser.add_argument("--out", type=Path, default=Path("engine-dump"))
     args = parser.parse_args()
     try:
@@ -49,8 +53,30 @@ def main() -> None:
         parser.error(f"--layers {outside[0]}: layers go from 0 to {loaded[0].layers - 1}")
     tokens = read_tokens(parser, args.model, args.tokens)
     more = {"first_position": args.first_position, "last_row": args.last_row}
-    faults.plant(loaded, tokens, planted, args.layers, args.mode, **more).dump(args.out)
-    print(f"{args.out}/: {len(tokens)} tokens, {args.mode}, fault: {args.fault}")
+    more |= {"steps": calls(parser, len(tokens), args.prefill_chunk, args.decode)}
+    try:
+        run = faults.plant(
+            loaded, tokens, planted, args.layers, args.mode, **more, cache=args.cache
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    (run.dump_calls if len(run.steps) > 1 else run.dump)(args.out)
+    said = f", {len(run.steps)} calls" if len(run.steps) > 1 else ""
+    print(f"{args.out}/: {len(tokens)} tokens{said}, {args.mode}, fault: {args.fault}")
+
+
+def calls(
+    parser: argparse.ArgumentParser, length: int, chunk: int | None, decoded: int | None
+) -> tuple[int, ...]:
+    """How many tokens each call is given."""
+    prompt = length - (decoded or 0)
+    if decoded is not None and not 0 < decoded < length:
+        parser.error(f"--decode {decoded}: there are {length} tokens, of which one or more before")
+    if chunk is not None and not 0 < chunk <= prompt:
+        parser.error(f"--prefill-chunk {chunk}: the prompt has {prompt} tokens")
+    size = chunk or prompt
+    chunks = [min(size, prompt - first) for first in range(0, prompt, size)]
+    return (*chunks, *[1] * (length - prompt))
 
 
 def read_tokens(parser: argparse.ArgumentParser, model: Path, text: str | None) -> list[int]:

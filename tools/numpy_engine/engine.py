@@ -6,6 +6,10 @@ without a manifest: a foreign trace. It shares no code with the project's forwar
     engine = Engine.open("qwen_jax/demo", mode="bf16")
     engine.replace("attn_norm", 2, lambda c: c["layer_input"])  # plant a fault by hand
     engine.run([1, 2, 3]).dump("build/foreign")
+    engine.run([1, 2, 3, 4], steps=[2, 1, 1], cache="q8_0").dump_calls("build/decoded")
+
+With ``steps`` it runs in calls, a prompt in chunks and the tokens after it one by one, through a
+key/value cache. What it reads back from that are two more stages, ``k_cache`` and ``v_cache``.
 
 Qwen3 differs in the attention alone: q and k have no bias but an RMSNorm over every head, before
 RoPE, v has no bias either, and a head has a size of its own: N*H need not be D.
@@ -17,11 +21,12 @@ size, D hidden, F intermediate, V vocabulary.
 import json
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import ml_dtypes  # noqa: F401  (safetensors needs it to read bfloat16 as NumPy)
+import ml_dtypes  # also makes safetensors read bfloat16 as NumPy
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -81,6 +86,42 @@ def q8_0(x: Array) -> Array:
     return values.reshape(padded.shape)[..., :length]
 
 
+def q4_0(x: Array) -> Array:
+    """Rounded to sixteen steps in blocks of 32 along the last axis, as ggml does: the value of
+    largest magnitude is the lowest step."""
+    blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
+    largest = np.abs(blocks).argmax(axis=-1, keepdims=True)
+    scale = np.take_along_axis(blocks, largest, axis=-1) / np.float32(-8)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    steps = np.minimum(np.floor(blocks * inverse + np.float32(8.5)), 15) - 8
+    return (steps * f16(scale)).reshape(x.shape)
+
+
+def int8(x: Array) -> Array:
+    """Rounded to 8 bits, one float32 scale for each row of the last axis."""
+    scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+    steps = np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale != 0))
+    return (steps * scale).astype(np.float32)
+
+
+def float8(x: Array, dtype: Any) -> Array:
+    """Rounded to an 8-bit float without a scale; what is too large becomes the largest."""
+    most = float(ml_dtypes.finfo(dtype).max)
+    return np.clip(x, -most, most).astype(dtype).astype(np.float32)
+
+
+CACHES: dict[str, Rounding] = {
+    "float32": exact,
+    "bfloat16": bf16,
+    "float16": f16,
+    "float8_e4m3fn": partial(float8, dtype=ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": partial(float8, dtype=ml_dtypes.float8_e5m2),
+    "q8_0": q8_0,
+    "q4_0": q4_0,
+    "int8": int8,
+}
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """Where an engine rounds.
@@ -126,7 +167,11 @@ ARITHMETIC: dict[str, Arithmetic] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes and constants of one model; ``theta`` and ``eps`` are dimensionless."""
+    """The sizes and constants of one model; ``theta`` and ``eps`` are dimensionless.
+
+    ``sliding`` has the layers that see the last ``window`` positions alone; ``yarn`` is the
+    configuration's own entry.
+    """
 
     architecture: str  # "qwen2" or "qwen3"
     layers: int
@@ -138,6 +183,9 @@ class Shape:
     eps: float
     theta: float
     tied: bool
+    window: int | None = None
+    sliding: frozenset[int] = frozenset()
+    yarn: Mapping[str, Any] | None = None
 
     @property
     def layer_stages(self) -> tuple[str, ...]:
@@ -154,7 +202,7 @@ def load(directory: str | Path) -> tuple[Shape, Weights]:
     """The shape and the float32 weights of a Hugging Face directory (one safetensors file).
 
     Raises:
-        ValueError: another architecture, scaled RoPE or sliding windows, which are not written.
+        ValueError: another architecture or another scaling of RoPE than YaRN.
     """
     directory = Path(directory)
     raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -162,13 +210,17 @@ def load(directory: str | Path) -> tuple[Shape, Weights]:
     architecture = raw["model_type"]
     if architecture not in LAYER_STAGES:
         raise ValueError(f"{directory}: model_type {architecture!r} is none of {[*LAYER_STAGES]}")
-    if rope.get("rope_type", "default") != "default" or raw.get("use_sliding_window"):
-        raise ValueError(f"{directory}: scaled RoPE and sliding windows are not supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"{directory}: RoPE of type {kind!r} is not supported")
+    layers, window = raw["num_hidden_layers"], None
+    if raw.get("use_sliding_window"):
+        window = raw["sliding_window"]
     heads = raw["num_attention_heads"]
     head = raw["hidden_size"] // heads if architecture == "qwen2" else 128
     shape = Shape(
         architecture=architecture,
-        layers=raw["num_hidden_layers"],
+        layers=layers,
         hidden=raw["hidden_size"],
         heads=heads,
         kv_heads=raw.get("num_key_value_heads", heads),
@@ -177,6 +229,9 @@ def load(directory: str | Path) -> tuple[Shape, Weights]:
         eps=raw["rms_norm_eps"],
         theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
         tied=raw.get("tie_word_embeddings", False),
+        window=window,
+        sliding=frozenset(range(raw.get("max_window_layers", 28), layers) if window else ()),
+        yarn=rope | {"most": raw["max_position_embeddings"]} if kind == "yarn" else None,
     )
     weights = load_file(directory / "model.safetensors")
     weights = {name: weight.astype(np.float32) for name, weight in weights.items()}
@@ -185,12 +240,38 @@ def load(directory: str | Path) -> tuple[Shape, Weights]:
     return shape, weights
 
 
-def rope_table(positions: Array, head: int, theta: float, step: float = 2) -> tuple[Array, Array]:
+def rope_table(
+    positions: Array,
+    head: int,
+    theta: float,
+    step: float = 2,
+    yarn: Mapping[str, Any] | None = None,
+) -> tuple[Array, Array]:
     """cos and sin, [T, head/2] float32, of ``position * theta ** (-step * i / head)``."""
     exponent = step * np.arange(head // 2) / head
-    frequency = (1.0 / theta**exponent).astype(np.float32)
-    angle = positions.astype(np.float32)[:, None] * frequency
-    return np.cos(angle), np.sin(angle)
+    frequency, size = (1.0 / theta**exponent), 1.0
+    if yarn:
+        frequency, size = _stretched(frequency, head, theta, yarn)
+    angle = positions.astype(np.float32)[:, None] * frequency.astype(np.float32)
+    return np.cos(angle) * np.float32(size), np.sin(angle) * np.float32(size)
+
+
+def _stretched(
+    frequency: Array, head: int, theta: float, yarn: Mapping[str, Any]
+) -> tuple[Array, float]:
+    """YaRN (arXiv 2309.00071): slow pairs turn ``factor`` times slower, fast ones as before, and
+    what lies between is blended; and the factor on cos and sin."""
+    original = yarn.get("original_max_position_embeddings") or yarn["most"]
+
+    def pair(turns: float) -> float:
+        return head * np.log(original / (turns * 2 * np.pi)) / (2 * np.log(theta))
+
+    low = max(np.floor(pair(yarn.get("beta_fast", 32))), 0)
+    high = min(np.ceil(pair(yarn.get("beta_slow", 1))), head - 1)
+    slow = np.clip((np.arange(head // 2) - low) / max(high - low, 1e-3), 0, 1)
+    factor = yarn["factor"]
+    size = yarn.get("attention_factor") or 0.1 * np.log(factor) + 1
+    return frequency * (slow / factor + 1 - slow), float(size)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
@@ -206,11 +287,16 @@ class Context:
 
     ``c["layer_input"]`` is the layer's input; ``c["tokens"]`` the ids. Outside the layers
     ``layer`` is None and ``c["post_ffn_residual"]`` is the last layer's output.
+
+    Of an engine that runs in calls, everything but the cache has the rows of this call alone:
+    ``past`` is how many came before them, ``memory`` the layer's cache by stage.
     """
 
     engine: "Engine"
     layer: int | None
     values: dict[str, Array]
+    past: int = 0
+    memory: Mapping[str, Array] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Array:
         return self.values[name]
@@ -224,6 +310,38 @@ class Context:
     def positions(self) -> Array:
         """[T] int, one apart."""
         return self["positions"]
+
+    @property
+    def keys(self) -> int:
+        """How many positions there are up to now."""
+        return self.past + len(self.positions)
+
+    @property
+    def k(self) -> Array:
+        """[S, K, H]: k as the scores read it, out of the cache where there is one."""
+        return self["k_cache"] if self.memory else self["k_post_rope"]
+
+    @property
+    def v(self) -> Array:
+        """[S, K, H]: v as the weighted sum reads it."""
+        return self["v_cache"] if self.memory else self.attended()[2]
+
+    @property
+    def allowed(self) -> Array:
+        """[T, S] bool: a position sees itself and what came before it, in a sliding layer no more
+        than a window of it."""
+        query = self.past + np.arange(len(self.positions))[:, None]
+        back = query - np.arange(self.keys)
+        window = self.shape.window if self.layer in self.shape.sliding else None
+        return (back >= 0) & (back < (window or self.keys))
+
+    def put(self, stage: str, rows: Array, first: int | None = None) -> Array:
+        """Write rows [T, K, H] into the cache in its format, where this call's belong unless
+        ``first`` says where, and read back everything up to now, [S, K, H]."""
+        held, first = self.memory[stage], self.past if first is None else first
+        count = max(0, min(len(rows), len(held) - first))
+        held[first : first + count] = self.engine.keep(rows[:count])
+        return held[: self.keys].copy()
 
     def weight(self, name: str, layer: int | None = None) -> Array:
         """A weight by its Hugging Face name; inside a layer, without ``model.layers.N.``."""
@@ -272,7 +390,8 @@ class Context:
     def tables(self) -> tuple[Array, Array]:
         """The RoPE tables, as the engine stores them."""
         store = self.engine.arithmetic.store
-        cos, sin = rope_table(self.positions, self.shape.head, self.shape.theta)
+        s = self.shape
+        cos, sin = rope_table(self.positions, s.head, s.theta, yarn=s.yarn)
         return store(cos), store(sin)
 
     def groups(self) -> Array:
@@ -363,24 +482,31 @@ def _k_post_rope(c: Context) -> Array:
     return rotate(c.attended()[1], *c.tables())
 
 
+def _k_cache(c: Context) -> Array:
+    return c.put("k_cache", c["k_post_rope"])
+
+
+def _v_cache(c: Context) -> Array:
+    return c.put("v_cache", c.attended()[2])
+
+
 def _attn_scores(c: Context) -> Array:
-    return c.scores(c["q_post_rope"], c["k_post_rope"]) * np.float32(c.shape.head**-0.5)
+    return c.scores(c["q_post_rope"], c.k) * np.float32(c.shape.head**-0.5)
 
 
 def _attn_softmax(c: Context) -> Array:
-    return softmax(c["attn_scores"], causal(len(c["tokens"])))
+    return softmax(c["attn_scores"], c.allowed)
 
 
 def _attention(c: Context) -> Array:
-    v = c.attended()[2]
-    mixed = _flash(c, v) if c.engine.arithmetic.online else c.mix(c["attn_softmax"], v)
+    mixed = _flash(c, c.v) if c.engine.arithmetic.online else c.mix(c["attn_softmax"], c.v)
     return mixed.reshape(len(mixed), -1)
 
 
 def _flash(c: Context, v: Array) -> Array:
     """The weighted sum without a softmax that is ever whole: blocks of keys, a running maximum."""
     length = len(v)
-    scores = np.where(causal(length), c["attn_scores"], np.float32(-np.inf))
+    scores = np.where(c.allowed, c["attn_scores"], np.float32(-np.inf))
     v = v[:, c.groups()].transpose(1, 0, 2)  # [N, S, H]
     high = np.full((*scores.shape[:2], 1), -np.inf, np.float32)
     total = np.zeros_like(high)
@@ -421,6 +547,8 @@ OPERATIONS: dict[str, Operation] = {
     "k_norm": partial(_norm, "k_norm"),
     "q_post_rope": _q_post_rope,
     "k_post_rope": _k_post_rope,
+    "k_cache": _k_cache,
+    "v_cache": _v_cache,
     "attn_scores": _attn_scores,
     "attn_softmax": _attn_softmax,
     "attention": _attention,
@@ -437,9 +565,13 @@ OPERATIONS: dict[str, Operation] = {
     "lm_head": partial(_linear, "lm_head"),
 }
 END_STAGES = ("final_norm", "lm_head")
+CACHED = ("k_cache", "v_cache")  # only where there is a cache
+SQUARE = ("attn_scores", "attn_softmax")  # [N, T, S]
 LACKS = {"qwen2": HEAD_NORMS, "qwen3": ("qkv_bias",)}
 LAYER_STAGES: dict[str, tuple[str, ...]] = {
-    architecture: tuple(s for s in OPERATIONS if s not in ("embedding", *lacking, *END_STAGES))
+    architecture: tuple(
+        s for s in OPERATIONS if s not in ("embedding", *lacking, *END_STAGES, *CACHED)
+    )
     for architecture, lacking in LACKS.items()
 }
 
@@ -461,7 +593,12 @@ class Run:
     """One run's stages as they are dumped, in the order of computation.
 
     Attributes:
-        stages: (layer or None, stage) -> float32 array with the axes of the stage.
+        stages: (layer or None, stage) -> float32 array with the axes of the stage. Rows of several
+            calls are joined; a row of a cache is what the call that wrote it read back. Keys that a
+            call could not see are zero.
+        steps: how many rows each call computed.
+        cache: the format of the cache; None without one.
+        calls: the stages as each call had them: rows of that call, caches with all rows up to then.
         effects: for each planted fault, how far its stage is from what the right operation makes
             of the same inputs: the relative L2 norm, infinite if something is not finite. Zero is
             a fault that nobody can see.
@@ -469,16 +606,29 @@ class Run:
     """
 
     stages: dict[Key, Array]
+    steps: tuple[int, ...] = ()
+    cache: str | None = None
+    calls: list[dict[Key, Array]] = field(default_factory=list)
     effects: dict[Key, float] = field(default_factory=dict)
     peaks: dict[Key, float] = field(default_factory=dict)
 
     def dump(self, directory: str | Path, omit: Collection[str] = ()) -> Path:
         """Write APRT files without a manifest. ``omit`` names stages that a fused engine lacks."""
-        directory = Path(directory)
-        for (layer, stage), values in self.stages.items():
-            if stage not in omit:
-                write_aprt(aprt_path(directory, layer, stage), layer, values)
-        return directory
+        return write_stages(Path(directory), self.stages, omit)
+
+    def dump_calls(self, directory: str | Path, omit: Collection[str] = ()) -> Path:
+        """The same call by call, as the engine had them: ``step-0000/``, ``step-0001/``, ..."""
+        for number, stages in enumerate(self.calls):
+            write_stages(Path(directory) / f"step-{number:04d}", stages, omit)
+        return Path(directory)
+
+
+def write_stages(directory: Path, stages: Mapping[Key, Array], omit: Collection[str]) -> Path:
+    """Write APRT files."""
+    for (layer, stage), values in stages.items():
+        if stage not in omit:
+            write_aprt(aprt_path(directory, layer, stage), layer, values)
+    return directory
 
 
 def aprt_path(directory: Path, layer: int | None, stage: str) -> Path:
@@ -518,6 +668,7 @@ class Engine:
         if mutate:
             mutate(weights)
         self.weights = {name: self.arithmetic.store(weight) for name, weight in weights.items()}
+        self.keep: Rounding = exact  # what the cache of a run rounds to
         self._operations: dict[Key, Operation] = {}
         self._redumps: dict[Key, Redump] = {}
 
@@ -545,6 +696,8 @@ class Engine:
         logits: str = "last",
         first_position: int = 0,
         last_row: bool = False,
+        steps: Sequence[int] = (),
+        cache: str | None = None,
     ) -> Run:
         """One forward pass.
 
@@ -553,13 +706,35 @@ class Engine:
             first_position: of the first token.
             last_row: what follows the last layer's attention is computed for the last position
                 alone, as nothing else is needed for the next token; those stages have one row.
+            steps: how many tokens each call is given, such as (32, 32, 1, 1): through a cache.
+            cache: its format, of ``CACHES``; where none is given the model's own.
         """
-        ids = np.asarray(tokens)
-        given = {"tokens": ids, "positions": first_position + np.arange(len(ids))}
+        ids, steps = np.asarray(tokens), tuple(steps) or (len(tokens),)
+        if sum(steps) != len(ids) or min(steps) < 1:
+            raise ValueError(f"steps {steps} are not of {len(ids)} tokens")
+        if len(steps) > 1 and cache is None:
+            cache = "float32"  # exact, whatever is put away
+        if cache in ("q8_0", "q4_0") and self.shape.head % BLOCK:
+            raise ValueError(f"{cache} has blocks of {BLOCK}, and heads have {self.shape.head}")
+        self.keep = CACHES[cache or "float32"]
+        run = Run({}, steps, cache)
+        rights: list[dict[Key, Array]] = []
+        memory, shadow = (self._memory(len(ids) if cache else 0) for _ in range(2))
+        first = 0
         with np.errstate(all="ignore"):
-            run = Run({})
-            for key, value in self._steps(given, last_row, run):
-                run.stages[key] = value
+            for count in steps:
+                rows = slice(first, first + count)
+                positions = first_position + np.arange(len(ids))[rows]
+                start = Context(
+                    self, None, {"tokens": ids[rows], "positions": positions}, past=first
+                )
+                rights.append({})
+                run.calls.append(dict(self._call(start, memory, shadow, rights[-1], last_row)))
+                first += count
+            run.stages = joined(run.calls, steps)
+            right = joined(rights, steps)
+            for key in right:
+                _measure(run, key, run.stages[key], right[key])
             computed = dict(run.stages)
             for key, redump in self._redumps.items():
                 wrong = np.ascontiguousarray(redump(self, computed, key), np.float32)
@@ -570,31 +745,76 @@ class Engine:
                 run.stages[None, "lm_head"] = head[-1] if head.ndim == 2 else head
             return run
 
-    def _steps(
-        self, given: dict[str, Array], last_row: bool, run: Run
+    def _memory(self, length: int) -> list[dict[str, Array]]:
+        """A cache for every layer, empty where there is to be none."""
+        size = (length, self.shape.kv_heads, self.shape.head)
+        names = CACHED if length else ()
+        return [
+            {name: np.zeros(size, np.float32) for name in names} for _ in range(self.shape.layers)
+        ]
+
+    def _call(
+        self,
+        start: Context,
+        memory: list[dict[str, Array]],
+        shadow: list[dict[str, Array]],
+        rights: dict[Key, Array],
+        last_row: bool,
     ) -> Iterator[tuple[Key, Array]]:
-        x = self._step(Context(self, None, given), (0, "embedding"), run)
+        """Every stage of one call. ``shadow`` is a cache in which nothing is wrong; ``rights`` is
+        given what a stage with a fault should have been."""
+        given = start.values
+
+        def step(context: Context, key: Key) -> Array:
+            layer, stage = key
+            right, store = context, self.arithmetic.store
+            if stage in CACHED and layer is not None and key in self._operations:
+                right = replace(context, memory=shadow[layer])
+            value = store(OPERATIONS[stage](right))
+            if key in self._operations:
+                rights[key] = value
+                value = store(self._operations[key](context).astype(np.float32))
+            context.values[stage] = value
+            return value
+
+        x = step(replace(start, values=dict(given)), (0, "embedding"))
         yield (0, "embedding"), x
         for layer in range(self.shape.layers):
-            context = Context(self, layer, given | {"layer_input": x})
-            for stage in self.shape.layer_stages:
-                x = context.values[stage] = self._step(context, (layer, stage), run)
+            context = replace(
+                start, layer=layer, values=given | {"layer_input": x}, memory=memory[layer]
+            )
+            for stage in self._stages_of_a_layer(memory[layer]):
+                x = step(context, (layer, stage))
                 yield (layer, stage), x
                 if last_row and stage == "attention" and layer == self.shape.layers - 1:
                     # of scores and their softmax this is no row, but nobody reads them any more
                     context.values = {name: value[-1:] for name, value in context.values.items()}
-        context = Context(self, None, given | {"post_ffn_residual": x})
+        context = replace(start, values=given | {"post_ffn_residual": x})
         for stage in END_STAGES:
-            context.values[stage] = self._step(context, (None, stage), run)
-            yield (None, stage), context[stage]
+            yield (None, stage), step(context, (None, stage))
 
-    def _step(self, context: Context, key: Key, run: Run) -> Array:
-        store, stage = self.arithmetic.store, key[1]
-        value = store(OPERATIONS[stage](context))
-        if key in self._operations:
-            right, value = value, store(self._operations[key](context).astype(np.float32))
-            _measure(run, key, value, right)
-        return value
+    def _stages_of_a_layer(self, memory: Mapping[str, Array]) -> Iterator[str]:
+        for stage in self.shape.layer_stages:
+            yield stage
+            if stage == "k_post_rope":
+                yield from memory
+
+
+def joined(calls: Sequence[Mapping[Key, Array]], steps: Sequence[int]) -> dict[Key, Array]:
+    """Each stage over all calls: its rows one after the other, keys that came later zero; of a
+    cache the rows as the call that wrote them read them back."""
+    ends = np.cumsum(steps)
+    result = {}
+    for key in calls[-1]:
+        parts = [call[key] for call in calls]
+        if key[1] in SQUARE:
+            parts = [
+                np.pad(part, [(0, 0), (0, 0), (0, ends[-1] - part.shape[-1])]) for part in parts
+            ]
+        if key[1] in CACHED:
+            parts = [part[end - n :] for part, end, n in zip(parts, ends, steps, strict=True)]
+        result[key] = np.concatenate(parts, axis=1 if key[1] in SQUARE else 0)
+    return result
 
 
 def _measure(run: Run, key: Key, wrong: Array, right: Array) -> None:

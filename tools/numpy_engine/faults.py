@@ -689,10 +689,11 @@ _add("qkv_bias", "bias_kv_swapped", _kv_bias_swapped, "the biases of k and v exc
 
 
 def _table(
-    c: Context, positions: Array | None = None, theta: float = 0, **more: float
+    c: Context, positions: Array | None = None, theta: float = 0, step: float = 2
 ) -> tuple[Array, Array]:
     positions = c.positions if positions is None else positions
-    cos, sin = rope_table(positions, c.shape.head, theta or c.shape.theta, **more)
+    theta = theta or c.shape.theta
+    cos, sin = rope_table(positions, c.shape.head, theta, step, c.shape.yarn)
     return c.engine.arithmetic.store(cos), c.engine.arithmetic.store(sin)
 
 
@@ -798,7 +799,7 @@ def _scores(
     groups: Array | None = None,
 ) -> Array:
     q = c["q_post_rope"] if q is None else q
-    k = c["k_post_rope"] if k is None else k
+    k = c.k if k is None else k
     return c.scores(q, k, groups) * _f32(c.shape.head**-0.5 if factor is None else factor)
 
 
@@ -876,7 +877,7 @@ _add_dump(
 
 def _apart(c: Context) -> Array:
     """[T, S]: how many positions the key lies before the query."""
-    return c.positions[:, None] - c.positions
+    return c.past + np.arange(len(c.positions))[:, None] - np.arange(c.keys)
 
 
 def _softmax_strict(c: Context) -> Array:
@@ -894,7 +895,7 @@ def _softmax_strict_uniform(c: Context) -> Array:
 
 
 def _exponentials(c: Context) -> tuple[Array, Array]:
-    scores = np.where(causal(len(c.positions)), c["attn_scores"], _f32(-np.inf))
+    scores = np.where(c.allowed, c["attn_scores"], _f32(-np.inf))
     high = scores.max(axis=-1, keepdims=True)
     return np.exp(scores - high), high
 
@@ -910,13 +911,13 @@ def _softmax_plus_one_late(c: Context) -> Array:
 
 
 def _softmax_wrong_axis(c: Context) -> Array:
-    scores = np.where(causal(len(c.positions)), c["attn_scores"], _f32(-np.inf))
+    scores = np.where(c.allowed, c["attn_scores"], _f32(-np.inf))
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _softmax_scaled(c: Context, factor: float) -> Array:
-    return softmax(c["attn_scores"] * _f32(factor), causal(len(c.positions)))
+    return softmax(c["attn_scores"] * _f32(factor), c.allowed)
 
 
 _add(
@@ -983,7 +984,7 @@ _add(
 
 def _attend(c: Context, v: Array | None = None, groups: Array | None = None) -> Array:
     """The right weighted sum, of this ``v``, still as [T, N, H]."""
-    v = c.attended()[2] if v is None else v
+    v = c.v if v is None else v
     return c.mix(c["attn_softmax"], v, groups)
 
 
@@ -992,12 +993,12 @@ def _flat(x: Array) -> Array:
 
 
 def _v_late(c: Context) -> Array:
-    v = c.attended()[2]
+    v = c.v
     return _flat(_attend(c, np.concatenate([0 * v[:1], v[:-1]])))
 
 
 def _v_early(c: Context) -> Array:
-    v = c.attended()[2]
+    v = c.v
     return _flat(_attend(c, np.concatenate([v[1:], v[-1:]])))
 
 
