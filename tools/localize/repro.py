@@ -21,6 +21,7 @@ from stages import verdict
 from stages.architecture import (
     ACTIVATION,
     ADD,
+    CACHE,
     LINEAR,
     LOOKUP,
     NORM,
@@ -167,6 +168,11 @@ def _weighted_sum(s: Slice) -> Values:
     return {"p": s.input()[s.head][s.rows], "v": s.of_keys("v")[:, s.columns]}
 
 
+def _cache(s: Slice) -> Values:
+    x = s.of_head(s.input(), s.case.stage.inputs[0], "v", s.head)
+    return {"x": x[np.ix_(s.rows, s.columns)]}
+
+
 def _activation(s: Slice) -> Values:
     return {"x": s.input()[np.ix_(s.rows, s.columns)]}
 
@@ -210,6 +216,7 @@ FORMULAS: dict[Kind, Formula] = {
         _softmax,
     ),
     WEIGHTED_SUM: Formula("expected = p @ v", _weighted_sum),
+    CACHE: Formula("expected = x", _cache),
     ACTIVATION: Formula("expected = x / (1 + np.exp(-x))", _activation),
     PRODUCT: Formula("expected = a * b", _product),
 }
@@ -326,9 +333,9 @@ def _places(found: Slice) -> np.ndarray:
     case = found.case
     entry = case.replay.trace.entries[case.key]
     numbers = np.arange(np.prod(entry.shape)).reshape(entry.shape)
+    axis = case.stage.row_axes() - 1
     if numbers.ndim < len(case.stage.axes):
-        numbers = np.expand_dims(numbers, case.stage.axes.index("T"))
-    axis = case.stage.axes.index("T")
+        numbers = np.expand_dims(numbers, axis)
     last = numbers[(slice(None),) * axis + (slice(-case.rows, None),)]
     return found.cut(last[None])
 
