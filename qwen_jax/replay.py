@@ -350,6 +350,7 @@ class Replay:
         self._compiled = partial(
             compiled, config=weights.config, dtype=dtype, unoptimised=unoptimised
         )
+        self.unoptimised = unoptimised
         self.device = runtime.pick_device("cpu")
         self.positions = np.asarray(trace.positions)[None]
         frequencies, _ = rope.inverse_frequencies(self.config)

@@ -74,6 +74,69 @@ class Skipped(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     checked_through: list[str] | UnsetType = UNSET
 
 
+class NatsRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The absolute error of one layer's scores over the keys that a query sees, in nats, and where
+    the largest one is; and the total variation of the softmax that it leads to, mean and largest
+    over heads and positions."""
+
+    layer: int
+    rms: float
+    max: float
+    head: int
+    position: int
+    variation: float
+    variation_max: float
+
+
+class SliceShare(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A head, position (row of the sequence) or channel, and its part of a share."""
+
+    index: int
+    share: float
+
+
+class ShareEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the error created at a stage does to the margin and to the log-probability, in nats.
+
+    Attributes:
+        where: of the largest shares, the slices that have most of them.
+    """
+
+    stage: str
+    layer: int | None
+    share: float
+    logprob: float
+    where: dict[Literal["heads", "positions", "channels"], list[SliceShare]] | UnsetType = UNSET
+
+
+class HarmEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the error of a trace does to one token.
+
+    Attributes:
+        position: the row of the sequence after which the token comes.
+        token, against: the chosen one, and its rival.
+        margin: of the two logits in the dump, in nats.
+        exact_margin: the margin that exact arithmetic has, as the shares predict it.
+        sum_of_shares: how far the error moves the margin, to first order.
+        flips: exact arithmetic puts the other of the two first.
+        logprob, logprob_change: the log-probability of the token, and how far the error moves it.
+        shares: of every stage, the largest first.
+        lost_before: where the computation cannot be followed further back.
+    """
+
+    position: int
+    token: int
+    against: int
+    margin: float
+    exact_margin: float
+    sum_of_shares: float
+    flips: bool
+    logprob: float
+    logprob_change: float
+    shares: list[ShareEntry]
+    lost_before: StageOfLayer | UnsetType = UNSET
+
+
 class Judgement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A stage of two engines, and which of them is right there."""
 
@@ -94,6 +157,8 @@ class LocalizeResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     trace: str | UnsetType = UNSET
     model: str | UnsetType = UNSET
     dtype: str | UnsetType = UNSET
+    nats: list[NatsRow] | UnsetType = UNSET
+    harm: HarmEntry | UnsetType = UNSET
     why: str | UnsetType = UNSET
     against: dict[str, Any] | UnsetType = UNSET
     right: list[Judgement] | UnsetType = UNSET

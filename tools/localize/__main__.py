@@ -14,8 +14,8 @@ from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages.errors import NotComparable, UserError
-from tools.localize import expectation
 from tools.localize.core import check_model, localize
+from tools.localize.question import Question
 from tools.localize.report import SCHEMA, Localization, to_json
 
 
@@ -29,48 +29,48 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--against-model", metavar="DIR|HUB_ID", help="the weights of OTHER; default: --model"
     )
-    result.add_argument(
-        "--repro",
-        type=Path,
-        metavar="DIR",
-        help="write the first fault, cut to its smallest slice, and a script that shows it",
-    )
-    expected = result.add_argument_group(
-        "for git bisect run", "exit 0: not there, 1: there, 125: cannot be judged"
-    )
-    expected.add_argument("--expect-stage", metavar="STAGE", help="the stage that is wrong")
-    expected.add_argument(
-        "--expect-layer", type=int, metavar="N", help="its layer; default: any of them"
-    )
+    harm = result.add_argument_group("what the error costs the next token, in nats")
+    help = "leave it out: one backward pass over the dump"
+    harm.add_argument("--no-harm", action="store_true", help=help)
+    help = "the row of the sequence after which the token comes; default: the last"
+    harm.add_argument("--position", type=int, metavar="ROW", help=help)
+    help = "its id; default: the one that the trace puts first"
+    harm.add_argument("--token", type=int, metavar="ID", help=help)
+    help = "the token that it is compared with; default: the best of the others"
+    harm.add_argument("--rival", type=int, metavar="ID", help=help)
     cli.add_json(result)
     return result
 
 
-def run(path: Path, model: Weights, prompt: Prompt) -> Localization:
+def question_of(args: argparse.Namespace) -> Question | None:
+    """Of which token the command line asks what the error costs.
+
+    Raises:
+        UserError: of one, and of none.
+    """
+    asked = {"row": args.position, "token": args.token, "against": args.rival}
+    if not args.no_harm:
+        return Question(**asked)
+    if any(value is not None for value in asked.values()):
+        raise UserError("--no-harm measures nothing: drop it, or --position, --token and --rival")
+    return None
+
+
+def run(path: Path, model: Weights, prompt: Prompt, harm: Question | None) -> Localization:
     """Localize one trace with a progress bar."""
     trace = arguments.open_given(path, prompt, model)
     arguments.check_tokens(prompt, trace, model)
     check_model(trace, model)
     with cli.progress() as bar:
         task = bar.add_task(f"replaying {trace.name}", total=len(trace.entries))
-        return localize(trace, model, advance=lambda measured: bar.advance(task))
+        return localize(trace, model, harm=harm, advance=lambda measured: bar.advance(task))
 
 
 def main(argv: list[str]) -> int:
-    if any(word.startswith("--expect-") for word in argv):
-        with expectation.unjudged():
-            return _main(argv)
-    return _main(argv)
-
-
-def _main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.against_model and not args.against:
         raise UserError("--against-model is the model of --against; give that too")
-    if args.expect_layer is not None and not args.expect_stage:
-        raise UserError("--expect-layer is the layer of --expect-stage; give that too")
-    if args.repro and not args.repro.parent.is_dir():
-        raise UserError(f"--repro {args.repro}: no such directory: {args.repro.parent}")
+    harm = question_of(args)
     model, prompt = open_model(args.model), arguments.prompt_of(args)
 
     from qwen_jax import compile_cache, runtime
@@ -79,10 +79,10 @@ def _main(argv: list[str]) -> int:
     runtime.for_a_command("cpu")
     try:
         with compile_cache.use("localize", model.config, os.environ.get("XLA_FLAGS")):
-            reports = [run(args.trace, model, prompt)]
+            reports = [run(args.trace, model, prompt, harm)]
             if args.against:
                 other = open_model(args.against_model) if args.against_model else model
-                reports.append(run(args.against, other, prompt))
+                reports.append(run(args.against, other, prompt, harm))
     except NotComparable as error:
         if args.json:
             nothing: dict[str, Any] = {"faults": [], "precision": {}, "skipped": []}
@@ -102,16 +102,6 @@ def _main(argv: list[str]) -> int:
         show.print()
         show_localization(show, reports[1])
         against.show(show, *reports)
-    if args.repro and reports[0].findings:
-        from tools.localize import repro
-
-        show.print(f"\n{repro.write(reports[0], model, args.repro)}")
-    elif args.repro:
-        show.print(f"\nno fault, so nothing was written to {args.repro}")
-    if args.expect_stage:
-        there = expectation.there(reports[0], args.expect_stage, args.expect_layer)
-        show.print(f"\n{expectation.says(there, args.expect_stage, args.expect_layer)}")
-        return int(there)
     return 1 if any(report.verdict == "fault" for report in reports) else 0
 
 

@@ -14,6 +14,7 @@ from stages.errors import NotComparable
 from stages.manifest import NAME
 from stages.trace import Trace, coarsest_dtype, numpy_dtype, open_trace
 from stages.verdict import LocalError
+from tools.localize.question import Question
 from tools.localize.report import Localization
 
 
@@ -24,6 +25,7 @@ def localize(
     *,
     prompt: str | None = None,
     first_position: int = 0,
+    harm: Question | None = None,
     advance: Callable[[LocalError], None] = lambda measured: None,
 ) -> Localization:
     """Where error is created in a trace, and what the mistakes are.
@@ -34,6 +36,7 @@ def localize(
         trace: a trace, or its directory.
         model: the weights that made it, or what ``open_model`` takes; None is the demo model.
         tokens, prompt, first_position: of a dump without a manifest, as of ``trace_model``.
+        harm: of which token to say what the error costs it; None is of none.
         advance: is called after every stage.
 
     Raises:
@@ -41,7 +44,8 @@ def localize(
         UserError: no such trace or model, or a file is damaged.
     """
     from qwen_jax.replay import Replay
-    from tools.localize import diagnose, fitting
+    from tools.localize import diagnose, fitting, nats
+    from tools.localize.harm import measure
 
     weights = model if isinstance(model, Weights) else open_model(model)
     if not isinstance(trace, Trace):
@@ -64,7 +68,8 @@ def localize(
         items, fitted = fitting.fit(replay, measured, items, dtype)
         findings = diagnose.findings(replay, items, dtype, fitted)
     skipped = _skipped(trace, weights.config.num_hidden_layers, items)
-    return Localization(trace, weights.name, dtype, items, findings, skipped, fitted)
+    felt, costs = nats.measure(replay), None if harm is None else measure(replay, harm)
+    return Localization(trace, weights.name, dtype, items, findings, skipped, fitted, felt, costs)
 
 
 def trace_dtype(trace: Trace) -> str:

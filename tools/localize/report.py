@@ -15,6 +15,8 @@ from tools.localize.causes import Fault, Finding
 
 if TYPE_CHECKING:  # importing this loads no JAX
     from tools.localize.fitting import Fitted
+    from tools.localize.harm import Harm
+    from tools.localize.nats import Nats
 
 SCHEMA = 2
 COLOURS = {
@@ -25,7 +27,12 @@ COLOURS = {
 
 @dataclass
 class Localization:
-    """Everything localize found out about one trace. Prints as the command does."""
+    """Everything localize found out about one trace. Prints as the command does.
+
+    Attributes:
+        nats: the error of each layer's scores.
+        harm: what the error costs a token; None where that was not asked for, or NaN is about.
+    """
 
     trace: Trace
     model: str
@@ -34,6 +41,8 @@ class Localization:
     findings: list[Finding]
     skipped: list[dict[str, Any]]
     fitted: "Fitted"
+    nats: "list[Nats]"
+    harm: "Harm | None"
 
     @property
     def precision(self) -> dict[str, dict[str, Any]]:
@@ -85,7 +94,7 @@ def faults(report: Localization) -> list[Fault]:
 
 def to_json(report: Localization) -> dict[str, Any]:
     """The object of ``--json``."""
-    return {
+    found = {
         "schema": SCHEMA,
         "verdict": report.verdict,
         "trace": str(report.trace.path),
@@ -93,8 +102,10 @@ def to_json(report: Localization) -> dict[str, Any]:
         "dtype": report.dtype,
         "faults": [fault.to_json() for fault in faults(report)],
         "precision": report.precision,
+        "nats": [layer.to_json() for layer in report.nats],
         "skipped": report.skipped,
     }
+    return found | ({"harm": report.harm.to_json()} if report.harm else {})
 
 
 def sentence(report: Localization) -> str:

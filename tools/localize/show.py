@@ -10,6 +10,7 @@ from rich.text import Text
 from stages import verdict
 from stages.verdict import LocalError
 from tools.localize.report import COLOURS, Fault, Localization, faults, place, sentence
+from tools.localize.show_harm import show_harm
 
 
 def _table(report: Localization) -> Table:
@@ -22,9 +23,13 @@ def _table(report: Localization) -> Table:
     table.add_column("layer", justify="right")
     for name in shown:
         table.add_column(name.replace("_", "\n"), justify="right")
+    felt = {row.layer: row for row in report.nats}
+    if felt:
+        table.add_column("score\nerror,\nnats", justify="right")
     for layer in sorted({n for _, n in held if n is not None}):
         cells = [_cell(held.get((name, layer)), (name, layer) in faulty) for name in shown]
-        table.add_row(str(layer), *cells)
+        nats = [Text(f"{felt[layer].max:.1g}" if layer in felt else "-")] if felt else []
+        table.add_row(str(layer), *cells, *nats)
     return table
 
 
@@ -59,6 +64,7 @@ def show_localization(show: Console, report: Localization) -> None:
         show.print(whole)
     for number, fault in enumerate(faults(report), 1):
         _print_fault(show, number, fault)
+    show_harm(show, report)
     for entry in report.skipped:
         through = entry.get("checked_through")
         note = f", checked together with {', '.join(through)}" if through else ": not checked"

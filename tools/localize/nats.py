@@ -1,0 +1,99 @@
+"""What a softmax feels: the absolute error of the scores, in nats.
+
+Significant bits are blind to a large common term: with Qwen2's K bias a 4-bit K cache has the same
+4 bits in every layer, and moves the scores of the last one by 9 nats. The error is that of the
+dumped scores against those of the dumped q and k, as they were before any cache, over the keys that
+a query sees.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qwen_jax import runtime
+from qwen_jax.config import Config
+from qwen_jax.models.ops import Positional
+from qwen_jax.replay import FRUGAL, Replay, stage_value
+from stages.architecture import SCORES, Stage
+from tools.localize.stage_replay import StageReplay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nats:
+    """The error of one layer's scores.
+
+    Attributes:
+        rms, max: in nats.
+        head, position: where the largest one is; a position is a row of the sequence.
+        variation: total variation between the softmax of the dumped scores and of the right ones,
+            half the sum of |p - q|: mean over heads and positions. variation_max: the largest.
+    """
+
+    layer: int
+    rms: float
+    max: float
+    head: int
+    position: int
+    variation: float
+    variation_max: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(
+    scores: Stage, config: Config, pos: Positional, inputs: Sequence[Array], dump: Array
+) -> tuple[Array, ...]:
+    """(rms, max, where that is as a flat index of [N, T, S], mean and largest total variation)."""
+    softmax = next(s for s in config.tables.layer_stages if s.inputs == (scores.name,))
+    exact = stage_value(scores, config, pos, inputs, ())
+    seen = jnp.broadcast_to(pos.mask[:, None], exact.shape)
+    error = jnp.where(seen, jnp.abs(dump - exact), 0)
+    p, q = (stage_value(softmax, config, pos, [x], ()) for x in (exact, dump))
+    variation = jnp.where(seen, jnp.abs(p - q), 0).sum(-1) / 2
+    rms = jnp.sqrt(jnp.square(error).sum() / seen.sum())
+    return rms, error.max(), error.argmax(), variation.mean(), variation.max()
+
+
+@cache
+def _compiled(scores: Stage, config: Config, unoptimised: bool) -> Any:
+    def program(pos: Positional, inputs: Sequence[Array], dump: Array) -> Any:
+        return compare(scores, config, pos, inputs, dump)
+
+    fast = {"xla_backend_optimization_level": 0} if unoptimised else {}
+    return jax.jit(program, compiler_options=runtime.compiler_options() | FRUGAL | fast)
+
+
+def measure(replay: Replay) -> list[Nats]:
+    """Every layer whose scores are dumped and finite, and whose inputs are there or can be
+    computed."""
+    found = []
+    # the row of the table without a cache: what a cache rounds is to be seen
+    scores = next(s for s in replay.config.tables.layer_stages if s.kind is SCORES)
+    with replay.numerics():
+        for layer in range(replay.config.num_hidden_layers):
+            if (scores.name, layer) not in replay.trace.entries:
+                continue
+            case = StageReplay(replay, scores, layer)
+            if not case.replayable:
+                continue
+            program = _compiled(scores, replay.config, replay.unoptimised)
+            rms, most, place, mean, largest = program(case.pos, list(case.inputs), case.dump)
+            if not np.isfinite([rms, largest]).all():
+                continue
+            head, row, _ = np.unravel_index(int(place), case.dump.shape[1:])
+            before = len(replay.trace.tokens) - case.rows
+            found.append(
+                Nats(
+                    layer=layer, rms=float(rms), max=float(most), head=int(head),
+                    position=before + int(row), variation=float(mean),
+                    variation_max=float(largest),
+                )
+            )  # fmt: skip
+    return found
