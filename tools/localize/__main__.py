@@ -14,6 +14,7 @@ from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages.errors import NotComparable, UserError
+from tools.localize import expectation
 from tools.localize.core import check_model, localize
 from tools.localize.question import Question
 from tools.localize.report import SCHEMA, Localization, to_json
@@ -28,6 +29,19 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--against-model", metavar="DIR|HUB_ID", help="the weights of OTHER; default: --model"
+    )
+    result.add_argument(
+        "--repro",
+        type=Path,
+        metavar="DIR",
+        help="write the first fault, cut to its smallest slice, and a script that shows it",
+    )
+    expected = result.add_argument_group(
+        "for git bisect run", "exit 0: not there, 1: there, 125: cannot be judged"
+    )
+    expected.add_argument("--expect-stage", metavar="STAGE", help="the stage that is wrong")
+    expected.add_argument(
+        "--expect-layer", type=int, metavar="N", help="its layer; default: any of them"
     )
     harm = result.add_argument_group("what the error costs the next token, in nats")
     help = "leave it out: one backward pass over the dump"
@@ -67,9 +81,20 @@ def run(path: Path, model: Weights, prompt: Prompt, harm: Question | None) -> Lo
 
 
 def main(argv: list[str]) -> int:
+    if any(word.startswith("--expect-") for word in argv):
+        with expectation.unjudged():
+            return _main(argv)
+    return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.against_model and not args.against:
         raise UserError("--against-model is the model of --against; give that too")
+    if args.expect_layer is not None and not args.expect_stage:
+        raise UserError("--expect-layer is the layer of --expect-stage; give that too")
+    if args.repro and not args.repro.parent.is_dir():
+        raise UserError(f"--repro {args.repro}: no such directory: {args.repro.parent}")
     harm = question_of(args)
     model, prompt = open_model(args.model), arguments.prompt_of(args)
 
@@ -102,6 +127,16 @@ def main(argv: list[str]) -> int:
         show.print()
         show_localization(show, reports[1])
         against.show(show, *reports)
+    if args.repro and reports[0].findings:
+        from tools.localize import repro
+
+        show.print(f"\n{repro.write(reports[0], model, args.repro)}")
+    elif args.repro:
+        show.print(f"\nno fault, so nothing was written to {args.repro}")
+    if args.expect_stage:
+        there = expectation.there(reports[0], args.expect_stage, args.expect_layer)
+        show.print(f"\n{expectation.says(there, args.expect_stage, args.expect_layer)}")
+        return int(there)
     return 1 if any(report.verdict == "fault" for report in reports) else 0
 
 

@@ -1,0 +1,66 @@
+"""``--expect-stage``: is that fault there? The question of ``git bisect run``, in its exit codes.
+
+To git, 1 to 127 is "bad" but for 125, which is "skip this one". So whatever keeps a commit from
+being judged has to be 125: a 2 for a dump that is not there would blame the commit for the bug.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stages.errors import UserError
+from tools.localize.report import Localization
+
+UNJUDGED = 125
+
+
+class Unjudged(UserError):
+    """What was asked cannot be told from this trace. Exit code 125."""
+
+    exit_code = UNJUDGED
+
+
+@contextmanager
+def unjudged() -> Iterator[None]:
+    """Whatever goes wrong in here, a bug of ours too, ends with 125."""
+    try:
+        yield
+    except Exception as error:
+        expected = isinstance(error, UserError)
+        raise Unjudged(str(error) if expected else f"a bug in this program: {error!r}") from error
+
+
+def there(report: Localization, stage: str, layer: int | None = None) -> bool:
+    """Whether error is created at a stage, of one layer or of any.
+
+    A stage that was not dumped is judged together with those around it.
+
+    Raises:
+        UserError: the model has no such stage or layer.
+        Unjudged: the stage could not be measured.
+    """
+    tables, count = report.trace.tables, report.trace.config["num_hidden_layers"]
+    name = tables.aliases.get(stage.strip().lower(), stage.strip().lower())
+    if name not in tables.stage:
+        raise UserError(f"--expect-stage {stage!r}; the stages are {', '.join(tables.names)}")
+    row = tables.stage[name]
+    if layer is not None and (row.scope != "layer" or not 0 <= layer < count):
+        held = f"0 to {count - 1}" if row.scope == "layer" else f"none for {name}"
+        raise UserError(f"--expect-layer {layer}: layers are {held}")
+    layers = range(count) if row.scope == "layer" and layer is None else [row.layer_of(layer)]
+    keys = {(name, number) for number in layers}
+    judged = {key for item in report.items for key in (item.key, *item.segment)}
+    if any(keys & {f.suspect.key, *f.suspect.item.segment} for f in report.findings):
+        return True
+    if missing := keys - judged:
+        where = "" if layer is None else f"layer {layer} "
+        raise Unjudged(
+            f"{report.trace.path}: {where}{name} could not be judged"
+            + (f" in {len(missing)} layers" if len(missing) > 1 else "")
+        )
+    return False
+
+
+def says(found: bool, stage: str, layer: int | None) -> str:
+    """The answer in a sentence."""
+    where = stage if layer is None else f"layer {layer} {stage}"
+    return f"expected at {where}: {'it is there' if found else 'no fault there'}"
