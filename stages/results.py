@@ -5,7 +5,7 @@ Fields that are only there where they have something to say are ``UNSET`` otherw
 
 from typing import Any, Literal
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, field
 
 Axes = dict[Literal["heads", "positions", "channels"], str]
 
@@ -268,8 +268,179 @@ class TraceResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     seconds: float | UnsetType = UNSET
 
 
+# --- collect
+
+
+class StageOfLayers(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was recorded of a stage: in which layers, [null] of a whole-model stage."""
+
+    stage: str
+    axes: list[str]
+    shape: list[int]
+    layers: list[int | None]
+
+
+class CacheChange(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A row of the cache, K or V, that was another when call ``step`` read it."""
+
+    layer: int
+    cache: Literal["K", "V"]
+    row: int
+    step: int
+
+
+class CollectResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``tools.collect --json``.
+
+    Attributes:
+        producer: what the manifest says of the engine.
+        steps: rows of each call.
+        absent: stages that the engine does not show, and why.
+        weights: what ``tools.localize --model`` should be; null where the engine has its own.
+        next_token: the likeliest after the last position. Of ``files`` neither is known.
+        passed_over: of ``files``, what the map has no use for.
+    """
+
+    schema: Literal[1]
+    engine: str
+    producer: dict[str, Any]
+    architecture: str
+    model: str
+    out: str
+    dtype: str
+    cache: str | None
+    tokens: list[int]
+    positions: list[int]
+    steps: list[int]
+    stages: list[StageOfLayers]
+    absent: dict[str, str]
+    cache_changed: list[CacheChange]
+    files: int
+    bytes: int
+    weights: str | UnsetType | None = UNSET
+    next_token: int | UnsetType = UNSET
+    passed_over: list[str] | UnsetType = UNSET
+
+
+# --- convert
+
+
+class ConvertResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``tools.convert --json``; ``bytes`` are those of the tensors."""
+
+    schema: Literal[1]
+    source: str
+    destination: str
+    format: Literal["hf", "orbax"]
+    tensors: int
+    bytes: int
+    seconds: float
+
+
+# --- parity
+
+
+class WorstDifference(StageOfLayer, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The largest relative L2 and where it is; null is not finite."""
+
+    worst: float | None
+
+
+class LocalBits(StageOfLayer, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The fewest significant bits that any stage has, and as measured, without allowances."""
+
+    worst: float
+    unadjusted: float
+
+
+class ParityFault(StageOfLayer, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A stage with fewer bits than the point's arithmetic leaves: ``klass`` where ``expected`` was
+    asked for."""
+
+    bits: float
+    klass: str = field(name="class")
+    expected: str
+    why: str
+
+
+class PointResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One point of a sweep.
+
+    Attributes:
+        point: its axes, as in the sweep's file.
+        failure: why it fails the sweep; null if it does not.
+        why: it was not run; ``failed``: because something went wrong.
+        captured: of the trial "stages", the stage whose capture changed something.
+        threads: of the trial "threads", how many each side had.
+    """
+
+    point: dict[str, str | int | float | bool | None]
+    failure: str | None
+    verdict: Literal["identical", "precision", "fault", "not run"]
+    why: str | UnsetType = UNSET
+    failed: bool | UnsetType = UNSET
+    seconds: float | UnsetType = UNSET
+    identical: bool | UnsetType = UNSET
+    stages: int | UnsetType = UNSET
+    stages_differing: int | UnsetType = UNSET
+    first_difference: StageOfLayer | UnsetType | None = UNSET
+    relative_l2: WorstDifference | UnsetType = UNSET
+    argmax_equal: int | UnsetType = UNSET
+    positions: int | UnsetType = UNSET
+    kl_max: float | UnsetType | None = UNSET
+    local_bits: LocalBits | UnsetType = UNSET
+    classes: dict[str, str] | UnsetType = UNSET
+    faults: list[ParityFault] | UnsetType = UNSET
+    captured: str | UnsetType = UNSET
+    threads: tuple[int, int] | UnsetType = UNSET
+
+
+class ParityResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``tools.parity --json``."""
+
+    schema: Literal[1]
+    verdict: Literal["pass", "fail", "not_comparable"]
+    sweep: str
+    model: str
+    device: Literal["cpu", "gpu"]
+    machine: dict[str, Any]
+    seconds: float
+    points: list[PointResult]
+
+
+# --- bench
+
+
+class FigureRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One figure; see ``tools.bench.measure.Figure``. ``reached`` is null without a bar."""
+
+    part: Literal["cold", "warm", "tools", "memory"]
+    of: str
+    what: str
+    value: float
+    unit: Literal["s", "x", "GB/s", "GiB"]
+    low: float | None
+    high: float | None
+    bar: float | None
+    most: bool
+    reached: bool | None
+
+
+class BenchResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``tools.bench --json``; ``repeat`` is of how many runs a figure is the median."""
+
+    schema: Literal[1]
+    machine: dict[str, Any]
+    repeat: int
+    figures: list[FigureRow]
+
+
 RESULTS: dict[str, type[Struct]] = {
     "localize": LocalizeResult,
     "diff": DiffResult,
     "trace": TraceResult,
+    "collect": CollectResult,
+    "convert": ConvertResult,
+    "parity": ParityResult,
+    "bench": BenchResult,
 }

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import msgspec
 import pytest
 
 from qwen_jax import tracing
@@ -12,6 +13,7 @@ from qwen_jax.weights import open_model
 from stages.architecture import Key
 from stages.errors import UserError
 from stages.trace import open_trace
+from tests.described import as_described
 from tests.tiny import write_checkpoint
 from tools.bench import __main__ as bench
 from tools.bench import measure, report, worker
@@ -19,6 +21,7 @@ from tools.bench.measure import Figure, Workload
 from tools.diff import diff
 
 TOKENS = (3, 1, 4, 1, 5)
+WORK = Workload(None, "demo", 5, Path())
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,12 @@ def test_a_bar_is_reached_or_not_and_the_table_says_so() -> None:
     text = report.markdown([figure(bar=2.1), figure(part="memory")], measure.machine(), 3)
     assert "| m, 5 tokens | x | 2.00 x |  | >= 2.1 x | no |" in text
     assert "## Memory" in text and "## Cold" not in text
+
+
+def test_json_is_as_described() -> None:
+    figures = [figure(bar=2.1), *measure._seconds("cold", WORK, {"trace": [1.0, 2.0, 4.0]})]
+    told = bench.to_json(figures, measure.machine(), 3)
+    as_described("bench", msgspec.json.encode(told))
 
 
 @pytest.mark.parametrize(

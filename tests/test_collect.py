@@ -16,6 +16,7 @@ from stages.places import Place, place
 from stages.trace import Trace, open_trace
 from tests import test_readme, tiny
 from tests.conftest import ROOT
+from tests.described import as_described
 from tests.traces import visible
 from tools.collect import Recorder, engines
 from tools.collect.__main__ import main
@@ -447,6 +448,7 @@ def test_the_result_as_json(qwen2: Path, tmp_path: Path, capsys: Any) -> None:
     more = ("--generate", "1", "--layers", "1", "--json", "-")
     collect("transformers", qwen2, tmp_path / "d", *more)
     printed = capsys.readouterr()
+    as_described("collect", printed.out.encode())
     data = json.loads(printed.out)
     assert data["engine"] == "transformers" and data["steps"] == [12, 1]
     assert len(data["tokens"]) == 13 and data["next_token"] < 48

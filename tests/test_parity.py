@@ -19,6 +19,7 @@ from qwen_jax.weights.base import Weights
 from stages import aprt
 from stages.errors import NotComparable, UserError
 from tests.conftest import interruptible, user_environment
+from tests.described import as_described
 from tests.tiny import write_checkpoint
 from tools.parity import __main__ as parity
 from tools.parity import grid, measure, programs, report, variants
@@ -52,6 +53,7 @@ def run(sweep: Path | str, model: Path, out: Path, *more: str) -> tuple[int, dic
     given = {"sweep": sweep, "model": model, "out": out, "json": target}
     given["tokens"] = ",".join(map(str, TOKENS))
     code = parity.main([*(f"--{name}={value}" for name, value in given.items()), *more])
+    as_described("parity", target.read_bytes())
     return code, json.loads(target.read_text())
 
 

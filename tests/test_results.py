@@ -9,8 +9,8 @@ import pytest
 import qwen_jax
 import qwen_jax.trace
 from stages import manifest
-from stages.results import RESULTS
-from tools import diff
+from tests.described import as_described
+from tools import convert, diff
 from tools.localize.__main__ import main as localize
 from tools.maintain import schemas
 from tools.numpy_engine.faults import plant
@@ -38,18 +38,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     localize([str(at / "a"), "--json", str(at / "clean-localize.json")])
     against = [str(at / "a"), "--against", str(at / "broken"), "--tokens", TOKENS]
     localize([*against, "--json", str(at / "against-localize.json")])
+    convert.main([demo, str(at / "hf"), "--to", "hf", "--json", str(at / "convert.json")])
     return at
 
 
-@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("name", ["localize", "diff", "trace", "convert"])
 def test_json_is_as_described(folder: Path, name: str) -> None:
-    schema = msgspec.json.decode(schemas.render()[f"{name}.json"])
+    """That of collect, parity and bench is looked at where those are run."""
     found = sorted(folder.glob(f"*{name}.json"))
     assert found
     for path in found:
-        content = path.read_bytes()
-        msgspec.json.decode(content, type=RESULTS[name])
-        jsonschema.validate(msgspec.json.decode(content), schema)
+        as_described(name, path.read_bytes())
 
 
 def test_a_manifest_is_as_described(folder: Path) -> None:

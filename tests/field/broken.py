@@ -150,12 +150,12 @@ def o_transposed(t: Tensors) -> None:
     in_all(t, f"{O}.weight", lambda w: w.T)
 
 
-@wrong("attn_out", "all")
+@wrong("attn_out", "all", "columns_permuted")
 def o_columns_permuted(t: Tensors) -> None:
     in_all(t, f"{O}.weight", lambda w: permuted(w.T, HEADS).T)
 
 
-@wrong("attn_out", "all")
+@wrong("attn_out", "all", "columns_permuted")
 def o_shards_in_the_wrong_order(t: Tensors) -> None:
     in_all(t, f"{O}.weight", lambda w: np.roll(w, w.shape[1] // 2, 1))
 
@@ -204,6 +204,7 @@ def wrong_theta(t: Tensors) -> None:
 @wrong(
     "q_post_rope k_post_rope",
     "all",
+    "head_size",
     metadata={
         "attention__head_count": 8,
         "attention__head_count_kv": 4,
@@ -236,7 +237,7 @@ def gate_and_up_exchanged(t: Tensors) -> None:
         swap(t, at(layer, GATE), at(layer, UP))
 
 
-@wrong("ffn_gate", "all")
+@wrong("ffn_gate", "all", "rows_permuted")
 def gate_shards_in_the_wrong_order(t: Tensors) -> None:
     in_all(t, GATE, lambda w: np.roll(w, len(w) // 2, 0))
 
@@ -252,13 +253,13 @@ def down_rows_zeroed(t: Tensors) -> None:
     t[at(1, DOWN)][40:48] = 0
 
 
-@wrong("ffn_out", "all")
+@wrong("ffn_out", "all", "weight_transposed")
 def down_read_in_the_other_order(t: Tensors) -> None:
     """Transposed, and its bytes taken for the right shape."""
     in_all(t, DOWN, lambda w: w.T.reshape(w.shape))
 
 
-@wrong("ffn_out", 1, types={at(1, DOWN): "Q2_K"})
+@wrong("ffn_out", 1, "weight_requantised", types={at(1, DOWN): "Q2_K"})
 def one_tensor_of_a_coarser_type(t: Tensors) -> None:
     pass
 
@@ -268,7 +269,7 @@ def down_of_another_layer(t: Tensors) -> None:
     t[at(2, DOWN)] = t[at(1, DOWN)]
 
 
-@wrong("attn_norm", "0-1", "norm_weight_other_layer")
+@wrong("attn_norm", "0-1", "layers_exchanged")
 def two_layers_exchanged(t: Tensors) -> None:
     swap_layers(t, 0, 1)
 
@@ -285,7 +286,7 @@ def embedding_scaled(t: Tensors) -> None:
     t["model.embed_tokens.weight"] *= np.float32(16)
 
 
-@wrong("embedding", 0, "embedding_id_off_by_one")
+@wrong("embedding", 0, "embedding_id_off_by_one vocabulary_rolled")
 def embedding_rows_rolled(t: Tensors) -> None:
     t["model.embed_tokens.weight"] = np.roll(t["model.embed_tokens.weight"], 1, 0)
 
@@ -295,7 +296,7 @@ def head_tied_where_it_is_not(t: Tensors) -> None:
     del t["lm_head.weight"]
 
 
-@wrong("lm_head", None)
+@wrong("lm_head", None, "vocabulary_rolled")
 def head_rows_rolled(t: Tensors) -> None:
     t["lm_head.weight"] = np.roll(t["lm_head.weight"], 1, 0)
 
@@ -317,6 +318,6 @@ def q_norm_of_ones(t: Tensors) -> None:
     in_all(t, "self_attn.q_norm.weight", np.ones_like)
 
 
-@wrong("k_norm", "all", model=QWEN3)
+@wrong("k_norm", "all", "norm_weight_permuted", model=QWEN3)
 def k_norm_permuted_as_for_llama(t: Tensors) -> None:
     in_all(t, "self_attn.k_norm.weight", lambda w: permuted(w, 1))

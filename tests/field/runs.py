@@ -162,15 +162,14 @@ def run_broken(case: broken.Wrong, kind: str, made: models.Models) -> Row:
         row.wrong = "missed"
         return row
     first = entries[0]
-    names = [each.name for each in first.first.diagnosis]
     # of a segment any stage of it
     stages = {first.stage, *(stage for stage, _ in first.first.suspect.item.segment)}
     row.placed = any((stage, first.layer) in case.places for stage in stages)
-    row.named = row.placed and bool(names) and names[0] in case.names
+    row.named = row.placed and first.name in case.names
     row.says += f" [{len(entries)}: {'; '.join(_entry(e) for e in entries[:3])}]"
     return row
 
 
 def _entry(fault: Any) -> str:
-    names = [each.name for each in fault.first.diagnosis] or [fault.first.shape or "?"]
-    return f"{fault.layer} {fault.stage} {names[0]}"
+    unnamed = "" if fault.diagnosis else f" ({fault.first.shape or '?'})"
+    return f"{fault.layer} {fault.stage} {fault.name}{unnamed}"

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from qwen_jax import cli
 from stages.errors import UserError
@@ -69,15 +70,19 @@ def main(argv: list[str]) -> int:
         if args.only in (None, "memory"):
             for model, length, most in MEMORY:
                 figures += measure.memory(model, length, most, scratch, doing)
-    told = [asdict(each) | {"reached": each.reached} for each in figures]
-    data = {"schema": 1, "machine": before, "repeat": args.repeat, "figures": told}
-    show = cli.report(args.json, data)
+    show = cli.report(args.json, to_json(figures, before, args.repeat))
     for part, table in report.tables(figures):
         show.print(f"\n{report.TITLES[part]}")
         show.print(table)
     if args.markdown:
         args.markdown.write_text(report.markdown(figures, before, args.repeat), encoding="utf-8")
     return 0
+
+
+def to_json(figures: list[Figure], machine: dict[str, Any], repeat: int) -> dict[str, Any]:
+    """The object of ``--json``."""
+    told = [asdict(each) | {"reached": each.reached} for each in figures]
+    return {"schema": 1, "machine": machine, "repeat": repeat, "figures": told}
 
 
 if __name__ == "__main__":

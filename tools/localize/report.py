@@ -143,40 +143,57 @@ def _through(items: list[LocalError]) -> dict[str, set[str]]:
     return through
 
 
+GROUPS = {
+    "linear": (LINEAR,),
+    "unexplained": (LINEAR,),  # by any number format
+    "cache": (SCORES, WEIGHTED_SUM),
+    "products": (LINEAR, SCORES, WEIGHTED_SUM),
+}
+QUANTISED = "{} attn_scores and attention, f32 elsewhere: a quantised key/value cache"
+UNEXPLAINED = "{} linear layers, f32 elsewhere; no number format explains them"
+ACTIVATIONS = "{} linear layers, f32 elsewhere: activations are quantised before matmuls"
+# What it means that the stages of these precision classes lie within these groups, and that all
+# others have the bits of float32; the first that fits. {} is the class; "" is any one.
+MEANINGS: tuple[tuple[dict[str, str], str], ...] = (
+    ({"tf32/f16": "cache"}, "f16-level attn_scores and attention, f32 elsewhere: an f16 "
+     "key/value cache"),
+    ({"bf16": "cache"}, "bf16-level attn_scores and attention, f32 elsewhere: a bf16 "
+     "key/value cache"),
+    ({"8-bit": "cache"}, QUANTISED),
+    ({"lower": "cache"}, QUANTISED),
+    ({"8-bit": "unexplained"}, UNEXPLAINED),
+    ({"lower": "unexplained"}, UNEXPLAINED),
+    ({"8-bit": "linear"}, ACTIVATIONS),
+    ({"lower": "linear"}, ACTIVATIONS),
+    ({"": "products"}, "{} products, f32 elsewhere: matmuls run in {}"),
+    ({"8-bit": "linear", "tf32/f16": "cache"}, "8-bit linear layers and an f16 key/value cache, "
+     "f32 elsewhere"),
+)  # fmt: skip
+
+
 def _meaning(report: Localization, lowered: dict[str, list[str]]) -> str | None:
     """What a pattern of precision classes means, where it has one cause."""
     through = _through(report.items)
     kinds = {stage.name: stage.kind for stage in report.trace.tables.stages}
-    classes = {s: p["class"] for s, p in report.precision.items() if kinds[s] is not LOOKUP}
-    elsewhere = any(name in ("exact", "f64", "f32") for name in classes.values())
     products = {name for name, kind in kinds.items() if kind.sums_products}
 
     def blamed(stage: str) -> set[str]:
         """After missing stages, the products among them are what lowers the precision."""
         return through[stage] & products - {stage} or {stage}
 
-    stages = {name: set().union(*map(blamed, found)) for name, found in lowered.items()}
-    linears = {name for name, kind in kinds.items() if kind is LINEAR}
-    cache = {name for name, kind in kinds.items() if kind in (SCORES, WEIGHTED_SUM)}
-    if len(stages) == 1 and not elsewhere:
-        return f"{next(iter(stages))} in every stage that could be checked"
-    if len(stages) == 1:
-        name, found = next(iter(stages.items()))
-        if name == "tf32/f16" and found <= cache:
-            return "f16-level attn_scores and attention, f32 elsewhere: an f16 key/value cache"
-        if name == "bf16" and found <= cache:
-            return "bf16-level attn_scores and attention, f32 elsewhere: a bf16 key/value cache"
-        if name in ("8-bit", "lower") and found <= cache:
-            return f"{name} attn_scores and attention, f32 elsewhere: a quantised key/value cache"
-        if name in ("8-bit", "lower") and found <= linears:
-            if not all(report.fitted.names(s) for s in lowered[name] if not through[s]):
-                return f"{name} linear layers, f32 elsewhere; no number format explains them"
-            return f"{name} linear layers, f32 elsewhere: activations are quantised before matmuls"
-        if found <= linears | cache:
-            return f"{name} products, f32 elsewhere: matmuls run in {name}"
-    eight, sixteen = stages.get("8-bit", set()), stages.get("tf32/f16", set())
-    if len(stages) == 2 and eight and sixteen and eight <= linears and sixteen <= cache:
-        return "8-bit linear layers and an f16 key/value cache, f32 elsewhere"
+    stages = {name: set[str]().union(*map(blamed, found)) for name, found in lowered.items()}
+    only = next(iter(stages)) if len(stages) == 1 else ""
+    classes = {p["class"] for s, p in report.precision.items() if kinds[s] is not LOOKUP}
+    if only and not classes & {"exact", "f64", "f32"}:
+        return f"{only} in every stage that could be checked"
+    groups = {name: {s for s, k in kinds.items() if k in of} for name, of in GROUPS.items()}
+    direct = [stage for found in lowered.values() for stage in found if not through[stage]]
+    if all(report.fitted.names(stage) for stage in direct):
+        groups["unexplained"] = set()
+    for where, says in MEANINGS:
+        named = {name or only: group for name, group in where.items()}
+        if named.keys() == stages.keys() and all(stages[n] <= groups[g] for n, g in named.items()):
+            return says.replace("{}", only)
     return None
 
 
