@@ -68,10 +68,9 @@ def quantize(values: np.ndarray, type_: str) -> np.ndarray:
         blocks = random.integers(0, 256, (values.size // block * 5 // 4, size), np.uint8)
         finite = np.isfinite(dequantize(blocks, type_)).all(1)
         return blocks[finite][: values.size // block].reshape(rows, -1)
-    importance = np.ones(columns, np.float32)  # some types ask for it
     out = np.empty((rows, columns // block * size), np.uint8)
     done = library().ggml_quantize_chunk(
-        number, values.ctypes.data, out.ctypes.data, 0, rows, columns, importance.ctypes.data
+        number, values.ctypes.data, out.ctypes.data, 0, rows, columns, None
     )
     assert done == out.nbytes
     return out

@@ -6,7 +6,7 @@ channels of the residual stream hundreds of times the rest), in float32 where no
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -322,6 +322,16 @@ def _two_of_another_type(weights: engine.Weights) -> None:
         weights[name] = engine.q8_0(weights[name])
 
 
+def _written_in_the_other_order(weights: engine.Weights) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name] = weights[name].T.reshape(weights[name].shape)
+
+
+def _norm_reversed(weights: engine.Weights) -> None:
+    name = "model.layers.2.post_attention_layernorm.weight"
+    weights[name] = weights[name][::-1].copy()
+
+
 @dataclass(frozen=True)
 class File:
     """A wrong file of weights: how it was made wrong, and what is to be said of it."""
@@ -344,6 +354,8 @@ FILES = [
          "the biases too", ("qkv_bias",)),
     File(_vocabulary_rolled, "embedding", 0, "vocabulary_rolled", "moved by +5", ("lm_head",)),
     File(_columns_by_place, "attn_out", 1, "columns_permuted", "heads by their place in a group"),
+    File(_written_in_the_other_order, "ffn_out", 1, "weight_transposed", "read transposed"),
+    File(_norm_reversed, "ffn_norm", 2, "norm_weight_permuted", "in another order: reversed"),
     File(_two_of_another_type, "qkv_matmul", "1-2", "weight_requantised", "Q8_0", ("ffn_up",)),
 ]  # fmt: skip
 
@@ -357,3 +369,18 @@ def test_one_cause_in_a_file_is_one_fault(benches: Callable[..., Bench], file: F
     assert (fault.stage, fault.layer, fault.name) == (file.stage, file.layer, file.name)
     assert fault.also == list(file.also)
     assert file.says in sentence(report)
+
+
+def test_heads_of_another_size(benches: Callable[..., Bench]) -> None:
+    """A file that says twice as many heads of half the size: whatever has heads is wrong, and the
+    scores are not of a shape that could be read."""
+    bench = benches()
+    shape, weights = bench.loaded
+    halved = replace(
+        shape, heads=2 * shape.heads, kv_heads=2 * shape.kv_heads, head=shape.head // 2
+    )
+    run = engine.Engine(halved, weights).run(bench.tokens, "all")
+    report = bench.localize(run, ("attn_scores", "attn_softmax"))
+    (fault,) = reported(report)
+    assert (fault.stage, fault.layer, fault.name) == ("q_post_rope", "all", "head_size")
+    assert fault.also == ["k_post_rope", "attention"] and "heads of 16" in sentence(report)

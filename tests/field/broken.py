@@ -25,6 +25,8 @@ class Wrong:
         model: attributes of the right model's config.
         metadata: of the wrong file, other than the right one's.
         types: tensor -> a type of its own in the wrong file.
+        held_out: written when the names of ``tools.localize`` were done, and none was changed for
+            it.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Wrong:
     model: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
+    held_out: bool = False
 
 
 WRONG: list[Wrong] = []
@@ -301,7 +304,7 @@ def head_rows_rolled(t: Tensors) -> None:
     t["lm_head.weight"] = np.roll(t["lm_head.weight"], 1, 0)
 
 
-@wrong("lm_head", None, "zeros")
+@wrong("lm_head", None, "zeros tail_not_written")
 def last_head_rows_zero(t: Tensors) -> None:
     """Of tokens that were added to the vocabulary."""
     t["lm_head.weight"][-16:] = 0
@@ -321,3 +324,88 @@ def q_norm_of_ones(t: Tensors) -> None:
 @wrong("k_norm", "all", "norm_weight_permuted", model=QWEN3)
 def k_norm_permuted_as_for_llama(t: Tensors) -> None:
     in_all(t, "self_attn.k_norm.weight", lambda w: permuted(w, 1))
+
+
+# --- held out
+
+
+@wrong("qkv_matmul qkv_bias", "all", "rows_permuted rows_rope_permuted", held_out=True)
+def v_rows_permuted_as_for_llama(t: Tensors) -> None:
+    in_all(t, f"{V}.weight", lambda w: permuted(w, KV_HEADS))
+
+
+@wrong("qkv_matmul", "all", "heads_permuted rows_permuted", held_out=True)
+def q_heads_reversed(t: Tensors) -> None:
+    in_all(t, f"{Q}.weight", lambda w: w.reshape(HEADS, -1, w.shape[1])[::-1].reshape(w.shape))
+
+
+@wrong("qkv_matmul", 1, "weight_other_layer", held_out=True)
+def k_of_another_layer(t: Tensors) -> None:
+    t[at(1, f"{K}.weight")] = t[at(2, f"{K}.weight")]
+
+
+@wrong("qkv_bias", "all", "bias_k_missing", held_out=True)
+def k_bias_dropped(t: Tensors) -> None:
+    in_all(t, f"{K}.bias", np.zeros_like)
+
+
+@wrong("qkv_matmul", 2, "dead_head zeros", held_out=True)
+def one_v_head_zeroed(t: Tensors) -> None:
+    t[at(2, f"{V}.weight")][:64] = 0
+
+
+@wrong("attn_norm", "all", "norm_weight_permuted", held_out=True)
+def attn_norm_halves_exchanged(t: Tensors) -> None:
+    in_all(t, "input_layernorm.weight", lambda w: np.roll(w, len(w) // 2))
+
+
+@wrong("ffn_norm", 0, "norm_weight_other_layer", held_out=True)
+def ffn_norm_of_another_layer(t: Tensors) -> None:
+    t[at(0, "post_attention_layernorm.weight")] = t[at(1, "post_attention_layernorm.weight")]
+
+
+@wrong("final_norm", None, "norm_weight_swapped norm_weight_other_layer", held_out=True)
+def a_layers_norm_as_final_norm(t: Tensors) -> None:
+    t["model.norm.weight"] = t[at(2, "post_attention_layernorm.weight")]
+
+
+@wrong("ffn_gate", "all", "weight_transposed", held_out=True)
+def gate_read_in_the_other_order(t: Tensors) -> None:
+    in_all(t, GATE, lambda w: w.T.reshape(w.shape))
+
+
+@wrong("ffn_up", "all", "rows_permuted", held_out=True)
+def up_shards_in_the_wrong_order(t: Tensors) -> None:
+    in_all(t, UP, lambda w: np.roll(w, len(w) // 4, 0))
+
+
+@wrong("ffn_out", "all", "columns_permuted", held_out=True)
+def down_shards_in_the_wrong_order(t: Tensors) -> None:
+    in_all(t, DOWN, lambda w: np.roll(w, w.shape[1] // 2, 1))
+
+
+@wrong(
+    "ffn_gate",
+    "all",
+    "weight_requantised",
+    types={at(layer, GATE): "Q3_K" for layer in LAYERS},
+    held_out=True,
+)
+def gate_of_a_coarser_type(t: Tensors) -> None:
+    pass
+
+
+@wrong("qkv_matmul", 0, "weight_requantised", types={at(0, f"{V}.weight"): "Q4_0"}, held_out=True)
+def v_of_a_coarser_type(t: Tensors) -> None:
+    """Of Q4_0, which is of no coarser class than Q4_K."""
+
+
+@wrong("embedding", 0, "vocabulary_rolled", held_out=True)
+def vocabulary_rolled(t: Tensors) -> None:
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        t[name] = np.roll(t[name], 7, 0)
+
+
+@wrong("lm_head", None, "constant_factor", held_out=True)
+def head_halved(t: Tensors) -> None:
+    t["lm_head.weight"] *= np.float32(0.5)

@@ -44,7 +44,7 @@ def run(made: models.Models) -> Row:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
         wall, used = time.monotonic() - start, _processor_seconds() - before
         told.append(f"{words[0]} {wall:.0f} s, of processors {used:.0f} s")
-    seconds = round(time.monotonic() - begun, 1)
+    seconds = round(time.monotonic() - begun, 1)  # of a clock: the figure that is promised
     says = f"{'; '.join(told)}; load average {os.getloadavg()[0]:.0f}"
     verdict = done.stdout.partition(":")[0]
     return Row("timing", MODEL, "llama.cpp", "Q8_0", "", 16, 1, verdict, says, seconds=seconds)

@@ -15,6 +15,7 @@ from tools.localize import localize
 from tools.localize.report import Localization, faults, sentence
 
 ROWS = 24  # of a wrong file's prompt
+SEED = 1  # of its model: names were tuned on that of seed 0
 TYPES = ("F32", "Q6_K", "Q4_K")  # that each is written in
 
 
@@ -27,6 +28,7 @@ class Row:
         wrong: what is wrong with what was said; empty is right.
         placed, named, alone: of a wrong file: the first fault is where it is, is called what it is,
             is the only one.
+        seconds: of processors, collecting and judging.
     """
 
     kind: str  # healthy, broken
@@ -109,7 +111,7 @@ def _judged(
     row: Row, engine: str, model: Path, judge: Path, out: Path, words: list[str]
 ) -> Localization | None:
     """Collect and localize; fills in the row. None where one of them refuses."""
-    start = time.monotonic()
+    start = time.process_time()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             collect([engine, str(model), "--out", str(out), "--overwrite", *words])
@@ -118,7 +120,7 @@ def _judged(
         row.verdict, row.says, row.wrong = "error", str(error), "refused"
         return None
     finally:
-        row.seconds = round(time.monotonic() - start, 1)
+        row.seconds = round(time.process_time() - start, 1)
     row.verdict, row.says = found.verdict, sentence(found)
     return found
 
@@ -145,7 +147,7 @@ def run_broken(case: broken.Wrong, kind: str, made: models.Models) -> Row:
     """A wrong file, judged by the right one."""
     raw = models.config(64, **case.model)
     row = Row("broken", f"{case.name} {kind}", "llama.cpp", case.name, kind, ROWS, 1)
-    tensors = models.weights(raw)
+    tensors = models.weights(raw, SEED)
     right = models.write_gguf(made.directory / "right.gguf", raw, tensors, kind)
     case.change(tensors)
     wrong = models.write_gguf(

@@ -36,23 +36,29 @@ def totals(rows: Sequence[Row]) -> list[str]:
         accused = sum(row.wrong in ("accused", "refused") for row in fine)
         named = sum(row.wrong.startswith("not so") for row in fine)
         found.append(f"healthy: {len(fine)} runs, {accused} accused, {named} with a wrong format")
+    wrong = [row for row in rows if row.kind == "broken"]
     for kind in runs.TYPES:
-        some = [row for row in rows if row.kind == "broken" and row.options == kind]
-        if some:
-            counts = ", ".join(
-                f"{sum(getattr(row, word) for row in some)} {says}"
-                for word, says in (("placed", "placed"), ("named", "named"), ("alone", "one entry"))
-            )
-            found.append(f"wrong files, {kind}: {len(some)} runs, {counts}")
+        found += _counts(f"wrong files, {kind}", [row for row in wrong if row.options == kind])
+    held_out = {each.name for each in broken.WRONG if each.held_out}
+    mine = [row for row in wrong if row.model in held_out]
+    found += _counts(f"of these, of {len(held_out)} mistakes that no name was tuned on", mine)
     return found
 
 
-def page(rows: Sequence[Row], earlier: int = 0) -> str:
-    """docs/field.md; ``earlier`` is how many rows were kept from earlier runs."""
-    return "\n".join([*_head(rows, earlier), *_healthy(rows), *_broken(rows), *_figures(rows), ""])
+def _counts(what: str, rows: Sequence[Row]) -> list[str]:
+    counts = ", ".join(
+        f"{sum(getattr(row, word) for row in rows)} {says}"
+        for word, says in (("placed", "placed"), ("named", "named"), ("alone", "one entry"))
+    )
+    return [f"{what}: {len(rows)} runs, {counts}"] if rows else []
 
 
-def _head(rows: Sequence[Row], earlier: int) -> Iterator[str]:
+def page(rows: Sequence[Row]) -> str:
+    """docs/field.md."""
+    return "\n".join([*_head(rows), *_healthy(rows), *_broken(rows), *_figures(rows), ""])
+
+
+def _head(rows: Sequence[Row]) -> Iterator[str]:
     yield "# Real engines, healthy and broken"
     yield ""
     yield "Made by `make field`, which runs what is installed: real engines on small models with"
@@ -61,16 +67,12 @@ def _head(rows: Sequence[Row], earlier: int) -> Iterator[str]:
     yield ""
     yield from (f"- **{total}**" for total in totals(rows))
     yield ""
-    if earlier:
-        yield f"{earlier} rows were kept from earlier runs (`--rows`), some of them judged by a"
-        yield "localizer that has changed since."
-        yield ""
     if missing := _missing(rows):
         yield f"Not run here: {missing}."
         yield ""
     yield f"Run on {_processor()}, {os.cpu_count()} cores, Python {platform.python_version()};"
-    yield ", ".join(_versions()) + ". Seconds are of collecting and judging, in one process"
-    yield "that keeps compiled programs, and with whatever else the machine did meanwhile."
+    yield ", ".join(versions()) + ". Seconds are those of processors, of collecting and judging,"
+    yield "in processes that keep compiled programs."
     yield ""
 
 
@@ -94,7 +96,7 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _versions() -> Iterator[str]:
+def versions() -> Iterator[str]:
     for name in PACKAGES:
         try:
             yield f"{name} {importlib.metadata.version(name)}"

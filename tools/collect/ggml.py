@@ -6,6 +6,7 @@ the size of a tensor and where its fields lie are compared with what is known of
 
 import ctypes as c
 import importlib.util
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,17 @@ class InitParams(c.Structure):
     _fields_ = (("size", c.c_size_t), ("buffer", c.c_void_p), ("no_alloc", c.c_bool))
 
 
+@cache
+def installed() -> "Library | None":
+    """The library, if it and the package that reads its types are there."""
+    if not (importlib.util.find_spec("xllamacpp") and importlib.util.find_spec("gguf")):
+        return None
+    try:
+        return Library()
+    except UserError:  # another build
+        return None
+
+
 class Library:
     """The loaded library: its functions as attributes, checked."""
 
@@ -179,6 +191,7 @@ class Library:
             ("ggml_free", None, p),
             ("ggml_new_tensor_2d", t, p, i, c.c_int64, c.c_int64),
             ("ggml_set_name", t, t, s),
+            ("ggml_quantize_chunk", c.c_size_t, i, p, p, c.c_int64, c.c_int64, c.c_int64, p),
         ):
             function = getattr(self._lib, name)
             function.restype, function.argtypes = result, arguments
@@ -204,6 +217,17 @@ class Library:
             if kind is not Eval and (value or 0) != known.get(field, 0):
                 raise self._unknown(f"the default {field} is {value}, not {known.get(field, 0)}")
         return found
+
+    def quantised(self, rows: np.ndarray, kind: str) -> np.ndarray:
+        """What is left of rows of float32 in a type such as "Q4_K", made without an importance
+        matrix, as float32."""
+        from gguf import GGMLQuantizationType, quant_shape_to_byte_shape, quants
+
+        number = GGMLQuantizationType[kind]
+        rows = np.ascontiguousarray(rows, np.float32)
+        raw = np.empty(quant_shape_to_byte_shape(rows.shape, number), np.uint8)
+        self.ggml_quantize_chunk(number, rows.ctypes.data, raw.ctypes.data, 0, *rows.shape, None)
+        return quants.dequantize(raw, number)
 
     # --- reading a tensor
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from qwen_jax import rope
+from qwen_jax.config import Config
 from qwen_jax.models.ops import Positional, split_heads
 from stages.architecture import (
     ADD,
@@ -244,6 +245,11 @@ def _(case: StageReplay) -> Candidates:
             yield str(layer), _with_norm(case, case.parameter(name, layer))
 
 
+@mistake("norm_weight_permuted", "norm weight in another order: {}", NORMS)
+def _(case: StageReplay) -> Candidates:
+    yield from rearranged.norm_weight(case, _norm_weight(case), partial(_with_norm, case))
+
+
 @mistake("norm_over_all_heads", "normalised over all heads together, not over each", NORMS)
 def _(case: StageReplay) -> Candidates:
     if case.stage.axes[-1] == "H":
@@ -345,9 +351,15 @@ def _reread(weight: Weight) -> Weight:
     return weight.reshape(-1).reshape(width, out).T
 
 
+def _rewritten(weight: Weight) -> Weight:
+    """The other way round: memory that is [in, out] read as [out, in]."""
+    return weight.T.reshape(-1).reshape(weight.shape)
+
+
 @mistake("weight_transposed", "weight read transposed{}", LINEARS)
 def _(case: StageReplay) -> Candidates:
     yield "", _linear_with(case, _reread)
+    yield "", _linear_with(case, _rewritten)
     for name, weight in case.weights.items() if len(case.weights) > 1 else ():
         yield f" ({name} alone)", case.run(weights={name: _reread(weight)})
 
@@ -572,6 +584,43 @@ def _(case: StageReplay) -> Candidates:
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
     yield "", turned.reshape(x.shape)
+
+
+def _other_heads(config: Config) -> Iterator[Config]:
+    """The same channels as fewer or more heads."""
+    for factor in (0.5, 2.0, 0.25, 4.0):
+        size = config.head_dim * factor
+        q, k = (n / factor for n in (config.num_attention_heads, config.num_key_value_heads))
+        if size >= 2 and size % 2 == 0 and k >= 1 and q % 1 == k % 1 == 0:
+            yield replace(
+                config,
+                head_dim=int(size),
+                num_attention_heads=int(q),
+                num_key_value_heads=int(k),
+            )
+
+
+@mistake("head_size", "heads of {} channels", f"{ROPES} attention")
+def _(case: StageReplay) -> Candidates:
+    for config in _other_heads(case.config):
+        size = config.head_dim
+
+        def heads(x: Array, size: int = size) -> Array:
+            return x.reshape(*x.shape[:2], -1, size) if x.ndim == 4 else x
+
+        if case.stage.kind is ROTATION:
+            found = case.run(
+                heads(case.inputs[0]),
+                pos=_table(case, case.positions, head_dim=size),
+                config=config,
+            )
+        else:
+            scores, softmax = case.other("attn_scores"), case.other("attn_softmax")
+            if not (scores.replayable and softmax.replayable):
+                return
+            weights = softmax.run(scores.run(*map(heads, scores.inputs), config=config))
+            found = case.run(weights, heads(case.inputs[1]), config=config)
+        yield str(size), found.reshape(case.exact.shape)
 
 
 @mistake("input_not_normed", "RoPE of the projection instead of the norm of it", ROPES)

@@ -179,6 +179,8 @@ def _same_cause(first: Fault, second: Fault) -> bool:
     kinds = {any_stage(fault.stage).kind for fault in (first, second)}
     if first.name in CONSTANTS:
         return len(kinds) == 1 and first.diagnosis[0].says == second.diagnosis[0].says
+    if first.name == "head_size":
+        return layers and first.diagnosis[0].detail == second.diagnosis[0].detail
     if first.name in OF_FILES:
         types = [fault.diagnosis[0].detail.split(", of ")[0] for fault in (first, second)]
         return types[0] == types[1]

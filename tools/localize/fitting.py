@@ -120,21 +120,26 @@ def fit(
             fitted.by_item[item.key] = list(found.values())
             if any(_changes(f) for f in found.values()):
                 judged[item.key] = trial.judged(found)
-        _give_up_lone(low[0].stage, items, judged, fitted)
+        _give_up_lone(low[0].stage, items, judged, fitted, dtype)
     return [judged[item.key] for item in items], fitted
 
 
-LONE = 3  # layers from which on a single one in a coarser format is out of line
+LONE = 2  # layers with the bits of float32, beside which a single one in a coarser format is odd
 
 
 def _give_up_lone(
-    stage: str, items: Sequence[LocalError], judged: dict[Key, LocalError], fitted: Fitted
+    stage: str,
+    items: Sequence[LocalError],
+    judged: dict[Key, LocalError],
+    fitted: Fitted,
+    dtype: str,
 ) -> None:
     """A coarser format in one layer alone, while all others have float32, is no arithmetic of an
     engine's: that layer is judged as if nothing were known of it."""
     mine = [item for item in items if item.stage == stage]
     found = [item for item in mine if item.key in fitted.by_item]
-    if len(mine) < LONE or len(found) != 1:
+    plain = [item for item in mine if not item.born and not _low(item, dtype)]
+    if len(plain) < LONE or len(found) != 1:
         return
     item = found[0]
     if verdict.coarsest(f.level for f in fitted.by_item[item.key]) != "f32":

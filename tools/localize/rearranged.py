@@ -1,6 +1,7 @@
 """Weights that are right but for their order or their type: what a converter or a loader did."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 from jax import Array
 
 from stages.architecture import ADD
+from tools.collect import ggml
 from tools.localize import emulated
+from tools.localize.formats import choices
 from tools.localize.stage_replay import StageReplay
 
 Candidates = Iterator[tuple[str, Array]]
@@ -62,7 +65,7 @@ def _within(heads: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return heads.reshape(len(heads), *shape).swapaxes(1, 2).ravel()
 
 
-def _described(order: np.ndarray, head: int, groups: int) -> str:
+def described(order: np.ndarray, head: int, groups: int) -> str:
     width = len(order)
     for says, known in orders(width, head, groups):
         if np.array_equal(order, known):
@@ -73,6 +76,26 @@ def _described(order: np.ndarray, head: int, groups: int) -> str:
     moved = np.flatnonzero(order != np.arange(width))
     shown = ", ".join(f"{place} holds {order[place]}" for place in moved[:3])
     return f"{len(moved)} moved ({shown}{', ...' if len(moved) > 3 else ''})"
+
+
+# --- the weight of a norm
+
+
+def norm_weight(
+    case: StageReplay, weight: Array, normed_with: Callable[[Array], Array]
+) -> Candidates:
+    """The weight [C] that a norm was multiplied by, if it is the right one in another order: its
+    values are read off the dump and matched by size."""
+    plain, dump = (np.asarray(x).reshape(-1, len(weight)) for x in (
+        normed_with(jnp.ones_like(weight)), case.dump
+    ))  # fmt: skip
+    if not np.isfinite(dump).all():
+        return
+    found = (dump * plain).sum(0) / np.maximum((plain * plain).sum(0), 1e-300)
+    order = np.empty(len(weight), int)
+    order[found.argsort()] = np.asarray(weight).argsort()
+    if (order != np.arange(len(order))).any():
+        yield described(order, len(order), 0), normed_with(weight[order])
 
 
 # --- rows
@@ -136,7 +159,7 @@ def rows(case: StageReplay) -> Candidates:
     for name, order in moved.items():
         inside = linear.stage.name == "qkv_matmul"
         head, groups = (config.head_dim, config.num_key_value_heads) if inside else (0, 0)
-        says.append(f"{name} {_described(order, head, groups)}")
+        says.append(f"{name} {described(order, head, groups)}")
     if linear is case:
         yield ", ".join(says), _moved(case, case.exact, moved)
         return
@@ -195,38 +218,63 @@ def _q8_0_of_weights(x: np.ndarray) -> np.ndarray:
     return (codes * emulated.f16(scale)).reshape(x.shape)
 
 
-def _types() -> Iterator[tuple[str, int, Change]]:
-    """(name, the block that a row must be a multiple of, rounding to it)."""
-    yield "F16", 1, emulated.f16
-    yield "BF16", 1, emulated.bf16
-    for name, quantise in (
-        ("Q8_0", _q8_0_of_weights), ("Q8_0", emulated.q8_0), ("Q5_0", emulated.q5_0),
-        ("Q5_1", emulated.q5_1), ("Q4_0", emulated.q4_0), ("Q4_1", emulated.q4_1),
-        ("IQ4_NL", emulated.iq4_nl),
+# The types of llama.cpp that it alone can quantise to, where it is installed.
+BY_GGML = ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS")
+
+
+@dataclass(frozen=True)
+class _Type:
+    """What a weight may be stored as: rows are multiples of ``block``. ``partner`` is the format
+    that llama.cpp then rounds the other operand to."""
+
+    name: str
+    block: int
+    quantise: Change
+    partner: str = ""
+
+
+def _types() -> Iterator[_Type]:
+    yield _Type("F16", 1, emulated.f16, "float16")
+    yield _Type("BF16", 1, emulated.bf16, "bfloat16")
+    for name, quantise, partner in (
+        ("Q8_0", _q8_0_of_weights, "q8_0"), ("Q8_0", emulated.q8_0, "q8_0"),
+        ("Q5_0", emulated.q5_0, "q8_0"), ("Q5_1", emulated.q5_1, "q8_1"),
+        ("Q4_0", emulated.q4_0, "q8_0"), ("Q4_1", emulated.q4_1, "q8_1"),
+        ("IQ4_NL", emulated.iq4_nl, "q8_0"),
     ):  # fmt: skip
-        yield name, 32, quantise
-    yield "int8 per row", 1, emulated.symmetric
-    yield "uint8 per row", 1, emulated.affine_row
-    yield "int4 per row", 1, partial(emulated.symmetric, most=7)
+        yield _Type(name, 32, quantise, partner)
+    library = ggml.installed()
+    if library:
+        for name in BY_GGML:
+            yield _Type(name, 256, partial(library.quantised, kind=name), "q8_K")
+    yield _Type("int8 per row", 1, emulated.symmetric)
+    yield _Type("uint8 per row", 1, emulated.affine_row)
+    yield _Type("int4 per row", 1, partial(emulated.symmetric, most=7))
     for size in (32, 64, 128):
-        yield f"int8 in blocks of {size}", size, partial(emulated.symmetric, block=size)
-        yield f"int4 in blocks of {size}", size, partial(emulated.symmetric, block=size, most=7)
-    yield "float8 (e4m3)", 1, emulated.e4m3
-    yield "float8 (e5m2)", 1, emulated.e5m2
-    yield "float8 (e4m3) per row", 1, emulated.scaled_e4m3
+        yield _Type(f"int8 in blocks of {size}", size, partial(emulated.symmetric, block=size))
+        four = partial(emulated.symmetric, block=size, most=7)
+        yield _Type(f"int4 in blocks of {size}", size, four)
+    yield _Type("float8 (e4m3)", 1, emulated.e4m3)
+    yield _Type("float8 (e5m2)", 1, emulated.e5m2)
+    yield _Type("float8 (e4m3) per row", 1, emulated.scaled_e4m3)
 
 
 def requantised(case: StageReplay) -> Candidates:
     """A weight in a coarser type than the one given."""
     if not case.stage.linear:  # the embedding: its rows are the value
-        for says, block, quantise in _types():
-            if case.exact.shape[-1] % block == 0:
-                yield says, jnp.asarray(quantise(np.asarray(case.exact)), jnp.float64)
+        for each in _types():
+            if case.exact.shape[-1] % each.block == 0:
+                found = each.quantise(np.asarray(case.exact))
+                yield each.name, jnp.asarray(found, jnp.float64)
         return
+    formats = {format.name: format for format in choices(case.stage, case.config)}
     width = case.inputs[0].shape[-1]
-    fitting = ((says, change) for says, block, change in _types() if width % block == 0)
-    for says, candidate in _tried(case, fitting):
-        yield says, candidate
+    for each in _types():
+        if width % each.block == 0:
+            yield from _tried(case, iter([(each.name, each.quantise)]))
+            if each.partner in formats:
+                partner = case.in_format(formats[each.partner])
+                yield from _tried(partner, iter([(each.name, each.quantise)]))
 
 
 # --- the vocabulary

@@ -33,6 +33,14 @@ def fits(case: StageReplay, masks: dict[str, np.ndarray], focus: Array | None) -
         yield "dead_head", f"head {heads} is zero", _zero_heads(case, dead)
     yield name, f"zero{place}", jnp.where(here, 0.0, exact)
 
+    for name, part in _weights(case):
+        along = jnp.asarray(part)
+        for kind, factor, candidate in _linear_fits(
+            case, jnp.where(along, d, 0.0), jnp.where(along, y, 0.0), finite & along, here & along
+        ):
+            if kind == "constant_factor":
+                yield "row_scaled", f"{name} multiplied by {factor}", candidate
+
     one = "channel" in confined and "position" not in confined
     for name, says, candidate in _linear_fits(case, d, y, finite, here):
         if name == "constant_factor":
@@ -54,6 +62,14 @@ def fits(case: StageReplay, masks: dict[str, np.ndarray], focus: Array | None) -
             value = case.run(*inputs)
             yield f"computed_in_{name}", f"computed on {name} inputs{place}", value
             yield f"computed_in_{name}", f"computed in {name}{place}", _rounded(value, dtype)
+
+
+def _weights(case: StageReplay) -> Iterator[tuple[str, np.ndarray]]:
+    """Of several weights side by side, each and which channels [C] are its own."""
+    first, width = 0, case.dump.shape[-1]
+    for name, weight in case.weights.items() if len(case.weights) > 1 else ():
+        yield name, (np.arange(width) >= first) & (np.arange(width) < first + len(weight))
+        first += len(weight)
 
 
 def smooth_function(case: StageReplay) -> Fit:
