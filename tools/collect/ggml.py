@@ -218,16 +218,18 @@ class Library:
                 raise self._unknown(f"the default {field} is {value}, not {known.get(field, 0)}")
         return found
 
-    def quantised(self, rows: np.ndarray, kind: str) -> np.ndarray:
-        """What is left of rows of float32 in a type such as "Q4_K", made without an importance
-        matrix, as float32."""
+    def quantised(self, x: np.ndarray, kind: str) -> np.ndarray:
+        """What is left of rows [..., C] in a type such as "Q4_K", made without an importance
+        matrix: float32."""
         from gguf import GGMLQuantizationType, quant_shape_to_byte_shape, quants
 
         number = GGMLQuantizationType[kind]
-        rows = np.ascontiguousarray(rows, np.float32)
+        rows = np.array(x, np.float32).reshape(-1, x.shape[-1])
+        rows[~(np.abs(rows) > 1e-30)] = 0  # it would abort where a scale's inverse is infinite
         raw = np.empty(quant_shape_to_byte_shape(rows.shape, number), np.uint8)
         self.ggml_quantize_chunk(number, rows.ctypes.data, raw.ctypes.data, 0, *rows.shape, None)
-        return quants.dequantize(raw, number)
+        with np.errstate(all="ignore"):  # scales that float16 cannot hold
+            return quants.dequantize(raw, number).reshape(x.shape)
 
     # --- reading a tensor
 

@@ -92,10 +92,13 @@ def norm_weight(
     if not np.isfinite(dump).all():
         return
     found = (dump * plain).sum(0) / np.maximum((plain * plain).sum(0), 1e-300)
-    order = np.empty(len(weight), int)
-    order[found.argsort()] = np.asarray(weight).argsort()
-    if (order != np.arange(len(order))).any():
-        yield described(order, len(order), 0), normed_with(weight[order])
+    right, width = np.asarray(weight), len(weight)
+    order = np.empty(width, int)
+    order[found.argsort()] = right.argsort()
+    moved = right[order]  # of equal values any order will do
+    known = (says for says, other in orders(width, width, 0) if (right[other] == moved).all())
+    if (moved != right).any():
+        yield next(known, described(order, width, 0)), normed_with(jnp.asarray(moved))
 
 
 # --- rows
