@@ -17,13 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from rich.console import Console
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    ConsoleRenderable,
+    RenderableType,
+    RenderHook,
+    RenderResult,
+)
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 
 from stages.errors import UserError, called
 from stages.version import NAME, version
 
 BUG = 4  # exit code
+MOST = 400  # characters of an error
 
 
 class _Version(argparse.Action):
@@ -57,11 +66,10 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        line = " ".join(str(error).splitlines())  # a file's name may hold a line break
-        print(f"error: {line}", file=sys.stderr)
+        _complain(f"error: {error}")
         code = error.exit_code
     except KeyboardInterrupt as error:
-        print(": ".join(filter(None, ["interrupted", str(error)])), file=sys.stderr)
+        _complain(": ".join(filter(None, ["interrupted", str(error)])))
         code = 130
     except BrokenPipeError:  # the reader of our output went away: `... | head`
         _discard(sys.stdout)
@@ -69,14 +77,30 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except OSError as error:  # of our own output: what has to do with a file is a UserError
         _discard(sys.stdout)
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        _complain(f"error: {where}{error.strerror or error}")
         code = UserError.exit_code
     except Exception as error:  # a bug of ours: 1 means "differs", and a stack helps no user
         if os.environ.get("QWEN_STAGES_TRACEBACK"):
             raise
-        print(f"error: {_bug(error)}", file=sys.stderr)
+        _complain(f"error: {_bug(error)}")
         code = BUG
     leave(code)
+
+
+def printable(text: str) -> str:
+    """Text as it may go to a terminal. What a file says could move the cursor, change colours or
+    turn the writing round."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def _complain(text: str) -> None:
+    """One line on stderr; of a very long one, where it begins and what it ends with."""
+    line = printable(" ".join(text.splitlines()))  # a file's name may hold a line break
+    if len(line) > MOST:
+        line = f"{line[: MOST // 2]} ... {line[5 - MOST // 2 :]}"
+    print(line, file=sys.stderr)
 
 
 def _bug(error: Exception) -> str:
@@ -105,6 +129,22 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+class _Printable(RenderHook):
+    """Everything that a console is given goes through ``printable``."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Foreign(each) for each in renderables]
+
+
+class _Foreign:
+    def __init__(self, inner: RenderableType) -> None:
+        self.inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for text, style, control in console.render(self.inner, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> NoReturn:
         raise BrokenPipeError  # for ``run``
@@ -114,9 +154,11 @@ def console(to_stderr: bool = False) -> Console:
     """Where people read. Wide enough for our tables when piped; colour only in a terminal."""
     stream = sys.stderr if to_stderr else sys.stdout
     width = None if stream.isatty() else 120
-    return _Console(
+    made = _Console(
         file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True
     )
+    made.push_render_hook(_Printable())
+    return made
 
 
 def progress(more: str = "") -> Progress:
@@ -127,7 +169,7 @@ def progress(more: str = "") -> Progress:
         MofNCompleteColumn(),
         TextColumn(more),
         TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
+        console=console(to_stderr=True),
         transient=True,
         disable=not sys.stderr.isatty(),
     )

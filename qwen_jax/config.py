@@ -5,13 +5,11 @@ Imports neither jax nor torch: the oracle and the tools read configurations too.
 
 import json
 import sys
-from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from stages.architecture import Architecture, Scope
+from stages.architecture import MOST_LAYERS, SIZES, Architecture, Scope
 from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
 
@@ -74,16 +72,8 @@ class Config:
 
     def dims(self, length: int) -> dict[str, int]:
         """Axis letter -> size for one sequence of ``length`` tokens."""
-        return {
-            "T": length,
-            "S": length,
-            "N": self.num_attention_heads,
-            "K": self.num_key_value_heads,
-            "H": self.head_dim,
-            "D": self.hidden_size,
-            "F": self.intermediate_size,
-            "V": self.vocab_size,
-        }
+        sizes = {letter: getattr(self, name) for letter, name in SIZES.items()}
+        return {"T": length, "S": length} | sizes
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that ``from_json`` turns back into an equal Config."""
@@ -160,6 +150,8 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> Config:
         return _size(raw, name, default, where)
 
     heads, layers = size("num_attention_heads"), size("num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise UserError(f"{where}: num_hidden_layers is {layers}; at most {MOST_LAYERS} are read")
     # transformers takes null for as many as there are query heads, and no such line for another
     absent = tables.defaults["num_key_value_heads"]
     kv_heads = size("num_key_value_heads", heads if "num_key_value_heads" in raw else absent)
@@ -280,28 +272,3 @@ def _sliding(
                 "sliding_window null"
             )
     return (window if any(sliding) else None), sliding
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: no such file, not a JSON object, or a name that is there twice: the last of
-            the two would count, without a word.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        counted = Counter(name for name, _ in pairs)
-        if twice := [name for name, count in counted.items() if count > 1]:
-            raise UserError(f"{path} has {twice[0]!r} twice; keep the one that is meant")
-        return dict(pairs)
-
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data

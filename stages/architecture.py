@@ -26,6 +26,16 @@ Scope = Literal["start", "layer", "end"]
 
 TOKENS = "tokens"
 LAYER_INPUT = "layer_input"  # the embedding, or the output of the layer before
+# axis letter -> what a configuration calls its size
+SIZES = {
+    "N": "num_attention_heads",
+    "K": "num_key_value_heads",
+    "H": "head_dim",
+    "D": "hidden_size",
+    "F": "intermediate_size",
+    "V": "vocab_size",
+}
+MOST_LAYERS = 4096  # ten times the deepest; a count that nobody checks costs memory and minutes
 QKV = "(N+2K)*H"  # q, k and v side by side on one axis
 
 

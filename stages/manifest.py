@@ -8,6 +8,7 @@ Schema (docs/schema/manifest.json). This version writes schema 2 and reads schem
 """
 
 import os
+import string
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from stages.architecture import Architecture, Key
+from stages import disk
+from stages.architecture import MOST_LAYERS, SIZES, Architecture, Key, axis_size
 from stages.architectures import ARCHITECTURES, architecture
 from stages.errors import UserError
 
@@ -28,7 +30,6 @@ FORMATS = {"aprt": ".bin", "safetensors": ".safetensors"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LOGITS = ("last", "all")
 LAST_POSITION = 2**31 - 1
-SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Format = Literal["aprt", "safetensors"]
@@ -139,11 +140,8 @@ def read(directory: Path, name: str = NAME) -> Manifest:
             leaves the directory, or positions that no sequence has.
     """
     path = directory / name
-    try:
-        data = msgspec.json.decode(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict) or data.get("kind") not in (KIND, KIND_1):
+    data = disk.read_json(path)
+    if data.get("kind") not in (KIND, KIND_1):
         raise UserError(f"{path}: not the manifest of a stage trace")
     if data.get("schema") not in (1, SCHEMA):
         raise UserError(
@@ -221,15 +219,18 @@ def _check_config(config: dict[str, Any]) -> None:
     Raises:
         ValueError: it is of another kind.
     """
-    for name in SIZES:
+    for name in ("num_hidden_layers", *SIZES.values()):
         size = config.get(name, 1)
-        if type(size) is not int or size < 1:
+        if type(size) is not int or not 0 < size < 2**31:
             raise ValueError(f"{name} of model.config is {size!r}, which is no size")
+    count = config.get("num_hidden_layers", 0)
+    if count > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {count}; at most {MOST_LAYERS} are read")
     window = config.get("sliding_window")
     if not (window is None or (type(window) is int and window > 0)):
         raise ValueError(f"sliding_window of model.config is {window!r}, which is no size")
-    layers = config.get("sliding_layers", [False] * config.get("num_hidden_layers", 0))
-    each_layer = isinstance(layers, list) and len(layers) == config.get("num_hidden_layers", 0)
+    layers = config.get("sliding_layers", [False] * count)
+    each_layer = isinstance(layers, list) and len(layers) == count
     if not each_layer or not all(isinstance(sliding, bool) for sliding in layers):
         raise ValueError("sliding_layers of model.config is not true or false for each layer")
 
@@ -246,11 +247,22 @@ def _check_entry(
         raise ValueError(f"{entry.path}: {entry.stage!r} is no stage of {tables.name}")
     if row.layer_of(entry.layer) != entry.layer or (entry.layer is None) != (row.scope == "end"):
         raise ValueError(f"{path}: {row.name} of layer {entry.layer}")
+    config = manifest.model.config
+    if entry.layer is not None and entry.layer >= config.get("num_hidden_layers", MOST_LAYERS):
+        raise ValueError(f"{path}: layer {entry.layer}, of {config['num_hidden_layers']} layers")
     axes = row.stored_axes(manifest.logits)
     if entry.axes != axes or len(entry.shape) != len(axes):
         raise ValueError(f"{path}: axes {entry.axes} of shape {entry.shape}; expected {axes}")
     held, length = dict(zip(axes, entry.shape, strict=True)).get(row.row_axis), len(manifest.tokens)
     if entry.rows != (None if held == length else held) or (held or 0) > length:
         raise ValueError(f"{path}: {entry.rows} rows of shape {entry.shape}, {length} tokens")
+    dims = {letter: config[name] for letter, name in SIZES.items() if name in config}
+    dims |= {"T": length, "S": length} | {row.row_axis: held or length}
+    for axis, size in zip(axes, entry.shape, strict=True):
+        known = set(axis) & set(string.ascii_uppercase) <= dims.keys()
+        if known and size != (expected := axis_size(axis, dims)):
+            raise ValueError(f"{path}: shape {entry.shape}, but {axis} is {expected}")
+    if manifest.format == "aprt" and entry.dtype == "float64":
+        raise ValueError(f"{path}: float64, of which APRT holds none")
     if not entry.xxh3:
         raise ValueError(f"{path}: no hash")

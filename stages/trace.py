@@ -1,6 +1,7 @@
 """Reading a trace: ours, the oracle's, a foreign directory of APRT files, or one in memory."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,8 @@ class Trace:
             )
         if entry.xxh3 and tensor_hash(array) != entry.xxh3:
             raise UserError(f"{path}: content does not match the manifest; the file was changed")
+        if array.dtype == np.float32 and not _holds(entry.dtype, array):
+            raise UserError(f"{path}: has values that {entry.dtype} of the manifest does not have")
         return array.reshape(entry.shape)
 
     def read_rows(self, stage: str, layer: int | None) -> np.ndarray:
@@ -259,7 +262,41 @@ def _open_whole(path: Path) -> Trace:
     vocabulary = found.model.config.get("vocab_size")
     if vocabulary and not all(0 <= token < vocabulary for token in found.tokens):
         raise UserError(f"{path}: {manifest.NAME} has token ids outside the vocabulary")
-    return Trace(path, found, entries, found.model.config, found.tokens, found.positions)
+    trace = Trace(path, found, entries, found.model.config, found.tokens, found.positions)
+    _check_dtype(trace, found.dtype)
+    return trace
+
+
+def _check_dtype(trace: Trace, dtype: str) -> None:
+    """What the model is said to compute in decides what is judged as rounding. It is what most
+    stages have; or a narrower one, from an engine that shows wider copies of its values.
+
+    Raises:
+        UserError: it is neither.
+    """
+    counted = Counter(str(entry.dtype) for entry in trace.entries.values())
+    if not counted or counted[dtype] == max(counted.values()):
+        return
+    telling = [e for k, e in trace.entries.items() if not trace.row(k[0]).kind.masked]
+    wider = [e for e in telling if e.dtype == "float32" and dtype in ("bfloat16", "float16")]
+    looked = wider[:: max(1, len(wider) // 6)]
+    holds = [_holds(dtype, trace.read(e.stage, e.layer).ravel()[:65536]) for e in looked]
+    if sum(holds) < len(holds) / 2 or (telling and not wider):
+        raise UserError(
+            f"{trace.path}: computed in {dtype}, says {manifest.NAME}, but most stages are "
+            f"{counted.most_common(1)[0][0]}"
+        )
+
+
+def _holds(dtype: str, values: np.ndarray) -> bool:
+    """Whether float32 values are all of a narrower dtype."""
+    if dtype == "bfloat16":
+        return not np.ascontiguousarray(values).reshape(-1).view(np.uint16)[::2].any()
+    if dtype != "float16":
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        back = values.astype(np.float16).astype(np.float32)
+    return np.array_equal(back, values, equal_nan=True)
 
 
 def _foreign_files(path: Path, architecture: str) -> dict[Key, Path]:

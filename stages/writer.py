@@ -85,16 +85,19 @@ def replaceable(directory: Path, overwrite: bool) -> list[Path]:
 
 
 def _of_a_trace(path: Path) -> bool:
-    if path.is_dir() and not path.is_symlink():
+    if path.is_symlink():
+        return False
+    if path.is_dir():
         return path.name.removeprefix("layer-").isdecimal() and all(
             map(_of_a_stage, path.iterdir())
         )
     names = (manifest.NAME, manifest.PARTIAL, manifest.NAME + ".tmp", manifest.PARTIAL + ".tmp")
-    return path.name in (*names, onefile.NAME) or _of_a_stage(path)
+    return _of_a_stage(path) or (path.name in (*names, onefile.NAME) and path.is_file())
 
 
 def _of_a_stage(path: Path) -> bool:
-    return path.is_file() and path.stem in ALL_NAMES and path.suffix in FORMATS.values()
+    named = path.stem in ALL_NAMES and path.suffix in FORMATS.values()
+    return named and path.is_file() and not path.is_symlink()
 
 
 def _remove(paths: Iterable[Path], keep: Collection[Path]) -> None:

@@ -5,8 +5,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from qwen_jax.config import Config, Yarn, from_hf, read_json
+from qwen_jax.config import Config, Yarn, from_hf
 from stages.architectures import ARCHITECTURES
+from stages.disk import read_json
 from stages.errors import UserError
 from tests.tiny import hf_config
 

@@ -458,6 +458,11 @@ def test_what_is_there_is_not_touched(pair, tmp_path):
     assert [path.name for path in (tmp_path / "x.partial").iterdir()] == ["mine"]
     with pytest.raises(UserError, match="no such directory"):
         convert.main([str(pair / "hf"), str(tmp_path / "a" / "b")])
+    (tmp_path / "x.partial" / UNFINISHED).touch()
+    (tmp_path / "y.partial").symlink_to("x.partial")
+    with pytest.raises(UserError, match="in the way"):
+        convert.main([str(pair / "hf"), str(tmp_path / "y")])
+    assert (tmp_path / "x.partial" / "mine").exists()
 
 
 def test_a_disk_that_is_too_small(pair, tmp_path, monkeypatch):

@@ -400,6 +400,24 @@ def test_a_single_file_and_shards(tmp_path):
     assert "has both" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", SINGLE])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    directory = write_checkpoint(tmp_path / "m")
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    assert "pipe" in refusal(directory)
+
+
+@pytest.mark.parametrize("layers", [4097, 3_000_000, 10**18])
+def test_layers_that_no_model_has(tmp_path, layers):
+    """Refused before anything is made for each of them."""
+    directory = write_checkpoint(tmp_path / "m")
+    data = json.loads((directory / "config.json").read_text())
+    data.pop("layer_types", None)
+    write_json(directory / "config.json", data | {"num_hidden_layers": layers})
+    assert f"num_hidden_layers is {layers}" in refusal(directory)
+
+
 def test_shards_may_be_links_as_in_the_hub_cache(tmp_path):
     model = write_checkpoint(tmp_path / "model", shards=2)
     (tmp_path / "blobs").mkdir()

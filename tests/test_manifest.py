@@ -1,6 +1,7 @@
 """``manifest.json``: its bytes, and manifests that are damaged, foreign or hostile."""
 
 import json
+import os
 
 import pytest
 from msgspec.structs import replace
@@ -315,12 +316,56 @@ def test_what_is_no_json(tmp_path, content):
 
 
 def test_no_manifest(tmp_path):
-    assert "No such file" in refusal(tmp_path)
+    assert "no such file" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{}", b'"schema"', b'{"schema": 1, "kind": "x"}'])
+@pytest.mark.parametrize("content", [b"{}", b'{"schema": 1, "kind": "x"}'])
 def test_another_kind_of_file(tmp_path, content):
     assert "not the manifest of a stage trace" in refusal(tmp_path, content)
+
+
+@pytest.mark.parametrize("content", [b"[]", b'"schema"'])
+def test_what_is_no_object(tmp_path, content):
+    assert "expected a JSON object" in refusal(tmp_path, content)
+
+
+def test_a_name_that_is_there_twice(tmp_path):
+    """The last of the two would count, and others may read the first."""
+    content = GOLDEN.replace(b'"dtype": "float32"', b'"dtype": "float32",\n"dtype": "float32"', 1)
+    assert "has 'dtype' twice" in refusal(tmp_path, content)
+
+
+@pytest.mark.parametrize("layers", [0, 4097, 3_000_000, 10**8, 10**30, -1, 1.0, "3"])
+def test_layers_that_no_model_has(tmp_path, layers):
+    """Refused before anything is made for each of them."""
+
+    def change(data):
+        data["model"]["config"] |= {"num_hidden_layers": layers}
+        data["model"]["config"].pop("sliding_layers", None)
+
+    assert "num_hidden_layers" in refusal(tmp_path, changed(change))
+
+
+def test_a_stage_of_a_layer_that_the_model_lacks(tmp_path):
+    def change(data):
+        data["model"]["config"] |= {"num_hidden_layers": 2, "sliding_layers": [False] * 2}
+        data["files"][0] |= {"layer": 2}
+
+    assert "layer 2, of 2 layers" in refusal(tmp_path, changed(change))
+
+
+def test_a_shape_that_the_config_does_not_have(tmp_path):
+    """A shape of other axes has as many values: its file would be read, as something else."""
+
+    def change(data):
+        data["model"]["config"] |= {"hidden_size": 7}
+
+    assert "but D is 7" in refusal(tmp_path, changed(change))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / manifest.NAME)
+    assert "pipe" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("schema", [0, 3, "1", "2", None, [1]])

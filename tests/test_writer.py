@@ -125,15 +125,15 @@ def test_the_one_file_is_what_the_library_reads(tmp_path):
     """Of every dtype at once, though one is a few bytes long: each is aligned to its size."""
     stages = {
         ("embedding", 0): values(1, (2, 3), np.float16),
-        ("ffn_up", 12): values(2, (2, 5), ml_dtypes.bfloat16),
-        ("attn_scores", 12): values(3, (1, 2, 2)),
+        ("ffn_up", 2): values(2, (2, 5), ml_dtypes.bfloat16),
+        ("attn_scores", 2): values(3, (1, 2, 2)),
         ("final_norm", None): values(4, (2, 3), np.float64),
         HEAD: values(5, (9,)),
     }
     made = write(tmp_path, stages, format="safetensors")
     assert all(e.start % np.dtype(FLOATS[e.dtype]).itemsize == 0 for e in made.files)
     found = load_file(tmp_path / "stages.safetensors")
-    names = ["layer-0/embedding", "layer-12/ffn_up", "layer-12/attn_scores", "final_norm"]
+    names = ["layer-0/embedding", "layer-2/ffn_up", "layer-2/attn_scores", "final_norm"]
     assert found.keys() == {*names, "lm_head"}
     for name, (key, array) in zip([*names, "lm_head"], stages.items(), strict=True):
         same_bits(found[name], array)
@@ -394,20 +394,33 @@ def test_a_directory_that_holds_anything_else(tmp_path, stranger, overwrite):
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("link", ["layer-0", "layer-0/ffn_up.bin", "lm_head.bin"])
+@pytest.mark.parametrize(
+    "link",
+    ["layer-0", "layer-0/ffn_up.bin", "lm_head.bin", "stages.safetensors", "manifest.json",
+     "manifest.json.tmp", "manifest.json.partial", "manifest.json.partial.tmp"],
+)  # fmt: skip
 def test_overwriting_deletes_nothing_beyond_a_link(tmp_path, link):
     out, mine = tmp_path / "out", tmp_path / "mine"
     mine.mkdir()
     (mine / "ffn_up.bin").write_bytes(b"mine")
     (out / link).parent.mkdir(parents=True)
     (out / link).symlink_to(mine if link == "layer-0" else mine / "ffn_up.bin")
-    if link == "layer-0":
-        assert "'layer-0'" in refusal(write, out, {UP: values()}, overwrite=True)
-        assert [path.name for path in out.iterdir()] == ["layer-0"]
-    else:
-        write(out, {("ffn_up", 0): values(), HEAD: values()}, overwrite=True)
-        assert not (out / link).is_symlink()
+    message = refusal(write, out, {UP: values()}, overwrite=True)
+    assert repr(link.split("/")[0]) in message
+    assert [path.name for path in out.iterdir()] == [link.split("/")[0]]
     assert files(mine) == {"ffn_up.bin": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "lm_head.bin", "stages.safetensors"])
+@pytest.mark.parametrize("format", ["aprt", "safetensors"])
+def test_a_pipe_is_neither_waited_for_nor_replaced(tmp_path, format, name):
+    made = write(tmp_path, {HEAD: values(1, (9,))}, format=format)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    assert repr(name) in refusal(write, tmp_path, {UP: values()}, overwrite=True)
+    if name in ("manifest.json", made.files[0].path):
+        refusal(open_trace, tmp_path)
+    assert (tmp_path / name).is_fifo()
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])
@@ -633,7 +646,8 @@ def test_few_stages_are_in_memory_at_a_time(tmp_path, monkeypatch):
         real(self, *stage)
 
     monkeypatch.setattr(TraceWriter, "_write", slow)
-    with TraceWriter(tmp_path, header(), {}, all_) as trace:
+    model = replace(MODEL, config=CONFIG | {"num_hidden_layers": 64})
+    with TraceWriter(tmp_path, replace(header(), model=model), {}, all_) as trace:
 
         def compute():
             for key in stages:
@@ -672,6 +686,30 @@ def test_a_file_cut_short(tmp_path, format):
     for length in (0, 4, 11, 30, path.stat().st_size - 1):
         os.truncate(path, length)
         assert str(path) in refusal(open_trace(tmp_path).read, *UP)
+
+
+@pytest.mark.parametrize("format", ["aprt", "safetensors"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_a_dtype_that_the_values_do_not_have(tmp_path, format, dtype):
+    """What they are said to be computed in decides how far apart two traces may be."""
+    made = write(tmp_path, {UP: values(), ("ffn_gate", 1): values(1)}, format=format)
+    manifest.write(tmp_path, replace(made, dtype=dtype))
+    assert f"computed in {dtype}" in refusal(open_trace, tmp_path)
+    entries = tuple(replace(entry, dtype=dtype) for entry in made.files)
+    manifest.write(tmp_path, replace(made, dtype=dtype, files=entries))
+    if format == "aprt" and dtype != "float64":
+        assert f"values that {dtype}" in refusal(open_trace(tmp_path).read, *UP)
+    else:
+        refusal(lambda: open_trace(tmp_path).read(*UP))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_wider_copies_of_what_a_model_computes_in(tmp_path, dtype):
+    """As engines show them that give float32 whatever they compute in."""
+    narrow = values().astype(FLOATS[dtype]).astype(np.float32)
+    made = write(tmp_path, {UP: narrow, ("attn_scores", 1): values(1, (2, 2, 2))})
+    manifest.write(tmp_path, replace(made, dtype=dtype))
+    assert open_trace(tmp_path).dtype == dtype
 
 
 def test_a_file_of_another_trace(tmp_path):

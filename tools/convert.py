@@ -92,10 +92,12 @@ def unfinished(destination: Path) -> Iterator[Path]:
     try:
         directory.mkdir()
     except FileExistsError:
-        if not (directory / UNFINISHED).exists():
+        if directory.is_symlink() or not (directory / UNFINISHED).is_file():
             raise UserError(f"{directory} is in the way; remove it") from None
     except OSError as error:
         raise UserError(f"{directory}: {error.strerror}") from None
+    if (directory / UNFINISHED).is_symlink():
+        raise UserError(f"{directory / UNFINISHED} is a link; remove it")
     (directory / UNFINISHED).touch()
     descriptor = lock(directory, f"{directory}: another process is converting there")
     try:

@@ -15,6 +15,7 @@ import xxhash
 from tokenizers import Tokenizer
 
 from qwen_jax.config import Config
+from stages.disk import check_regular
 from stages.errors import UserError
 from stages.manifest import WeightEntry
 
@@ -110,6 +111,7 @@ class Weights(ABC):
         if self.directory is None or not (self.directory / "tokenizer.json").exists():
             return None
         path = self.directory / "tokenizer.json"
+        check_regular(path)
         try:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for a damaged file
@@ -118,7 +120,7 @@ class Weights(ABC):
     def companions(self) -> dict[str, bytes]:
         """The files that go with the weights, by name, config.json first."""
         paths = [self.directory / name for name in COMPANIONS] if self.directory else []
-        return {path.name: path.read_bytes() for path in paths if path.exists()}
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

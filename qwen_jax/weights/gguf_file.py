@@ -53,6 +53,8 @@ def is_gguf(path: Path) -> bool:
     """Whether a path is meant to be a GGUF file, or is one under another name."""
     if path.suffix == SUFFIX and not path.is_dir():
         return True
+    if not path.is_file():
+        return False
     try:
         with open(path, "rb") as file:
             return file.read(len(MAGIC)) == MAGIC

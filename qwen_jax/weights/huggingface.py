@@ -16,9 +16,10 @@ import numpy as np
 import safetensors
 import xxhash
 
-from qwen_jax.config import from_hf, read_json
+from qwen_jax.config import from_hf
 from qwen_jax.weights.base import BLOCK, COMPANIONS, Weights, misfits, raw_bytes, some
 from qwen_jax.weights.files import Files
+from stages.disk import check_regular, read_json
 from stages.errors import UserError
 from stages.trace import numpy_dtype
 
@@ -142,6 +143,7 @@ class HuggingFaceWeights(Weights):
 
 
 def _open(path: Path) -> safetensors.safe_open:
+    check_regular(path)
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as error:

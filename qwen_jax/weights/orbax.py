@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax.config import from_hf, read_json
+from qwen_jax.config import from_hf
 from qwen_jax.weights.base import Weights, misfits, some
 from qwen_jax.weights.huggingface import FLOATS, INDEX, SINGLE
+from stages.disk import check_regular, read_json
 from stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def _array(params: Path, name: str) -> dict[str, Any]:
 def _check_files(directory: Path) -> None:
     """All files of ``params/`` are there and whole, as far as their sizes tell."""
     mark = directory / MARK
+    check_regular(mark)
     if not mark.exists():
         raise UserError(
             f"{directory} is an orbax checkpoint, but none of a whole model that python -m "
