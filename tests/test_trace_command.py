@@ -400,7 +400,7 @@ def test_all_stages_of_a_qwen3(world, run, qwen3):
     data, opened = strict_json(result.stdout), open_trace(world / "out")
     tables = ARCHITECTURES["qwen3"]
     assert data["architecture"] == opened.manifest.architecture == "qwen3"
-    assert opened.tables is tables
+    assert opened.tables == tables
     wanted = [(stage.name, layer) for stage, layer in tables.computation_order(2)]
     assert [(entry.stage, entry.layer) for entry in opened.manifest.files] == wanted
     assert [row["stage"] for row in data["stages"]] == list(tables.names)
