@@ -34,6 +34,7 @@ LAST_POSITION = 2**31 - 1
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 Format = Literal["aprt", "safetensors"]
 Logits = Literal["last", "all"]
+Cache = Literal["K", "V"]
 Whole = Annotated[int, Meta(ge=0, lt=2**31)]
 Hash = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 
@@ -71,6 +72,27 @@ class WeightEntry(Struct, frozen=True, kw_only=True):
     xxh3: Hash
 
 
+class Changed(Struct, frozen=True, kw_only=True):
+    """A row of a key/value cache that a later call read otherwise; it is written once.
+
+    Attributes:
+        row: of the sequence.
+        step: the first call, from 0, that read it otherwise.
+        bits: significant bits that are left of what it was.
+    """
+
+    layer: Whole
+    cache: Cache
+    row: Whole
+    step: Whole
+    bits: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cache} cache of layer {self.layer}: row {self.row} changed in step {self.step}"
+        )
+
+
 class Model(Struct, frozen=True, kw_only=True):
     """What was run: its name, its normalised configuration, and the weight tensors used."""
 
@@ -90,6 +112,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
         tokens, positions: token ids and their positions, one each. Positions rise.
         steps: how many rows each call of the engine computed; ``[T]`` where one computed all.
         cache: the format of the key/value cache; None without one.
+        changed: rows of the cache that changed, where there are such.
         producer: {"name", "backend", "device", "flags", "versions", ...}: what ran, and on what.
         files: in computation order.
         planned: in an unfinished trace, every (stage, layer) that there is to be.
@@ -103,6 +126,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     positions: tuple[Whole, ...]
     steps: tuple[Annotated[int, Meta(ge=1)], ...]
     cache: str | None = None
+    changed: tuple[Changed, ...] | UnsetType = UNSET
     model: Model
     producer: dict[str, Any]
     files: tuple[FileEntry, ...]

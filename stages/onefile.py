@@ -8,15 +8,23 @@ with blanks; then the tensors without gaps (https://github.com/huggingface/safet
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import msgspec
+import safetensors
 
 from stages.architecture import Key
-from stages.manifest import FileEntry
+from stages.errors import UserError
+from stages.manifest import DType, FileEntry
 from stages.trace import numpy_dtype
 
 NAME = "stages.safetensors"
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES: dict[DType, str] = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+}
 ALIGNED = 64  # bytes; the tensors begin at a multiple
 
 
@@ -34,3 +42,31 @@ def lay_out(entries: Iterable[FileEntry]) -> tuple[bytes, dict[Key, int]]:
     text += b" " * (-(8 + len(text)) % ALIGNED)
     head = len(text).to_bytes(8, "little") + text
     return head, {key: len(head) + offset for key, offset in offsets.items()}
+
+
+def read_layout(path: Path) -> dict[str, tuple[DType, int, int]]:
+    """Tensor name -> (dtype, number of values, where in the file its bytes begin).
+
+    Raises:
+        UserError: not a whole file, or a dtype that no stage has.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass  # the library's own checks: of the header, and that all bytes are there
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            told = msgspec.json.decode(file.read(size))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+    known = {short: dtype for dtype, short in DTYPES.items()}
+    found = {}
+    for name, tensor in told.items():
+        if name == "__metadata__":
+            continue
+        if tensor["dtype"] not in known:
+            raise UserError(
+                f"{path}: {name} is in {tensor['dtype']}; a stage is in one of {', '.join(known)}"
+            )
+        count = math.prod(tensor["shape"])
+        found[name] = known[tensor["dtype"]], count, 8 + size + tensor["data_offsets"][0]
+    return found

@@ -50,6 +50,9 @@ def check(a: Trace, b: Trace) -> Preflight:
                 f"{trace.name} has no manifest: its {'' if trace.dtype else 'dtype, '}weights and "
                 "tokens are taken on trust"
             )
+        if changed := trace.changed:
+            more = f", and {len(changed) - 1} more rows" if len(changed) > 1 else ""
+            notes.append(f"{trace.name}: {changed[0]}{more}; a row of a cache is written once")
     common = [key for key in a.entries if key in b.entries]
     if not common:
         raise NotComparable("not comparable: the traces have no stage in common")

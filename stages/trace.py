@@ -16,7 +16,7 @@ from stages import aprt, disk, manifest
 from stages.architecture import Architecture, Key, Stage
 from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
-from stages.manifest import FileEntry, Manifest
+from stages.manifest import Changed, DType, FileEntry, Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,8 @@ class Trace:
         entries: (stage, layer) -> FileEntry, in computation order.
         config: the model's configuration as plain data.
         tokens, positions: of the manifest, or as the user gave them.
+        steps: how many rows each call of the engine computed.
+        changed: rows of the key/value cache that a later call read otherwise.
         dtype: the model's dtype; None where a foreign trace does not say.
         tables: the architecture.
     """
@@ -63,6 +65,7 @@ class Trace:
         self.tokens = tokens
         self.positions = positions
         self.dtype: str | None = found.dtype if found else None
+        self.steps = found.steps if found else (len(tokens),)
         # Without cache stages in the trace, attention is replayed from what went into the cache.
         tables = ARCHITECTURES[config["architecture"]]
         self.tables: Architecture = tables.with_cache({stage for stage, _ in entries})
@@ -75,6 +78,14 @@ class Trace:
     @property
     def name(self) -> str:
         return self.path.name or str(self.path)
+
+    @property
+    def changed(self) -> tuple[Changed, ...]:
+        return (self.manifest and self.manifest.changed) or ()
+
+    def step_of(self, row: int) -> int:
+        """The call of the engine, from 0, that computed a row."""
+        return int(np.searchsorted(np.cumsum(self.steps), row, "right"))
 
     def row(self, stage: str) -> Stage:
         return self.tables.stage[stage]
@@ -92,24 +103,7 @@ class Trace:
             KeyError: the trace has no such stage.
             UserError: the file is missing, damaged, or not what the manifest says.
         """
-        entry = self.entries[stage, layer]
-        path = self.path / entry.path
-        if entry.start is not None:
-            array = _read_part(path, entry, entry.start)
-        elif path.suffix == ".safetensors":
-            array = _read_safetensors(path, entry)
-        else:
-            array = aprt.read(path, layer)
-        if array.size != math.prod(entry.shape):
-            raise UserError(
-                f"{path}: {array.size} values, but {' x '.join(entry.axes)} is "
-                f"{' x '.join(map(str, entry.shape))}"
-            )
-        if entry.xxh3 and tensor_hash(array) != entry.xxh3:
-            raise UserError(f"{path}: content does not match the manifest; the file was changed")
-        if array.dtype == np.float32 and not _holds(entry.dtype, array):
-            raise UserError(f"{path}: has values that {entry.dtype} of the manifest does not have")
-        return array.reshape(entry.shape)
+        return read_file(self.path, self.entries[stage, layer])
 
     def read_rows(self, stage: str, layer: int | None) -> np.ndarray:
         """One stage in the axes of the stage table: with a T axis, though it may be of one row."""
@@ -159,7 +153,7 @@ class MemoryTrace(Trace):
     ) -> None:
         tables = ARCHITECTURES[config["architecture"]].cached
         entries = {
-            (stage, layer): _entry(tables.stage[stage], layer, value.shape, len(tokens))
+            (stage, layer): new_entry(tables.stage[stage], layer, value.shape, len(tokens))
             for (stage, layer), value in values.items()
         }
         given = tuple(range(len(tokens))) if positions is None else positions
@@ -171,9 +165,17 @@ class MemoryTrace(Trace):
         return self.values[stage, layer]
 
 
-def _entry(
-    row: Stage, layer: int | None, shape: tuple[int, ...], length: int, path: str = ""
+def new_entry(
+    row: Stage,
+    layer: int | None,
+    shape: tuple[int, ...],
+    length: int,
+    path: str = "",
+    dtype: DType = "float32",
+    start: int | None = None,
 ) -> FileEntry:
+    """An entry without a hash, of ``shape`` with or without the axis of the rows, which are the
+    last ones of ``length``."""
     axes = row.stored_axes("all" if len(shape) == len(row.axes) else "last")
     rows = shape[axes.index(row.row_axis)] if row.row_axis in axes else 1
     return FileEntry(
@@ -182,10 +184,32 @@ def _entry(
         layer=layer,
         axes=axes,
         shape=shape,
-        dtype="float32",
+        dtype=dtype,
         xxh3="",
         rows=None if rows == length else rows,
+        start=start,
     )
+
+
+def read_file(root: Path, entry: FileEntry) -> np.ndarray:
+    """One stage of a directory; see ``Trace.read``."""
+    path = root / entry.path
+    if entry.start is not None:
+        array = _read_part(path, entry, entry.start)
+    elif path.suffix == ".safetensors":
+        array = _read_safetensors(path, entry)
+    else:
+        array = aprt.read(path, entry.layer)
+    if array.size != math.prod(entry.shape):
+        raise UserError(
+            f"{path}: {array.size} values, but {' x '.join(entry.axes)} is "
+            f"{' x '.join(map(str, entry.shape))}"
+        )
+    if entry.xxh3 and tensor_hash(array) != entry.xxh3:
+        raise UserError(f"{path}: content does not match the manifest; the file was changed")
+    if array.dtype == np.float32 and not _holds(entry.dtype, array):
+        raise UserError(f"{path}: has values that {entry.dtype} of the manifest does not have")
+    return array.reshape(entry.shape)
 
 
 def _read_part(path: Path, entry: FileEntry, start: int) -> np.ndarray:
@@ -232,22 +256,9 @@ def open_trace(path: Path, layout: Layout | None = None) -> Trace:
         )
     if (path / manifest.NAME).exists():
         return _open_whole(path)
-    if layout is None:
-        if not any(_foreign_files(path, name) for name in ARCHITECTURES):
-            raise _no_trace(path)
-        raise UserError(
-            f"{path}: has no {manifest.NAME}, so its axes are unknown; "
-            "add --model and --tokens (or --prompt)"
-        )
-    files = _foreign_files(path, layout.config["architecture"])
-    if not files:
-        raise _no_trace(path)
-    entries = {key: _foreign_entry(path, file, *key, layout) for key, file in files.items()}
-    return Trace(path, None, entries, dict(layout.config), layout.tokens, layout.positions)
+    from stages.foreign import open_foreign  # which knows this module
 
-
-def _no_trace(path: Path) -> UserError:
-    return UserError(f"{path}: no trace: neither {manifest.NAME} nor layer-<N>/<stage>.bin files")
+    return open_foreign(path, layout)
 
 
 def _open_whole(path: Path) -> Trace:
@@ -297,50 +308,6 @@ def _holds(dtype: str, values: np.ndarray) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):
         back = values.astype(np.float16).astype(np.float32)
     return np.array_equal(back, values, equal_nan=True)
-
-
-def _foreign_files(path: Path, architecture: str) -> dict[Key, Path]:
-    """(stage, layer) -> file. Files under other names are no stages of ours and are passed over."""
-    tables = ARCHITECTURES[architecture].cached
-    files: dict[Key, Path] = {}
-    for file in sorted([*path.glob("*.bin"), *path.glob("layer-*/*.bin")]):
-        stage = tables.aliases.get(file.stem, file.stem)
-        number = file.parent.name.removeprefix("layer-") if file.parent != path else None
-        named = stage in tables.stage and (number is None or number.isdecimal())
-        if not named or not file.is_file():
-            continue
-        layer = None if number is None else int(number)
-        if (stage, layer) in files:
-            raise UserError(f"{path}: {stage} of layer {layer} is there twice, also as {file.name}")
-        files[stage, layer] = file
-    return files
-
-
-def _foreign_entry(
-    path: Path, file: Path, stage: str, layer: int | None, layout: Layout
-) -> FileEntry:
-    row = ARCHITECTURES[layout.config["architecture"]].cached.stage[stage]
-    if (layer is None) != (row.scope == "end"):
-        where = "beside the layer directories" if row.scope == "end" else "in a layer directory"
-        raise UserError(f"{file}: {stage} belongs {where}")
-    if layer is not None and layer >= layout.config["num_hidden_layers"]:
-        raise UserError(
-            f"{file}: the model has {layout.config['num_hidden_layers']} layers; "
-            "is --model the model of this trace?"
-        )
-    values, length = (file.stat().st_size - aprt.HEADER.size) // 4, len(layout.tokens)
-    # Some engines compute the end of the last layer for the last positions only.
-    one = math.prod(row.shape(layout.dims, rows=1))
-    rows, left = divmod(values, one)
-    end = layer is None or layer == layout.config["num_hidden_layers"] - 1
-    if left or not 1 <= rows <= length or (rows < length and not end):
-        whole = " x ".join(map(str, row.shape(layout.dims)))
-        raise UserError(
-            f"{file}: {values} values, but {' x '.join(row.axes)} is {whole}; are its {length} "
-            "--tokens right?"
-        )
-    shape = row.shape(layout.dims, "last" if row.last and rows == 1 else "all", rows)
-    return _entry(row, layer, shape, length, str(file.relative_to(path)))
 
 
 def tensor_hash(array: np.ndarray) -> str:

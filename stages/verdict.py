@@ -210,9 +210,9 @@ class Suspect:
         expected: the bits that it should have.
         why: "nan", "zero" (a slice that is nothing but zeros and should not be), "bits" (no class
             is that low), "layer" (below its siblings), "slice", "match" (a known mistake fits
-            better than the right function), "grid" (bits that only a 16-bit format explains, and
-            no such format is there) or "kin" (below other stages of its kind, whose format is
-            known).
+            better than the right function), "changed" (a row of a cache that was not the same
+            when it was read again), "grid" (bits that only a 16-bit format explains, and no such
+            format is there) or "kin" (below other stages of its kind, whose format is known).
         masks: {"head" | "position" | "channel": which slices}.
     """
 

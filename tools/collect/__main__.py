@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -198,7 +199,7 @@ def to_json(engine: str, found: Collected) -> dict[str, Any]:
         "steps": list(made.steps),
         "stages": list(stages.values()),
         "absent": found.absent,
-        "cache_changed": [each._asdict() for each in found.changed],
+        "cache_changed": [msgspec.to_builtins(each) for each in found.changed],
         "files": len(made.files),
         "bytes": found.bytes,
     }

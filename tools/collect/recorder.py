@@ -16,33 +16,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+from msgspec import UNSET
 
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages import places
 from stages.architecture import Key, Stage, axis_size
 from stages.errors import UserError
-from stages.manifest import DTYPES, DType, Format, Manifest, Model, WeightEntry
+from stages.manifest import DTYPES, Cache, Changed, DType, Format, Manifest, Model, WeightEntry
 from stages.selection import parse_layers, parse_stages
+from stages.steps import changed_rows
 from stages.version import NAME, version
 from stages.writer import TraceWriter
 
 NOT_SEEN = "the engine did not show it"
-
-
-class Changed(NamedTuple):
-    """A row of the key/value cache that was not what it had been: ``step`` is the call (from 0) in
-    which it was found so. ``cache`` is "K" or "V"."""
-
-    layer: int
-    cache: str
-    row: int
-    step: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.cache} cache of layer {self.layer}: row {self.row} changed in call {self.step}"
-        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +84,7 @@ class Recorder:
         self.biased = biased
         self.steps: list[int] = []
         self.positions: list[int] = []
-        self.changed: list[Changed] = []
+        self.changed: dict[tuple[int, str, int], Changed] = {}
         self._calls: dict[Key, list[Call]] = {}
         self._parts: dict[Key, dict[str, np.ndarray]] = {}  # of this call, until it is over
         self._partly: dict[Key, str] = {}  # what was seen of three
@@ -154,9 +141,10 @@ class Recorder:
         before = self._caches.get((layer, cache))
         self._caches[layer, cache] = array
         if before is not None:
-            same = _row_bytes(before) == _row_bytes(array[: len(before)])
-            for row in np.flatnonzero(~same.all(1)):
-                self.changed.append(Changed(layer, cache, int(row), len(self.steps) - 1))
+            name, step = cast(Cache, cache), len(self.steps) - 1
+            for row, bits in changed_rows(before, array[: len(before)]):
+                found = Changed(layer=layer, cache=name, row=row, step=step, bits=bits)
+                self.changed.setdefault((layer, cache, row), found)
 
     def _side_by_side(self, row: Stage, layer: int | None, value: np.ndarray, part: str) -> None:
         widths = places.parts(self.tables, row.name)
@@ -254,7 +242,7 @@ class Recorder:
         dtype = dtype or _commonest(whole.values())
         told = {"versions": {NAME: version()}} | dict(producer)
         told |= {"absent": absent} if absent else {}
-        told |= {"cache_changed": [str(each) for each in self.changed]} if self.changed else {}
+        changed = tuple(self.changed.values())
         header = Manifest(
             architecture=self.tables.name,
             format=cast(Format, format or ("safetensors" if dtype == "float64" else "aprt")),
@@ -264,6 +252,7 @@ class Recorder:
             positions=tuple(self.positions),
             steps=tuple(self.steps),
             cache=cache,
+            changed=changed or UNSET,
             model=Model(name=self.model.name, config=self.config.to_json(), weights={}),
             producer=told,
             files=(),
@@ -274,7 +263,7 @@ class Recorder:
             for (stage, layer), value in values.items():
                 writer.add(stage, layer, value)
             found = writer.finish()
-        return Collected(Path(out), found, absent, tuple(self.changed), writer.bytes)
+        return Collected(Path(out), found, absent, changed, writer.bytes)
 
     def _order(self) -> list[Key]:
         layers = self.config.num_hidden_layers
@@ -340,10 +329,6 @@ def to_numpy(value: Any) -> np.ndarray:
             value = value.numpy()
     array = np.array(value)
     return array if array.dtype.name in DTYPES else array.astype(np.float32)
-
-
-def _row_bytes(value: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(value).view(np.uint8).reshape(len(value), -1)
 
 
 def _commonest(values: Iterable[np.ndarray]) -> str:

@@ -97,14 +97,20 @@ class Fault:
 def faults(findings: list[Finding], items: Sequence[LocalError]) -> list[Fault]:
     """Findings put together by cause, first cause first."""
     measured: dict[str, set[int | None]] = {}
+    order: dict[Key, int] = {}
     for item in items:
         measured.setdefault(item.stage, set()).add(item.layer)
-    order = {item.key: place for place, item in enumerate(items)}
-    groups: dict[tuple[str, str], list[Finding]] = {}
+        order[item.key] = len(order)
+    for finding in findings:  # of a cache that is no stage of the trace
+        every = set().union(*measured.values()) - {None}
+        measured.setdefault(finding.suspect.item.stage, every)
+        order.setdefault(finding.suspect.key, len(order))
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         name = finding.diagnosis[0].name if finding.diagnosis else finding.suspect.why
-        groups.setdefault((finding.suspect.item.stage, name), []).append(finding)
-    found = [_fault(stage, group, measured) for (stage, _), group in groups.items()]
+        says = finding.diagnosis[0].says if name == CHANGED else ""
+        groups.setdefault((finding.suspect.item.stage, name, says), []).append(finding)
+    found = [_fault(stage, group, measured) for (stage, *_), group in groups.items()]
     found = _other_layers(found, measured, order)
     result: list[Fault] = []
     for fault in sorted(found, key=lambda fault: order[fault.first.suspect.key]):
@@ -148,6 +154,7 @@ def _layers(found: list[int | None], measured: set[int | None]) -> int | str | N
 
 # --- what is one cause
 
+CHANGED = "cache_row_changed"
 # Mistakes of one constant, which every norm or rotation reads, whether it shows there or not.
 CONSTANTS = ("norm_eps", "norm_eps_outside", "rope_theta")
 # Of the order of a weight's rows, which its bias then has too.
@@ -176,6 +183,8 @@ def _same_cause(first: Fault, second: Fault) -> bool:
         return layers
     if first.name != second.name:
         return False
+    if first.name == CHANGED:
+        return layers and first.diagnosis[0].says == second.diagnosis[0].says
     kinds = {any_stage(fault.stage).kind for fault in (first, second)}
     if first.name in CONSTANTS:
         return len(kinds) == 1 and first.diagnosis[0].says == second.diagnosis[0].says

@@ -14,6 +14,7 @@ from stages.errors import NotComparable
 from stages.manifest import NAME
 from stages.trace import Trace, coarsest_dtype, numpy_dtype, open_trace
 from stages.verdict import LocalError
+from tools.localize.changed import with_changes
 from tools.localize.question import Question
 from tools.localize.report import Localization
 
@@ -66,7 +67,7 @@ def localize(
     _check_weights(trace, weights)
     with replay.numerics():
         items, fitted = fitting.fit(replay, measured, items, dtype)
-        findings = diagnose.findings(replay, items, dtype, fitted)
+        findings = with_changes(trace, diagnose.findings(replay, items, dtype, fitted))
     skipped = _skipped(trace, weights.config.num_hidden_layers, items)
     felt, costs = nats.measure(replay), None if harm is None else measure(replay, harm)
     return Localization(trace, weights.name, dtype, items, findings, skipped, fitted, felt, costs)

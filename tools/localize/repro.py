@@ -37,7 +37,7 @@ from stages.errors import UserError
 from stages.trace import numpy_dtype
 from stages.verdict import Suspect
 from stages.version import NAME, version
-from tools.localize.causes import Fault
+from tools.localize.causes import CHANGED, Fault
 from tools.localize.report import Localization, faults, place
 from tools.localize.stage_replay import StageReplay
 
@@ -236,6 +236,11 @@ def write(report: Localization, weights: Weights, directory: Path) -> str:
         UserError: nothing can be written there, or the fault does not show in the stage alone.
     """
     fault = faults(report)[0]
+    if fault.name == CHANGED:
+        raise UserError(
+            f"--repro {directory}: {place(fault)}: {fault.diagnosis[0].says}; that is between two "
+            "calls and shows in no stage alone"
+        )
     replay = Replay(report.trace, weights, numpy_dtype(report.dtype))
     with replay.numerics():
         suspect = fault.first.suspect
