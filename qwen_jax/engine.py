@@ -4,9 +4,10 @@ The observer changes nothing: the compiled layer always returns all of its stage
 decides only which of them are fetched. So the logits are the same bytes whatever is captured.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 
 from qwen_jax import runtime
+from qwen_jax.cache import KeyValueCache, cached_in
 from qwen_jax.config import Config
 from qwen_jax.estimate import HEAD_BLOCK, head_tensor, host_dtype
 from qwen_jax.forward import run_stages
@@ -27,6 +29,7 @@ from stages.trace import numpy_dtype
 BACKENDS = ("xla", "eager")
 Want = Callable[[str, int | None], bool]  # is this stage of this layer to be fetched?
 Emit = Callable[[str, int | None, np.ndarray], None]  # stage, layer, value
+EmitRows = Callable[[str, int | None, np.ndarray, int], None]  # ... and the first row of them
 Resume = tuple[int, np.ndarray] | None  # the first layer to compute, and its input
 
 
@@ -77,12 +80,14 @@ class JaxEngine:
         self._norm = self._compiled(tables.end_stages[:-1])
         self._head = self._compiled(tables.end_stages[-1:])
 
-    def _compiled(self, rows: tuple[Stage, ...]) -> Callable[..., Any]:
-        """``run_stages`` of these rows, called as (parameters, pos, given)."""
+    def _compiled(
+        self, rows: tuple[Stage, ...], how: Callable[..., Any] = run_stages
+    ) -> Callable[..., Any]:
+        """``how`` of these rows, called as (parameters, pos, given)."""
         if self.backend == "eager":
-            return partial(run_stages, rows, self.model.config, dtype=self.dtype)
+            return partial(how, rows, self.model.config, dtype=self.dtype)
         options = tuple(runtime.compiler_options().items())
-        return _jitted(rows, self.model.config, self.dtype, options)
+        return _jitted(how, rows, self.model.config, self.dtype, options)
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of its producer."""
@@ -130,37 +135,120 @@ class JaxEngine:
         tokens, positions [B, T] int32; valid [B, T] bool is False at padding, which is on the left
         and may hold any token.
         """
+        with self._numerics():
+            found = positional_by_layer(self.model.config, positions, valid)
+            pos = {kind: self._put(value) for kind, value in found.items()}
+            embedded = None if resume else self._embedding(tokens)
+            self._call(embedded, pos, logits, want, emit, resume=resume)
+
+    def run_calls(
+        self,
+        prompts: np.ndarray,
+        positions: np.ndarray,
+        valid: np.ndarray,
+        steps: tuple[int, ...],
+        cache: str,
+        logits: str,
+        want: Want,
+        emit: EmitRows,
+    ) -> np.ndarray:
+        """Compute sequences of one length in several calls, through a key/value cache: the prompts,
+        then greedily picked tokens, until there are T rows.
+
+        Emits the rows of each call as it computes them, with the number of the first; scores have
+        as many columns as there are rows by then. ``logits`` "last" is of the rows after which a
+        token is picked.
+
+        Arguments:
+            prompts: [B, P] int32.
+            positions, valid: [B, T], as of ``run_batch``.
+            steps: how many rows each call computes; T in all, and P at the end of one of them.
+            cache: a format of ``qwen_jax.cache``.
+
+        Returns:
+            The picked tokens, [B, T - P + 1] int32; the last of them is in no row.
+        """
+        config, tables = self.model.config, self.tables
+        tokens, length = prompts, positions.shape[1]
+        with self._numerics():
+            whole = positional_by_layer(config, positions, valid)
+            held = KeyValueCache(config, self.dtype, len(prompts), length, self._put_stage)
+            layer = self._compiled(tables.cached.layer_stages, cached_in(cache))
+            first = 0
+            for count in steps:
+                end = first + count
+                pos = {
+                    sliding: self._put(
+                        Positional(
+                            all_rows.cos[:, first:end],
+                            all_rows.sin[:, first:end],
+                            held.mask(sliding, np.asarray(all_rows.mask), first, end),  # type: ignore[arg-type]
+                        )
+                    )
+                    for sliding, all_rows in whole.items()
+                }
+                call = _Call(held, first, end, self._put(np.int32(first)), layer)
+                picks = end >= prompts.shape[1]
+                which = "all" if logits == "all" else "last" if picks else "none"
+                picked: list[np.ndarray] = []
+
+                def emit_rows(stage: str, n: int | None, value: np.ndarray, call=call) -> None:  # type: ignore[no-untyped-def]
+                    row = tables.cached.stage[stage]
+                    if row is tables.head:
+                        picked.append(value[:, -1].argmax(-1))
+                    value = held.of_call(row, n, value, call.first, call.end)
+                    emit(stage, n, value, call.end - value.shape[1 + row.axes.index(row.row_axis)])
+
+                embedded = self._embedding_of(tokens[:, first:end])
+                self._call(embedded, pos, which, want, emit_rows, cached=call)
+                if picks:
+                    tokens = np.concatenate([tokens, picked[-1][:, None].astype(np.int32)], 1)
+                first = end
+        return tokens[:, prompts.shape[1] :]
+
+    @contextmanager
+    def _numerics(self) -> Iterator[None]:
         # Un-jitted constants would otherwise lie on a GPU that is the default device.
         where = jax.default_device(self.device) if self.backend == "eager" else nullcontext()
         with runtime.numerics(self.precision), where:
-            self._run_batch(tokens, positions, valid, logits, want, emit, resume)
+            yield
 
-    def _run_batch(
+    def _call(
         self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        valid: np.ndarray,
+        embedded: tuple[Any, np.ndarray] | None,
+        pos: Mapping[bool, Positional],
         logits: str,
         want: Want,
         emit: Emit,
-        resume: Resume,
+        resume: Resume = None,
+        cached: "_Call | None" = None,
     ) -> None:
-        config, tables = self.model.config, self.tables
-        pos = {k: self._put(v) for k, v in positional_by_layer(config, positions, valid).items()}
+        """Every stage of some rows: of a whole sequence, or of one of the calls that compute it.
+
+        ``embedded`` is the embedding and the rows of it, where the call does not ``resume``.
+        """
+        config = self.model.config
+        tables = self.tables.cached if cached else self.tables
         output = tables.layer_output.name
         pending: list[tuple[str, int | None, Any]] = []
         numbers = range(resume[0] if resume else 0, config.num_hidden_layers)
-        with _ahead(chain(self._layers(numbers), self._heads())) as weights:
+        heads = () if logits == "none" else self._heads()
+        with self._ahead(chain(self._layers(numbers), heads)) as weights:
             if resume:
                 x = self._put(resume[1])
             else:
-                table, index = self._embedding(tokens)
+                table, index = embedded  # type: ignore[misc]
                 given = self._put({TOKENS: index})
                 x = self._start(table, pos[False], given)[tables.first.name]
                 pending = [(tables.first.name, 0, x)]
             for layer in numbers:
                 sliding = config.sliding_layers[layer]
-                values = self._layer(next(weights), pos[sliding], {LAYER_INPUT: x})
+                if cached:
+                    given = cached.cache.given(layer, cached.start) | {LAYER_INPUT: x}
+                    values = cached.layer(next(weights), pos[sliding], given)
+                    cached.cache.keep(layer, values)
+                else:
+                    values = self._layer(next(weights), pos[sliding], {LAYER_INPUT: x})
                 x = values[output]
                 # JAX dispatches asynchronously: fetch the last layer while this one computes.
                 self._fetch(pending, want, emit)
@@ -174,11 +262,13 @@ class JaxEngine:
             end = self._place(self._end_parameters())
             before = self._norm(end, pos[False], {output: x})
             self._fetch([*pending, *((name, None, before[name]) for name in before)], want, emit)
+            if logits == "none":
+                return
             x = before[tables.head.inputs[0]]
             if logits == "last":
                 x = self._put(self._host(tables.head.inputs[0], x)[:, -1:])
             head = self._logits(weights, pos[False], x)
-        emit(tables.head.name, None, head[:, 0] if logits == "last" else head)
+        emit(tables.head.name, None, head[:, 0] if logits == "last" and not cached else head)
 
     def _end_parameters(self) -> dict[str, np.ndarray]:
         """What the stages between the last layer and the head read."""
@@ -215,6 +305,21 @@ class JaxEngine:
 
         table = self._keep((parameter.name, rows.tobytes()), load)
         return table, index.reshape(tokens.shape).astype(np.int32)
+
+    def _embedding_of(self, tokens: np.ndarray) -> tuple[dict[str, jax.Array], np.ndarray]:
+        """A row for each token: calls of a length are one program, whatever their tokens."""
+        parameter = self.tables.table
+        rows = self.model.gather(parameter.tensor, tokens.ravel())
+        index = np.arange(tokens.size, dtype=np.int32)
+        return self._place({parameter.name: rows}), index.reshape(tokens.shape)
+
+    def _put_stage(self, stage: Stage, value: np.ndarray) -> jax.Array:
+        """A stage's value, with a batch axis, on the device."""
+        return self._put(value)
+
+    def _ahead(self, items: Iterator[Any]) -> Any:
+        """The same items, read ahead unless they are kept."""
+        return _read_ahead(items) if self._kept is None else nullcontext(items)
 
     def _layers(self, numbers: Iterable[int]) -> Iterator[dict[str, jax.Array]]:
         """Each layer's weights on the device, on the host in memory that those of the layer after
@@ -281,12 +386,28 @@ class JaxEngine:
             yield self._keep((name, first), load)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One of the calls that compute a sequence: its cache, its rows ``first`` to ``end``, the first
+    once more on the device, and the program of a layer."""
+
+    cache: KeyValueCache
+    first: int
+    end: int
+    start: jax.Array
+    layer: Callable[..., dict[str, Any]]
+
+
 @cache
 def _jitted(
-    rows: tuple[Stage, ...], config: Config, dtype: np.dtype, options: tuple[tuple[str, Any], ...]
+    how: Callable[..., Any],
+    rows: tuple[Stage, ...],
+    config: Config,
+    dtype: np.dtype,
+    options: tuple[tuple[str, Any], ...],
 ) -> Callable[..., Any]:
     """One program for all engines of a process that need it: it is compiled once."""
-    return jax.jit(partial(run_stages, rows, config, dtype=dtype), compiler_options=dict(options))
+    return jax.jit(partial(how, rows, config, dtype=dtype), compiler_options=dict(options))
 
 
 def _even_step(count: int, most: int) -> int:
@@ -297,7 +418,7 @@ def _even_step(count: int, most: int) -> int:
 
 
 @contextmanager
-def _ahead(items: Iterator[Any]) -> Iterator[Iterator[Any]]:
+def _read_ahead(items: Iterator[Any]) -> Iterator[Iterator[Any]]:
     """The same items, each made while the one before it is in use, the first from now on."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, items, None)

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax import runtime
 from qwen_jax.config import Config
-from qwen_jax.engine import Emit, JaxEngine, Resume, Want
+from qwen_jax.engine import Emit, EmitRows, JaxEngine, Resume, Want
 from qwen_jax.estimate import head_tensor
 from qwen_jax.forward import run_stages
 from qwen_jax.models import FUNCTIONS, StageFunction
@@ -141,19 +141,28 @@ def _functions(tables: Architecture, size: int) -> dict[str, StageFunction]:
 
 
 def program(
-    mesh: Mesh | AbstractMesh, rows: tuple[Stage, ...], config: Config, dtype: Any
+    mesh: Mesh | AbstractMesh,
+    rows: tuple[Stage, ...],
+    config: Config,
+    dtype: Any,
+    how: Callable[..., Any] = run_stages,
 ) -> Callable[..., Any]:
-    """``run_stages`` over a mesh: called as ``(parameters, pos, given)``, all of them global
+    """``how`` of these rows over a mesh: called as ``(parameters, pos, given)``, all of them global
     arrays."""
     size, tables = mesh.size, config.tables
     functions = _functions(tables, size)
-    own = partial(run_stages, rows, local(config, size), dtype=dtype, functions=functions)
+    own = partial(how, rows, local(config, size), dtype=dtype, functions=functions)
+    cache = {stage.name: stage_spec(stage) for stage in tables.cache}
 
     def run(parameters: Any, pos: Any, given: Mapping[str, Any]) -> dict[str, jax.Array]:
         return jax.shard_map(
             own,
             mesh=mesh,
-            in_specs=(parameter_specs(tables, parameters), P(), P()),
+            in_specs=(
+                parameter_specs(tables, parameters),
+                P(),
+                {name: cache.get(name, P()) for name in given},
+            ),
             out_specs={stage.name: stage_spec(stage) for stage in rows},
         )(parameters, pos, given)
 
@@ -179,8 +188,10 @@ class MeshEngine(JaxEngine):
         self.parts = len(devices)
         super().__init__(model, dtype, "xla", devices[0])
 
-    def _compiled(self, rows: tuple[Stage, ...]) -> Callable[..., Any]:
-        own = program(self.mesh, rows, self.model.config, self.dtype)
+    def _compiled(
+        self, rows: tuple[Stage, ...], how: Callable[..., Any] = run_stages
+    ) -> Callable[..., Any]:
+        own = program(self.mesh, rows, self.model.config, self.dtype, how)
         return jax.jit(own, compiler_options=runtime.compiler_options())
 
     def describe(self) -> dict[str, Any]:
@@ -205,12 +216,37 @@ class MeshEngine(JaxEngine):
             shape = (*tokens.shape, self.model.config.hidden_size)
             resume = self._same_start(group, resume, shape)
             super().run_batch(tokens, positions, valid, logits, want, emit, resume)
-            # What a resumed run has read before is the business of process 0 alone.
-            config = self.model.config
-            numbers = range(resume[0] if resume else 0, config.num_hidden_layers)
-            names = [n for layer in numbers for n in config.tensor_names("layer", layer).values()]
-            hashes = {n: self.model.hash(n).xxh3 for n in [*names, head_tensor(config)]}
+            hashes = self._hashes(resume[0] if resume else 0)
         group.compare("weights", hashes)
+
+    def run_calls(
+        self,
+        prompts: np.ndarray,
+        positions: np.ndarray,
+        valid: np.ndarray,
+        steps: tuple[int, ...],
+        cache: str,
+        logits: str,
+        want: Want,
+        emit: EmitRows,
+    ) -> np.ndarray:
+        arguments = prompts, positions, valid, steps, cache, logits, want
+        group = self.group
+        if group is None:
+            return super().run_calls(*arguments, emit)
+        with group.computing(emit) as emit:
+            picked = super().run_calls(*arguments, emit)
+            hashes = self._hashes(0)
+        group.compare("weights", hashes)
+        return picked
+
+    def _hashes(self, first: int) -> dict[str, str]:
+        """Of the weights that were read from layer ``first`` on: what a resumed run has read before
+        is the business of process 0 alone."""
+        config = self.model.config
+        numbers = range(first, config.num_hidden_layers)
+        names = [n for layer in numbers for n in config.tensor_names("layer", layer).values()]
+        return {n: self.model.hash(n).xxh3 for n in [*names, head_tensor(config)]}
 
     def _same_start(self, group: Group, resume: Resume, shape: tuple[int, ...]) -> Resume:
         """Where process 0 goes on, in every process."""
@@ -228,6 +264,9 @@ class MeshEngine(JaxEngine):
             specs = parameter_specs(self.tables, parameters)
             return {name: self._split(value, specs[name]) for name, value in parameters.items()}
 
+    def _put_stage(self, stage: Stage, value: np.ndarray) -> jax.Array:
+        return self._split(value, stage_spec(stage))
+
     def _split(self, value: np.ndarray, where: P) -> jax.Array:
         return jax.make_array_from_callback(
             value.shape, NamedSharding(self.mesh, where), lambda index: value[index]
@@ -238,7 +277,7 @@ class MeshEngine(JaxEngine):
         if not value.is_fully_addressable:
             value = jax.reshard(value, NamedSharding(self.mesh, P())).addressable_data(0)
         whole = np.asarray(value)
-        if QKV not in self.tables.stage[stage].axes:
+        if QKV not in self.tables.cached.stage[stage].axes:
             return whole
         # Each device has its own q, k and v side by side.
         part = local(self.model.config, self.mesh.size)

@@ -120,14 +120,14 @@ class Group:
         failed: BaseException | None = None
         current: int | None = -1
 
-        def emit_or_note(stage: str, layer: int | None, value: np.ndarray) -> None:
+        def emit_or_note(stage: str, layer: int | None, *value: Any) -> None:
             nonlocal failed, current
             if layer != current:
                 self.meet(failed)
                 current = layer
             try:
                 if failed is None:
-                    emit(stage, layer, value)
+                    emit(stage, layer, *value)
             except BaseException as error:
                 failed = error
 

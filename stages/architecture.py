@@ -283,7 +283,8 @@ class Architecture:
             if inputs != row.inputs:
                 rows += there
                 there = []
-            rows.append(replace(row, inputs=inputs, keys=tuple(read.values())))
+                row = replace(row, inputs=inputs, keys=tuple(read.values()))
+            rows.append(row)
         return replace(self, stages=tuple(rows))
 
     @cached_property

@@ -69,9 +69,11 @@ class Layers(JaxEngine):
         # The sweep varies the precision of products, from outside.
         super().__init__(model, dtype, backend, device, precision=None)
 
-    def _compiled(self, rows: tuple[Stage, ...]) -> Any:
+    def _compiled(
+        self, rows: tuple[Stage, ...], how: Callable[..., Any] = run_stages
+    ) -> Callable[..., Any]:
         if rows != self.tables.layer_stages:
-            return super()._compiled(rows)
+            return super()._compiled(rows, how)
         rows, functions = self.variant.rows, self.variant.functions
         own = partial(run_stages, rows, self.model.config, dtype=self.dtype, functions=functions)
         if self.backend == "eager":
