@@ -19,11 +19,10 @@ from qwen_jax.config import Config
 from qwen_jax.forward import Parameters, run_stages
 from qwen_jax.models import FUNCTIONS, StageFunction
 from qwen_jax.models.ops import Positional, rounded, wide
+from qwen_jax.tracing import CACHE_FORMATS as BLOCKS
 from stages.architecture import CACHE, Stage
-from stages.errors import UserError
 
 START = "start"  # the row at which a call begins, where a cache does not slide
-BLOCK = 32  # of ggml's formats, along a head
 
 Format = Callable[[Array], Array]  # [..., H] in the compute dtype -> what is read back, in it
 
@@ -43,8 +42,7 @@ def _float8(dtype: Any) -> Format:
 
 
 def _over(x: Array, number: float) -> Array:
-    """x / number. Without the barrier XLA makes a product of it where it compiles, a last bit off.
-    """
+    """x / number. Without the barrier a compiler makes a product of it, a last bit off."""
     return x / lax.optimization_barrier(np.full(x.shape, number, x.dtype))
 
 
@@ -59,8 +57,8 @@ def _nearest(x: Array) -> Array:
 
 
 def _blocks(x: Array, kept: Format) -> Array:
-    """``kept`` of every block of 32."""
-    return kept(x.reshape(*x.shape[:-1], -1, BLOCK)).reshape(x.shape)
+    """``kept`` of every block of 32, along a head."""
+    return kept(x.reshape(*x.shape[:-1], -1, BLOCKS["q8_0"])).reshape(x.shape)
 
 
 def _largest(x: Array) -> Array:
@@ -91,6 +89,7 @@ def _int8(x: Array) -> Array:
 
 
 FORMATS: dict[str, Format] = {
+    "float64": _float(jnp.float64),
     "float32": _float(jnp.float32),
     "bfloat16": _float(jnp.bfloat16),
     "float16": _float(jnp.float16),
@@ -100,21 +99,6 @@ FORMATS: dict[str, Format] = {
     "q4_0": lambda x: _blocks(x, _q4_0),
     "int8": _int8,
 }
-
-
-def check(name: str, config: Config) -> None:
-    """Refuse a format that a model's cache cannot have.
-
-    Raises:
-        UserError: there is none of that name, or it does not divide the heads.
-    """
-    if name not in FORMATS:
-        raise UserError(f"no cache format {name!r}; choose one of {', '.join(FORMATS)}")
-    if name in ("q8_0", "q4_0") and config.head_dim % BLOCK:
-        raise UserError(
-            f"--cache {name} has blocks of {BLOCK}, which do not divide this model's head size "
-            f"{config.head_dim}; choose another format"
-        )
 
 
 def run_cached(

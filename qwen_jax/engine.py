@@ -174,7 +174,7 @@ class JaxEngine:
             whole = positional_by_layer(config, positions, valid)
             held = KeyValueCache(config, self.dtype, len(prompts), length, self._put_stage)
             layer = self._compiled(tables.cached.layer_stages, cached_in(cache))
-            first = 0
+            first, picked = 0, list[np.ndarray]()
             for count in steps:
                 end = first + count
                 pos = {
@@ -190,21 +190,30 @@ class JaxEngine:
                 call = _Call(held, first, end, self._put(np.int32(first)), layer)
                 picks = end >= prompts.shape[1]
                 which = "all" if logits == "all" else "last" if picks else "none"
-                picked: list[np.ndarray] = []
-
-                def emit_rows(stage: str, n: int | None, value: np.ndarray, call=call) -> None:  # type: ignore[no-untyped-def]
-                    row = tables.cached.stage[stage]
-                    if row is tables.head:
-                        picked.append(value[:, -1].argmax(-1))
-                    value = held.of_call(row, n, value, call.first, call.end)
-                    emit(stage, n, value, call.end - value.shape[1 + row.axes.index(row.row_axis)])
-
+                picked.clear()
+                placed = partial(self._emit_rows, call, emit, picked)
                 embedded = self._embedding_of(tokens[:, first:end])
-                self._call(embedded, pos, which, want, emit_rows, cached=call)
+                self._call(embedded, pos, which, want, placed, cached=call)
                 if picks:
-                    tokens = np.concatenate([tokens, picked[-1][:, None].astype(np.int32)], 1)
+                    tokens = np.concatenate([tokens, picked[0]], 1)
                 first = end
         return tokens[:, prompts.shape[1] :]
+
+    def _emit_rows(
+        self,
+        call: "_Call",
+        emit: EmitRows,
+        picked: list[np.ndarray],
+        stage: str,
+        layer: int | None,
+        value: np.ndarray,
+    ) -> None:
+        """A stage of one call as rows of the sequence; of logits, the most likely tokens too."""
+        row = self.tables.cached.stage[stage]
+        if row is self.tables.head:
+            picked.append(value[:, -1:].argmax(-1).astype(np.int32))
+        value = call.cache.of_call(row, layer, value, call.first, call.end)
+        emit(stage, layer, value, call.end - value.shape[1 + row.axes.index(row.row_axis)])
 
     @contextmanager
     def _numerics(self) -> Iterator[None]:

@@ -7,20 +7,26 @@ and bad input is refused before one is loaded.
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
+import msgspec
 import numpy as np
+from msgspec import UNSET
 
+from qwen_jax.config import Config
 from qwen_jax.weights.base import Weights
 from stages import aprt, resume
-from stages.architecture import Key
+from stages.architecture import Architecture, Key
 from stages.errors import UserError
 from stages.manifest import (
     DTYPES,
     FORMATS,
     LOGITS,
+    Batch,
     DType,
     FileEntry,
     Format,
@@ -34,6 +40,16 @@ from stages.trace import MemoryTrace, Trace, numpy_dtype, open_trace
 from stages.writer import Planned, TraceWriter, replaceable
 
 Emit = Callable[[str, int | None, np.ndarray], None]
+
+
+# The formats of a key/value cache, and how many channels of a head share a scale. What they do to
+# values is in ``qwen_jax.cache``.
+CACHE_FORMATS = {
+    "float32": 1, "bfloat16": 1, "float16": 1, "float64": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "q8_0": 32, "q4_0": 32, "int8": 1,
+}  # fmt: skip
+
+EmitRows = Callable[[str, int | None, np.ndarray, int], None]  # ... and the first row of them
 
 
 class Engine(Protocol):
@@ -52,32 +68,84 @@ class Engine(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class BatchEngine(Engine, Protocol):
+    """One that also computes several sequences at once, or one in several calls."""
+
+    def run_batch(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        valid: np.ndarray,
+        logits: str,
+        want: Callable[[str, int | None], bool],
+        emit: Emit,
+        resume: tuple[int, np.ndarray] | None = None,
+    ) -> None: ...
+
+    def run_calls(
+        self,
+        prompts: np.ndarray,
+        positions: np.ndarray,
+        valid: np.ndarray,
+        steps: tuple[int, ...],
+        cache: str,
+        logits: str,
+        want: Callable[[str, int | None], bool],
+        emit: EmitRows,
+    ) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is to be traced, checked by ``make_plan``.
 
     Attributes:
-        positions: one for each token.
+        tokens: the prompt.
+        positions: one for each row: of the prompt, and of all generated tokens but the last.
+        steps: how many rows each call computes.
+        cache: the format of the key/value cache; None is without one, in one call.
         format: of the files.
         stored: (stage, layer) of everything asked for, in computation order.
+        batch: its place in a batch, of ``make_batch``.
     """
 
     model: Weights
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
+    steps: tuple[int, ...]
+    cache: str | None
     stages: tuple[str, ...]
     layers: tuple[int, ...]
     dtype: str
     format: str
     logits: str
     stored: tuple[Key, ...]
+    batch: Batch | None = None
 
     def want(self, stage: str, layer: int | None) -> bool:
         return stage in self.stages and (layer is None or layer in self.layers)
 
+    @property
+    def tables(self) -> Architecture:
+        """With the cache's stages where there is one."""
+        tables = self.model.config.tables
+        return tables.cached if self.cache else tables
+
+    @property
+    def generated(self) -> int:
+        """How many tokens are picked, the one after the last row among them."""
+        return len(self.positions) - len(self.tokens) + 1
+
+    @property
+    def stored_logits(self) -> str:
+        """Those of several rows, of all or of those after which a token is picked, are "all"."""
+        return self.logits if self.generated == 1 else "all"
+
     def shape(self, stage: str) -> tuple[int, ...]:
-        config = self.model.config
-        return config.tables.stage[stage].shape(config.dims(len(self.tokens)), self.logits)
+        row, dims = self.tables.stage[stage], self.model.config.dims(len(self.positions))
+        picks = row.last and self.logits == "last" and self.generated > 1
+        return row.shape(dims, self.stored_logits, self.generated if picks else None)
 
     @property
     def planned(self) -> Planned:
@@ -100,10 +168,12 @@ class Plan:
             architecture=config.architecture,
             format=cast(Format, self.format),
             dtype=cast(DType, self.dtype),
-            logits=cast(Logits, self.logits),
-            tokens=self.tokens,
+            logits=cast(Logits, self.stored_logits),
+            tokens=(*self.tokens, *[0] * (self.generated - 1)),  # until they are picked
             positions=self.positions,
-            steps=(len(self.tokens),),
+            steps=self.steps,
+            cache=self.cache,
+            batch=self.batch or UNSET,
             model=Model(name=self.model.name, config=config.to_json(), weights={}),
             producer=producer,
             files=(),
@@ -120,8 +190,18 @@ def make_plan(
     dtype: str = "float32",
     format: str | None = None,
     logits: str = "last",
+    generate: int | None = None,
+    prefill_chunk: int | None = None,
+    cache: str | None = None,
 ) -> Plan:
     """Check what is asked for against the model.
+
+    Arguments:
+        positions: one for each token, from 0 on by default; generated ones go on after the last.
+        generate: how many tokens to pick, greedily, one after the other; the last is in no row.
+        prefill_chunk: how many rows of the prompt each call computes; by default all.
+        cache: the format of the key/value cache, "model" for the dtype of the model; with
+            ``generate`` or ``prefill_chunk`` there is one in any case.
 
     Raises:
         UserError: anything that cannot be done as asked.
@@ -135,12 +215,17 @@ def make_plan(
             known = ", ".join(each for each in valid if each)
             raise UserError(f"no {name} {value!r}; choose one of {known}")
     config = model.config
-    names = parse_stages(stages, config.tables)
+    if cache is None and (generate is not None or prefill_chunk is not None):
+        cache = "model"
+    if cache is not None:
+        cache = cache_format(dtype if cache == "model" else cache, config)
+    tables = config.tables.cached if cache else config.tables
+    names = parse_stages(stages, tables)
     numbers = parse_layers(layers, config.num_hidden_layers)
     format = format or ("safetensors" if dtype == "float64" else "aprt")
     stored = tuple(
         (stage.name, layer)
-        for stage, layer in config.tables.computation_order(config.num_hidden_layers)
+        for stage, layer in tables.computation_order(config.num_hidden_layers)
         if stage.name in names and (layer is None or layer in numbers)
     )
     if not stored:
@@ -151,10 +236,22 @@ def make_plan(
         check_positions(positions, len(tokens))
     except ValueError as error:
         raise UserError(f"no positions of a trace: {error}") from None
+    steps = _steps(len(tokens), generate, prefill_chunk)
+    if generate is not None:
+        last = positions[-1] + generate - 1
+        if last >= config.max_position_embeddings:
+            raise UserError(
+                f"--generate {generate} after {len(tokens)} tokens needs position {last}, and "
+                f"{model.name} has positions 0 to {config.max_position_embeddings - 1}; generate "
+                "fewer, or shorten the prompt"
+            )
+        positions = (*positions, *range(positions[-1] + 1, last + 1))
     plan = Plan(
         model=model,
         tokens=tokens,
         positions=positions,
+        steps=steps,
+        cache=cache,
         stages=names,
         layers=numbers,
         dtype=dtype,
@@ -168,19 +265,172 @@ def make_plan(
     return plan
 
 
+def make_batch(plans: Sequence[Plan], prefill_chunk: int | None = None) -> list[Plan]:
+    """The same sequences, planned alone, as one batch: padded on the left to the longest prompt.
+
+    A call computes the same rows of the padded batch for all, so those of a sequence alone may be
+    fewer.
+    """
+    longest = max(len(plan.tokens) for plan in plans)
+    calls = _steps(longest, plans[0].generated if plans[0].cache else None, prefill_chunk)
+    found = []
+    for row, plan in enumerate(plans):
+        padding = longest - len(plan.tokens)
+        ends = np.maximum(np.cumsum(calls) - padding, 0)
+        steps = tuple(int(n) for n in np.diff(ends, prepend=0) if n)
+        batch = Batch(row=row, size=len(plans), padding=padding)
+        found.append(replace(plan, steps=steps, batch=batch))
+    return found
+
+
+def padded(plans: Sequence[Plan]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The prompts [B, P] int32 of a batch, padded on the left with token 0, the positions of all
+    rows [B, T] int32, and which of those are no padding [B, T] bool."""
+    length = max(len(plan.positions) for plan in plans)
+    prompt = max(len(plan.tokens) for plan in plans)
+    tokens = np.zeros((len(plans), prompt), np.int32)
+    positions = np.zeros((len(plans), length), np.int32)
+    valid = np.zeros((len(plans), length), bool)
+    for row, plan in enumerate(plans):
+        tokens[row, prompt - len(plan.tokens) :] = plan.tokens
+        positions[row, length - len(plan.positions) :] = plan.positions
+        valid[row, length - len(plan.positions) :] = True
+    return tokens, positions, valid
+
+
+def _steps(length: int, generate: int | None, chunk: int | None) -> tuple[int, ...]:
+    """How many rows each call computes.
+
+    Raises:
+        UserError: none, or more than there are.
+    """
+    if generate is not None and generate < 1:
+        raise UserError(f"--generate {generate}: expected 1 or more tokens")
+    if chunk is not None and not 1 <= chunk <= length:
+        raise UserError(
+            f"--prefill-chunk {chunk}: expected 1 to {length}, as the prompt has tokens"
+        )
+    whole, rest = divmod(length, chunk or length)
+    prompt = [chunk or length] * whole + ([rest] if rest else [])
+    return (*prompt, *[1] * ((generate or 1) - 1))
+
+
+def cache_format(name: str, config: Config) -> str:
+    """The name of a format that the model's cache can have.
+
+    Raises:
+        UserError: there is none of that name, or it does not divide the heads.
+    """
+    if name not in CACHE_FORMATS:
+        raise UserError(f"no cache format {name!r}; choose one of {', '.join(CACHE_FORMATS)}")
+    block = CACHE_FORMATS[name]
+    if config.head_dim % block:
+        raise UserError(
+            f"--cache {name} has blocks of {block}, which do not divide this model's head size "
+            f"{config.head_dim}; choose another format"
+        )
+    return name
+
+
 def to_memory(engine: Engine, plan: Plan) -> MemoryTrace:
     """Run the engine and keep what was asked for."""
     values: dict[Key, np.ndarray] = {}
+    dtype = numpy_dtype(plan.dtype)
 
-    def emit(stage: str, layer: int | None, value: np.ndarray) -> None:
-        if plan.want(stage, layer):
+    def emit(stage: str, layer: int | None, value: np.ndarray, rows: slice | None) -> None:
+        if not plan.want(stage, layer):
+            return
+        if rows is None:
             values[stage, layer] = value
+            return
+        row = plan.tables.stage[stage]
+        if (stage, layer) not in values:
+            values[stage, layer] = np.zeros(plan.shape(stage), dtype)
+        place = [slice(None)] * row.axes.index(row.row_axis) + [rows]
+        if "S" in row.axes[len(place) :]:
+            place.append(slice(value.shape[-1]))
+        values[stage, layer][tuple(place)] = value
 
-    engine.run(plan.tokens, plan.positions, plan.logits, plan.want, emit)
+    [picked] = compute(engine, [plan], lambda _, *stage: emit(*stage))
     made = engine.describe()
     name = f"{made['name']}-{made['backend']}-{plan.model.name}"
     config = plan.model.config.to_json()
-    return MemoryTrace(name, config, plan.tokens, plan.dtype, values, plan.positions)
+    tokens = (*plan.tokens, *picked[:-1])
+    return MemoryTrace(name, config, tokens, plan.dtype, values, plan.positions, plan.steps)
+
+
+# sequence, stage, layer, value, its rows where those are not all
+EmitOf = Callable[[int, str, int | None, np.ndarray, slice | None], None]
+
+
+def compute(
+    engine: Engine,
+    plans: Sequence[Plan],
+    emit: EmitOf,
+    resume: tuple[int, np.ndarray] | None = None,
+) -> list[tuple[int, ...]]:
+    """Run one sequence, or several of a batch that differ in their prompts alone.
+
+    Values come without a batch axis and without padding. Returns the tokens that were picked, the
+    last of which is in no row; without a cache none.
+    """
+    first = plans[0]
+    tokens, positions, valid = padded(plans)
+    if first.cache is None and len(plans) == 1:
+        each = partial(emit, 0)
+        engine.run(
+            first.tokens,
+            first.positions,
+            first.logits,
+            first.want,
+            lambda stage, layer, value: each(stage, layer, value, None),
+            resume,
+        )
+        return [()]
+    if not isinstance(engine, BatchEngine):
+        name = engine.describe()["name"]
+        raise UserError(f"{name} computes one sequence in one call, without a cache")
+    longest = positions.shape[1]
+
+    def split(stage: str, layer: int | None, value: np.ndarray, begin: int = 0) -> None:
+        row = first.tables.stage[stage]
+        axis = row.axes.index(row.row_axis)
+        flat = value.ndim == len(row.axes)  # lm_head of one position: no T axis
+        for i, plan in enumerate(plans):
+            pad, found = longest - len(plan.positions), value[i]
+            if flat:
+                emit(i, stage, layer, found, None)
+                continue
+            hidden = max(0, pad - begin)  # rows of padding
+            if hidden >= found.shape[axis]:
+                continue
+            found = found[(slice(None),) * axis + (slice(hidden, None),)]
+            if "S" in row.axes[axis + 1 :]:
+                found = found[..., pad:]
+            shape = plan.shape(stage)
+            if len(shape) < len(row.axes):  # one row after which a token is picked
+                emit(i, stage, layer, found[0], None)
+                continue
+            # of a stage that has the last rows alone, counted from the first of those
+            start = begin + hidden - pad - (len(plan.positions) - shape[axis])
+            rows = slice(start, start + found.shape[axis])
+            whole = found.shape == shape
+            emit(i, stage, layer, found, None if whole else rows)
+
+    if first.cache is None:
+        engine.run_batch(tokens, positions, valid, first.logits, first.want, split, resume)
+        return [() for _ in plans]
+    picked = engine.run_calls(
+        tokens,
+        positions,
+        valid,
+        max(plans, key=lambda plan: len(plan.positions)).steps,
+        first.cache,
+        first.logits,
+        first.want,
+        split,
+    )
+    return [tuple(map(int, row)) for row in picked]
 
 
 @dataclass(frozen=True)
@@ -189,11 +439,13 @@ class Written:
 
     Attributes:
         bytes: of all files.
+        tokens: those of its rows, then the last one picked where there was a cache.
         logits: [V], of the last position, whatever was stored.
     """
 
     path: Path
     bytes: int
+    tokens: tuple[int, ...]
     logits: np.ndarray
 
     def open(self) -> Trace:
@@ -224,31 +476,108 @@ def to_disk(
         UserError: ``out`` cannot be used, or a write failed; what is there is then marked as
             incomplete.
     """
+    if not go_on:
+        return _write(engine, [plan], [out], overwrite, advance)[0]
+    if plan.cache:
+        raise UserError(
+            "--resume goes on with a layer, and a sequence that is computed in calls has all of "
+            "its layers in each; use --overwrite"
+        )
     header = plan.header(engine.describe())
-    kept, start = _resumed(plan, header, out, tell, track) if go_on else ([], None)
-    if go_on:
-        check_space(plan, out, kept)
-    last: list[np.ndarray] = []
-    shown: int | None = -1
-    head = plan.model.config.tables.head.name
-    with TraceWriter(
-        out, header, plan.model.hashes, plan.planned, overwrite or go_on, kept
-    ) as writer:
+    kept, start = _resumed(plan, header, out, tell, track)
+    check_space(plan, out, kept)
+    return _write(engine, [plan], [out], True, advance, kept, start)[0]
 
-        def emit(stage: str, layer: int | None, value: np.ndarray) -> None:
+
+def batch_to_disk(
+    engine: Engine,
+    plans: Sequence[Plan],
+    out: Path,
+    *,
+    overwrite: bool = False,
+    advance: Callable[[int | None, int], None] = lambda layer, written: None,
+) -> list[Written]:
+    """As ``to_disk``, the sequences of ``make_batch`` in ``out/sequence-<i>``."""
+    paths = [out / f"sequence-{i}" for i in range(len(plans))]
+    for old in check_batch_out(out, overwrite):
+        if old not in paths:
+            shutil.rmtree(old)
+    return _write(engine, plans, paths, overwrite, advance)
+
+
+def check_batch_out(out: Path, overwrite: bool) -> list[Path]:
+    """The sequences that are in a batch's directory.
+
+    Raises:
+        UserError: it holds anything else, or ``overwrite`` is false.
+    """
+    if not out.exists():
+        return []
+    try:
+        found = sorted(out.iterdir())
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    for path in found:
+        number = path.name.removeprefix("sequence-")
+        if path.is_symlink() or not path.is_dir() or not number.isdecimal():
+            raise UserError(
+                f"--out {out}: holds {path.name!r}, which is no sequence of a batch; choose an "
+                "empty or new directory"
+            )
+        replaceable(path, overwrite)
+    return found
+
+
+def _write(
+    engine: Engine,
+    plans: Sequence[Plan],
+    paths: Sequence[Path],
+    overwrite: bool,
+    advance: Callable[[int | None, int], None],
+    kept: Sequence[FileEntry] = (),
+    start: tuple[int, np.ndarray] | None = None,
+) -> list[Written]:
+    """Run the engine once, and write each of its sequences where it goes."""
+    last: dict[int, np.ndarray] = {}
+    shown: int | None = -1
+    head, producer = plans[0].tables.head, engine.describe()
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                TraceWriter(
+                    path,
+                    plan.header(producer),
+                    plan.model.hashes,
+                    plan.planned,
+                    overwrite or bool(kept),
+                    kept,
+                )
+            )
+            for plan, path in zip(plans, paths, strict=True)
+        ]
+
+        def emit(
+            i: int, stage: str, layer: int | None, value: np.ndarray, rows: slice | None
+        ) -> None:
             nonlocal shown
-            if plan.want(stage, layer):
-                writer.add(stage, layer, value)
-            if stage == head:
-                last.append(value if plan.logits == "last" else value[-1])
-            writer.note()
+            if plans[i].want(stage, layer):
+                writers[i].add(stage, layer, value, rows)
+            if stage == head.name:
+                last[i] = value if value.ndim < len(head.axes) else value[-1]
+            writers[i].note()
             if layer != shown:  # once a layer: it adds up all files
                 shown = layer
-                advance(layer, writer.bytes)
+                advance(layer, sum(writer.bytes for writer in writers))
 
-        engine.run(plan.tokens, plan.positions, plan.logits, plan.want, emit, start)
-        writer.finish()
-    return Written(path=out, bytes=writer.bytes, logits=last[0])
+        picked = compute(engine, plans, emit, start)
+        written = []
+        for i, (plan, writer) in enumerate(zip(plans, writers, strict=True)):
+            tokens = (*plan.tokens, *picked[i])
+            rows = tokens[: len(plan.positions)]
+            writer.header = msgspec.structs.replace(writer.header, tokens=rows)
+            writer.finish()
+            written.append(Written(paths[i], writer.bytes, tokens, last[i]))
+    return written
 
 
 def check_out(plan: Plan, out: Path, overwrite: bool) -> None:

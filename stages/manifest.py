@@ -93,6 +93,15 @@ class Changed(Struct, frozen=True, kw_only=True):
         )
 
 
+class Batch(Struct, frozen=True, kw_only=True):
+    """What a sequence was computed together with: its row in the batch, how many rows that has, and
+    by how many tokens this one was padded, on the left; its trace has no row of them."""
+
+    row: Whole
+    size: Annotated[int, Meta(ge=1)]
+    padding: Whole
+
+
 class Model(Struct, frozen=True, kw_only=True):
     """What was run: its name, its normalised configuration, and the weight tensors used."""
 
@@ -113,6 +122,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
         steps: how many rows each call of the engine computed; ``[T]`` where one computed all.
         cache: the format of the key/value cache; None without one.
         changed: rows of the cache that changed, where there are such.
+        batch: where several sequences were computed together.
         producer: {"name", "backend", "device", "flags", "versions", ...}: what ran, and on what.
         files: in computation order.
         planned: in an unfinished trace, every (stage, layer) that there is to be.
@@ -127,6 +137,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     steps: tuple[Annotated[int, Meta(ge=1)], ...]
     cache: str | None = None
     changed: tuple[Changed, ...] | UnsetType = UNSET
+    batch: Batch | UnsetType = UNSET
     model: Model
     producer: dict[str, Any]
     files: tuple[FileEntry, ...]

@@ -65,7 +65,7 @@ class Trace:
         self.tokens = tokens
         self.positions = positions
         self.dtype: str | None = found.dtype if found else None
-        self.steps = found.steps if found else (len(tokens),)
+        self.steps: tuple[int, ...] = found.steps if found else (len(tokens),)
         # Without cache stages in the trace, attention is replayed from what went into the cache.
         tables = ARCHITECTURES[config["architecture"]]
         self.tables: Architecture = tables.with_cache({stage for stage, _ in entries})
@@ -140,6 +140,7 @@ class MemoryTrace(Trace):
         values: {(stage, layer): array in the axes of the stage table}, without a batch axis.
             ``lm_head`` may lack its T axis.
         positions: None is from 0 on.
+        steps: None is one call.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class MemoryTrace(Trace):
         dtype: str,
         values: Mapping[Key, np.ndarray],
         positions: tuple[int, ...] | None = None,
+        steps: tuple[int, ...] | None = None,
     ) -> None:
         tables = ARCHITECTURES[config["architecture"]].cached
         entries = {
@@ -159,6 +161,7 @@ class MemoryTrace(Trace):
         given = tuple(range(len(tokens))) if positions is None else positions
         super().__init__(Path(name), None, entries, config, tokens, given)
         self.dtype = dtype
+        self.steps = steps or self.steps
         self.values = values
 
     def read(self, stage: str, layer: int | None) -> np.ndarray:
