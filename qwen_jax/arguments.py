@@ -11,7 +11,7 @@ from stages.errors import UserError
 from stages.trace import Trace, open_trace
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, batch: bool = False) -> None:
     """--model and the ways to give tokens; the same in every command."""
     forms = "; ".join(dict.fromkeys(form.says for form in FORMS[1:]))
     parser.add_argument(
@@ -19,14 +19,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="|".join(dict.fromkeys(form.spec for form in FORMS[1:] if form.spec != "DIR")),
         help=f"{forms}; default: the embedded demo model",
     )
-    add_prompt_arguments(parser)
+    add_prompt_arguments(parser, batch)
 
 
-def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """The ways to give tokens."""
+def add_prompt_arguments(parser: argparse.ArgumentParser, batch: bool = False) -> None:
+    """The ways to give tokens; with ``batch`` those of several sequences too."""
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="default: the embedded prompt")
     prompt.add_argument("--prompt-file", metavar="FILE", type=Path, help="prompt text, UTF-8")
+    if batch:
+        prompt.add_argument(
+            "--prompts", metavar="FILE", type=Path, help="a batch: one prompt a line, UTF-8"
+        )
+        parser.add_argument(
+            "--chat", action="store_true", help="render text by the model's own chat template"
+        )
     prompt.add_argument("--tokens", metavar="1,2,3|random:N", help="token ids instead of text")
     parser.add_argument(
         "--first-position",
@@ -39,7 +46,8 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prompt_of(args: argparse.Namespace) -> Prompt:
     """What the command line says the tokens are."""
-    return Prompt(args.prompt, args.prompt_file, args.tokens, args.first_position)
+    chat = getattr(args, "chat", False)  # of the commands that run a model
+    return Prompt(args.prompt, args.prompt_file, args.tokens, args.first_position, chat)
 
 
 def open_given(path: Path, prompt: Prompt, model: Weights | None) -> Trace:

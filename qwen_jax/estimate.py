@@ -24,10 +24,11 @@ def head_tensor(config: Config) -> str:
     return config.tensor_names("end")[config.tables.head.parameters[0]]
 
 
-def peak_memory(model: Weights, length: int, dtype: str, logits: str) -> int:
+def peak_memory(model: Weights, length: int, dtype: str, logits: str, kept: bool = False) -> int:
     """Bytes of resident memory of the JAX engine on the CPU, about: the weights of two layers, one
     of them cast where the program has to, and stages: of the layer that computes and of the one
-    before, some that wait for the disk, and what lies between them."""
+    before, some that wait for the disk, and what lies between them. ``kept``: the weights of all
+    layers, for the calls after the first."""
     computes = numpy_dtype(dtype)
     wide = max(4, computes.itemsize)
     layer = 0
@@ -38,10 +39,16 @@ def peak_memory(model: Weights, length: int, dtype: str, logits: str) -> int:
     head = math.prod(model.config.tables.head.shape(dims, logits)) * wide
     block = min(HEAD_BLOCK, math.prod(model.shapes[head_tensor(model.config)]) * wide)
     stages = _layer_values(model, length) * wide
+    if kept:
+        weights = (
+            math.prod(shape) * host_dtype(model.dtype(name), computes).itemsize
+            for name, shape in model.shapes.items()
+        )
+        return PROCESS + sum(weights) + layer // 2 + 7 * stages // 2
     return PROCESS + max(layer + 7 * stages // 2, 3 * block + 2 * head)
 
 
-def whole_memory(model: Weights, length: int, dtype: str, logits: str) -> int:
+def whole_memory(model: Weights, length: int, dtype: str, logits: str, kept: bool = False) -> int:
     """The same of the oracle, about: PyTorch and transformers, the whole model as it is stored and,
     in another dtype, as it is computed, and the stages of a layer."""
     computes = numpy_dtype(dtype)

@@ -181,12 +181,17 @@ class MeshEngine(JaxEngine):
     """
 
     def __init__(
-        self, model: Weights, dtype: str, devices: list[jax.Device], group: Group | None = None
+        self,
+        model: Weights,
+        dtype: str,
+        devices: list[jax.Device],
+        group: Group | None = None,
+        keep: bool = False,
     ) -> None:
         self.mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Explicit,))
         self.group = group
         self.parts = len(devices)
-        super().__init__(model, dtype, "xla", devices[0])
+        super().__init__(model, dtype, "xla", devices[0], keep)
 
     def _compiled(
         self, rows: tuple[Stage, ...], how: Callable[..., Any] = run_stages

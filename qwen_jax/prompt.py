@@ -27,12 +27,14 @@ class Prompt:
     Attributes:
         tokens: ids, or text such as "1,2,3" or "random:64".
         first_position: the position of the first token.
+        chat: render text by the tokenizer's own chat template.
     """
 
     text: str | None = None
     file: Path | None = None
     tokens: str | Iterable[int] | None = None
     first_position: int = 0
+    chat: bool = False
 
     @property
     def given(self) -> bool:
@@ -92,7 +94,13 @@ class Prompt:
                 f"{model.name} {model.no_tokenizer}; give ids with --tokens 1,2,3, or let some be "
                 "drawn with --tokens random:64"
             )
-        return tuple(tokenizer.encode(self._read_text()).ids)
+        text = self._read_text()
+        if self.chat:
+            from qwen_jax.chat import render
+
+            # The template writes the special tokens itself.
+            return tuple(tokenizer.encode(render(model, text), add_special_tokens=False).ids)
+        return tuple(tokenizer.encode(text).ids)
 
     def _read_text(self) -> str:
         """The prompt as it is: no line ending is changed, no final newline taken off."""
@@ -114,6 +122,25 @@ def _ids(given: Iterable[int]) -> tuple[int, ...]:
         return tuple(index(token) for token in given)
     except TypeError as error:
         raise UserError(f"token ids are whole numbers, as in (1, 2, 3): {error}") from None
+
+
+def read_prompts(path: Path, first_position: int, chat: bool) -> list[Prompt]:
+    """The prompts of a batch, one a line.
+
+    Raises:
+        UserError: no such file, not text, no line, or an empty one.
+    """
+    try:
+        lines = path.read_bytes().decode().splitlines()
+    except UnicodeError as error:
+        raise UserError(f"--prompts {path}: not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise UserError(f"--prompts {path}: {error.strerror}") from None
+    if not lines:
+        raise UserError(f"--prompts {path}: is empty; expected a prompt a line")
+    if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
+        raise UserError(f"--prompts {path}: line {empty[0]} is empty; expected a prompt a line")
+    return [Prompt(text=line, first_position=first_position, chat=chat) for line in lines]
 
 
 @cache

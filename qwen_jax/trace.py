@@ -10,7 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
-from qwen_jax import cli, trace_command
+from qwen_jax import cli, trace_command, tracing
 from qwen_jax.estimate import peak_memory
 from qwen_jax.processes import Group
 from qwen_jax.tracing import Engine, Plan
@@ -104,7 +104,8 @@ def make_engine(
 
     def keep_programs(device: "jax.Device") -> None:
         if not args.no_compile_cache:
-            how = (plan.dtype, args.backend, args.mesh, args.num_processes, len(plan.tokens))
+            sizes = sorted({*plan.steps}), len(plan.positions), plan.batch and plan.batch.size
+            how = [plan.dtype, args.backend, args.mesh, args.num_processes, *sizes, plan.cache]
             where = (device.device_kind, os.environ.get("XLA_FLAGS"))
             at_end.enter_context(compile_cache.use(plan.model.config, *how, *where))
 
@@ -112,23 +113,23 @@ def make_engine(
         runtime.for_a_command(device)
         chosen = runtime.pick_device(device)
         keep_programs(chosen)
-        return engine.JaxEngine(model, plan.dtype, args.backend, chosen)
-    names = ("mesh", "device", "dtype", "logits", "stages", "layers", "resume")
-    same = {f"--{name}": getattr(args, name) for name in names}
+        return engine.JaxEngine(model, plan.dtype, args.backend, chosen, keep=bool(plan.cache))
+    names = ["mesh", "device", "dtype", "logits", "stages", "layers", "resume"]
+    names += ["generate", "prefill_chunk", "cache", "prompts"]
+    same = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     same |= {"config.json": asdict(model.config), "tokens": plan.tokens}
     same |= {"--first-position": plan.positions[0]}
     devices = mesh.open_devices(model.config, args.mesh, device, group, same)
     if not args.process_id:  # JAX writes for process 0 alone
         keep_programs(devices[0])
-    return mesh.MeshEngine(model, plan.dtype, devices, group)
+    return mesh.MeshEngine(model, plan.dtype, devices, group, keep=bool(plan.cache))
 
 
 def follow(args: argparse.Namespace, group: Group, at_end: ExitStack) -> int:
     """What a process other than 0 does: compute. Process 0 alone writes and reports."""
-    plan = trace_command.plan_of(args)
+    plans = trace_command.plans_of(args)
     if not args.dry_run:
-        engine = make_engine(args, group, at_end, plan)
-        engine.run(plan.tokens, plan.positions, plan.logits, plan.want, lambda *stage: None)
+        tracing.compute(make_engine(args, group, at_end, plans[0]), plans, lambda *stage: None)
     return 0
 
 

@@ -18,10 +18,9 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from qwen_jax import arguments, cli, tracing
-from qwen_jax.prompt import load_tokenizer
+from qwen_jax.prompt import load_tokenizer, read_prompts
 from qwen_jax.tracing import Engine, Plan, Written
 from qwen_jax.weights import open_model
-from qwen_jax.weights.base import Weights
 from stages.architectures import ALL_NAMES
 from stages.errors import UserError
 from stages.manifest import FORMATS, LOGITS
@@ -41,7 +40,7 @@ def dtype(text: str) -> str:
 def parser(prog: str, description: str, backends: tuple[str, ...]) -> argparse.ArgumentParser:
     """The arguments of a trace command."""
     result = cli.Parser(prog=prog, description=description)
-    arguments.add_model_arguments(result)
+    arguments.add_model_arguments(result, batch=True)
     add = result.add_argument
     add("--stages", default="all", metavar="LIST", help=f"all, or some of: {', '.join(ALL_NAMES)}")
     add("--layers", default="all", metavar="LIST", help="all, or numbers and ranges: 0,3-5")
@@ -56,6 +55,14 @@ def parser(prog: str, description: str, backends: tuple[str, ...]) -> argparse.A
     add("--device", choices=("cpu", "gpu"), help="default: a gpu if there is one and it applies")
     add("--format", choices=tuple(FORMATS), help="default: aprt; safetensors for float64")
     add("--logits", default="last", choices=LOGITS, help="positions kept in lm_head")
+    add("--generate", type=int, metavar="N", help="go on with N tokens, each the most likely one")
+    add("--prefill-chunk", type=int, metavar="C", help="compute the prompt in calls of C rows")
+    add(
+        "--cache",
+        metavar="FORMAT",
+        help=f"a key/value cache of one of {', '.join(tracing.CACHE_FORMATS)}; default: none; with "
+        "--generate or --prefill-chunk the model's dtype",
+    )
     add("--out", type=Path, metavar="DIR", help="where the trace goes")
     old = result.add_mutually_exclusive_group()
     old.add_argument("--overwrite", action="store_true", help="replace the trace that is in --out")
@@ -65,27 +72,44 @@ def parser(prog: str, description: str, backends: tuple[str, ...]) -> argparse.A
     return result
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
-    """What the command line asks for, checked.
+def plans_of(args: argparse.Namespace) -> list[Plan]:
+    """What the command line asks for, checked: one sequence, or those of a batch.
 
     Raises:
         UserError: anything that cannot be done as asked.
     """
-    model, prompt = open_model(args.model), arguments.prompt_of(args)
-    tokens = prompt.read(model)
-    load_tokenizer(
-        model
-    )  # it names the next token: a damaged one is refused now, not after the run
-    return tracing.make_plan(
-        model,
-        tokens,
-        prompt.positions(tokens),
-        stages=args.stages,
-        layers=args.layers,
-        dtype=args.dtype,
-        format=args.format,
-        logits=args.logits,
+    model = open_model(args.model)
+    batch = args.prompts is not None
+    if batch and args.resume:
+        raise UserError("--resume goes on with one sequence; use --overwrite with --prompts")
+    prompts = (
+        read_prompts(args.prompts, args.first_position, args.chat)
+        if batch
+        else [arguments.prompt_of(args)]
     )
+    if args.chat and args.tokens is not None:
+        raise UserError("--chat renders text, and --tokens are ids already; use one of them")
+    load_tokenizer(model)  # it names tokens: a damaged one is refused now, not after the run
+    plans = []
+    for prompt in prompts:
+        tokens = prompt.read(model)
+        plans.append(
+            tracing.make_plan(
+                model,
+                tokens,
+                prompt.positions(tokens),
+                stages=args.stages,
+                layers=args.layers,
+                dtype=args.dtype,
+                format=args.format,
+                logits=args.logits,
+                generate=args.generate,
+                prefill_chunk=None if batch else args.prefill_chunk,
+                cache=args.cache or ("model" if args.prefill_chunk is not None else None),
+                chat=args.chat,
+            )
+        )
+    return tracing.make_batch(plans, args.prefill_chunk) if batch else plans
 
 
 def out_of(args: argparse.Namespace, plan: Plan, suffix: str) -> Path:
@@ -105,48 +129,101 @@ def main(
     args: argparse.Namespace,
     suffix: str,
     make_engine: Callable[[Plan], Engine],
-    memory: Callable[[Weights, int, str, str], int],
+    memory: Callable[..., int],
 ) -> int:
     """Plan, run the engine that ``make_engine(plan)`` returns, write, report.
 
     ``memory`` is of ``estimate``: what that engine will take, for --dry-run.
     """
     began = time.perf_counter()
-    plan = plan_of(args)
+    plans = plans_of(args)
+    plan = max(plans, key=lambda plan: len(plan.tokens))
     out = out_of(args, plan, suffix)
     if args.dry_run:
-        needed = memory(plan.model, len(plan.tokens), plan.dtype, plan.logits)
-        show = cli.report(args.json, _summary(plan, out) | {"peak_memory_bytes": needed})
+        length = len(plans) * len(plan.positions)
+        needed = memory(plan.model, length, plan.dtype, plan.logits, plan.cache is not None)
+        show = cli.report(args.json, _said(plans, out, [{} for _ in plans], needed))
         show.print(_table(plan))
         show.print(
             f"dry run: nothing was computed or written; --out would be {out!s}/, peak memory about "
             f"{cli.size(needed)}"
         )
         return 0
-    if not args.resume:
+    if plan.batch:
+        tracing.check_batch_out(out, args.overwrite)
+    elif not args.resume:
         tracing.check_out(plan, out, args.overwrite)
-    written = _run(make_engine(plan), plan, out, args.overwrite, args.resume)
+    written = _run(make_engine(plan), plans, out, args.overwrite, args.resume)
     seconds, peak = time.perf_counter() - began, _peak_memory()
-    top = _top(load_tokenizer(plan.model), written.logits)
-    data = _summary(plan, out) | {
-        "file_bytes": written.bytes,
-        "top": top,
-        "seconds": round(seconds, 3),
-        "peak_memory_bytes": peak,
-    }
-    show = cli.report(args.json, data)
+    tokenizer = load_tokenizer(plan.model)
+    found = [_found(tokenizer, *each) for each in zip(plans, written, strict=True)]
+    show = cli.report(args.json, _said(plans, out, found, peak, {"seconds": round(seconds, 3)}))
     show.print(_table(plan))
-    _print_top(show, top)
+    for each, facts in zip(written, found, strict=True):
+        if plan.batch:
+            show.print(f"\n{each.path}/: {len(facts['tokens'])} tokens")
+        _print_generated(show, tokenizer, facts.get("generated"))
+        _print_top(show, facts["top"])
+    rows = " + ".join(str(len(each.positions)) for each in plans)
     show.print(
-        f"{out}/: {len(plan.stored)} files, {cli.size(written.bytes)}, {plan.dtype}, "
-        f"{len(plan.tokens)} tokens, in {seconds:.1f} s, peak memory {cli.size(peak)}"
+        f"{out}/: {sum(len(p.stored) for p in plans)} files, "
+        f"{cli.size(sum(each.bytes for each in written))}, {plan.dtype}, "
+        f"{rows} tokens, in {seconds:.1f} s, peak memory {cli.size(peak)}"
     )
     return 0
 
 
-def _run(engine: Engine, plan: Plan, out: Path, overwrite: bool, resume: bool) -> Written:
+def _said(
+    plans: Sequence[Plan],
+    out: Path,
+    found: Sequence[dict[str, Any]],
+    peak: int,
+    more: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The object of --json: of one sequence, or of the sequences of a batch."""
+    run = {"peak_memory_bytes": peak} | (more or {})
+    if plans[0].batch is None:
+        return _summary(plans[0], out) | found[0] | run
+    sequences = [
+        _summary(plan, out / f"sequence-{i}") | facts | run
+        for i, (plan, facts) in enumerate(zip(plans, found, strict=True))
+    ]
+    return {"schema": 2, "out": str(out), "sequences": sequences}
+
+
+def _found(tokenizer: Tokenizer | None, plan: Plan, written: Written) -> dict[str, Any]:
+    """What a run adds to the summary of a sequence."""
+    found: dict[str, Any] = {
+        "tokens": list(written.tokens[: len(plan.positions)]),
+        "file_bytes": written.bytes,
+        "top": _top(tokenizer, written.logits),
+    }
+    if plan.generate:
+        picked = written.tokens[len(plan.tokens) :]
+        found["generated"] = [
+            {"token": token, "text": tokenizer.decode([token]) if tokenizer else None}
+            for token in picked
+        ]
+    return found
+
+
+def _print_generated(
+    show: Console, tokenizer: Tokenizer | None, generated: list[dict[str, Any]] | None
+) -> None:
+    if generated is None:
+        return
+    tokens = [each["token"] for each in generated]
+    text = f": {tokenizer.decode(tokens)!r}" if tokenizer else ""
+    show.print(f"generated {len(tokens)} tokens{text}")
+    show.print(f"as ids: {','.join(map(str, tokens))}")
+
+
+def _run(
+    engine: Engine, plans: Sequence[Plan], out: Path, overwrite: bool, resume: bool
+) -> list[Written]:
     """``tracing.to_disk`` with a progress bar."""
-    layers, size = plan.model.config.num_hidden_layers, cli.size(plan.total)
+    plan = plans[0]
+    layers, size = plan.model.config.num_hidden_layers, cli.size(sum(p.total for p in plans))
     with cli.progress("{task.fields[written]}") as bar:
         task = bar.add_task("layers", total=layers, written="")
 
@@ -158,7 +235,11 @@ def _run(engine: Engine, plan: Plan, out: Path, overwrite: bool, resume: bool) -
             return bar.track(names, description="checking weights of finished layers")
 
         try:
-            return tracing.to_disk(
+            if plan.batch:
+                return tracing.batch_to_disk(
+                    engine, plans, out, overwrite=overwrite, advance=advance
+                )
+            written = tracing.to_disk(
                 engine,
                 plan,
                 out,
@@ -168,9 +249,11 @@ def _run(engine: Engine, plan: Plan, out: Path, overwrite: bool, resume: bool) -
                 track=track,
                 advance=advance,
             )
+            return [written]
         except KeyboardInterrupt:
+            again = "--overwrite starts anew" if plan.cache or plan.batch else "--resume goes on"
             raise KeyboardInterrupt(
-                f"{out}/ is marked as incomplete; the same command with --resume goes on"
+                f"{out}/ is marked as incomplete; the same command with {again}"
             ) from None
 
 
@@ -194,7 +277,7 @@ def _rows(plan: Plan) -> list[dict[str, Any]]:
     for stage in plan.stages:
         files = sum(name == stage for name, _ in plan.stored)
         if files:
-            axes = plan.model.config.tables.stage[stage].stored_axes(plan.logits)
+            axes = plan.tables.stage[stage].stored_axes(plan.stored_logits)
             size = files * plan.bytes(stage)
             shape = list(plan.shape(stage))
             rows.append(
@@ -215,6 +298,8 @@ def _summary(plan: Plan, out: Path) -> dict[str, Any]:
         "format": plan.format,
         "tokens": list(plan.tokens),
         "positions": list(plan.positions),
+        "steps": list(plan.steps),
+        "cache": plan.cache,
         "layers": list(plan.layers),
         "stages": rows,
         "files": len(plan.stored),

@@ -104,16 +104,20 @@ class Plan:
         tokens: the prompt.
         positions: one for each row: of the prompt, and of all generated tokens but the last.
         steps: how many rows each call computes.
+        generate: how many tokens are picked, the one after the last row among them; None where
+            that was not asked for.
         cache: the format of the key/value cache; None is without one, in one call.
         format: of the files.
         stored: (stage, layer) of everything asked for, in computation order.
         batch: its place in a batch, of ``make_batch``.
+        chat: whether the tokenizer's chat template made the prompt.
     """
 
     model: Weights
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
     steps: tuple[int, ...]
+    generate: int | None
     cache: str | None
     stages: tuple[str, ...]
     layers: tuple[int, ...]
@@ -122,6 +126,7 @@ class Plan:
     logits: str
     stored: tuple[Key, ...]
     batch: Batch | None = None
+    chat: bool = False
 
     def want(self, stage: str, layer: int | None) -> bool:
         return stage in self.stages and (layer is None or layer in self.layers)
@@ -133,19 +138,14 @@ class Plan:
         return tables.cached if self.cache else tables
 
     @property
-    def generated(self) -> int:
-        """How many tokens are picked, the one after the last row among them."""
-        return len(self.positions) - len(self.tokens) + 1
-
-    @property
     def stored_logits(self) -> str:
         """Those of several rows, of all or of those after which a token is picked, are "all"."""
-        return self.logits if self.generated == 1 else "all"
+        return self.logits if (self.generate or 1) == 1 else "all"
 
     def shape(self, stage: str) -> tuple[int, ...]:
         row, dims = self.tables.stage[stage], self.model.config.dims(len(self.positions))
-        picks = row.last and self.logits == "last" and self.generated > 1
-        return row.shape(dims, self.stored_logits, self.generated if picks else None)
+        picks = row.last and self.logits == "last" and (self.generate or 1) > 1
+        return row.shape(dims, self.stored_logits, self.generate if picks else None)
 
     @property
     def planned(self) -> Planned:
@@ -164,16 +164,18 @@ class Plan:
     def header(self, producer: dict[str, Any]) -> Manifest:
         """The manifest, but for files and weights."""
         config = self.model.config
+        missing = len(self.positions) - len(self.tokens)
         return Manifest(
             architecture=config.architecture,
             format=cast(Format, self.format),
             dtype=cast(DType, self.dtype),
             logits=cast(Logits, self.stored_logits),
-            tokens=(*self.tokens, *[0] * (self.generated - 1)),  # until they are picked
+            tokens=(*self.tokens, *[0] * missing),  # until they are picked
             positions=self.positions,
             steps=self.steps,
             cache=self.cache,
             batch=self.batch or UNSET,
+            chat=True if self.chat else UNSET,
             model=Model(name=self.model.name, config=config.to_json(), weights={}),
             producer=producer,
             files=(),
@@ -193,6 +195,7 @@ def make_plan(
     generate: int | None = None,
     prefill_chunk: int | None = None,
     cache: str | None = None,
+    chat: bool = False,
 ) -> Plan:
     """Check what is asked for against the model.
 
@@ -251,6 +254,7 @@ def make_plan(
         tokens=tokens,
         positions=positions,
         steps=steps,
+        generate=generate,
         cache=cache,
         stages=names,
         layers=numbers,
@@ -258,6 +262,7 @@ def make_plan(
         format=format,
         logits=logits,
         stored=stored,
+        chat=chat,
     )
     if format == "aprt":
         for stage, _ in stored:
@@ -272,7 +277,7 @@ def make_batch(plans: Sequence[Plan], prefill_chunk: int | None = None) -> list[
     fewer.
     """
     longest = max(len(plan.tokens) for plan in plans)
-    calls = _steps(longest, plans[0].generated if plans[0].cache else None, prefill_chunk)
+    calls = _steps(longest, plans[0].generate, prefill_chunk)
     found = []
     for row, plan in enumerate(plans):
         padding = longest - len(plan.tokens)

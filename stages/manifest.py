@@ -123,6 +123,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
         cache: the format of the key/value cache; None without one.
         changed: rows of the cache that changed, where there are such.
         batch: where several sequences were computed together.
+        chat: whether the prompt was rendered by the tokenizer's chat template.
         producer: {"name", "backend", "device", "flags", "versions", ...}: what ran, and on what.
         files: in computation order.
         planned: in an unfinished trace, every (stage, layer) that there is to be.
@@ -138,6 +139,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     cache: str | None = None
     changed: tuple[Changed, ...] | UnsetType = UNSET
     batch: Batch | UnsetType = UNSET
+    chat: Literal[True] | UnsetType = UNSET
     model: Model
     producer: dict[str, Any]
     files: tuple[FileEntry, ...]

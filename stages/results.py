@@ -247,6 +247,13 @@ class NextToken(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     probability: float | None
 
 
+class Generated(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A token that was picked, and its text where the model has a tokenizer."""
+
+    token: int
+    text: str | None
+
+
 class TraceResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``qwen_jax.trace --json`` and ``oracle.trace --json``, with and without ``--dry-run``."""
 
@@ -258,6 +265,8 @@ class TraceResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     format: str
     tokens: list[int]
     positions: list[int]
+    steps: list[int]
+    cache: str | None
     layers: list[int]
     stages: list[StageRow]
     files: int
@@ -265,7 +274,16 @@ class TraceResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     peak_memory_bytes: int
     file_bytes: int | UnsetType = UNSET
     top: list[NextToken] | UnsetType = UNSET
+    generated: list[Generated] | UnsetType = UNSET
     seconds: float | UnsetType = UNSET
+
+
+class BatchResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The same with ``--prompts``: the sequences of a batch."""
+
+    schema: Literal[2]
+    out: str
+    sequences: list[TraceResult]
 
 
 # --- collect
@@ -439,6 +457,7 @@ RESULTS: dict[str, type[Struct]] = {
     "localize": LocalizeResult,
     "diff": DiffResult,
     "trace": TraceResult,
+    "batch": BatchResult,
     "collect": CollectResult,
     "convert": ConvertResult,
     "parity": ParityResult,

@@ -4,6 +4,7 @@ Each form of a model (see ``qwen_jax.weights``) gives rows of a tensor; the rest
 neither jax nor torch.
 """
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -21,7 +22,14 @@ from stages.manifest import WeightEntry
 
 BLOCK = 1 << 20  # bytes of one read: hashed and widened while they are in the cache
 # What belongs to a model besides its weights.
-COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+CHAT_TEMPLATE = "chat_template.jinja"  # or in tokenizer_config.json
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    CHAT_TEMPLATE,
+)
 ALIGNMENT = 64  # bytes: JAX takes a host array that is aligned so as it lies, without a copy
 
 
@@ -116,6 +124,29 @@ class Weights(ABC):
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for a damaged file
             raise UserError(f"{path}: not a tokenizer: {error}") from None
+
+    def chat_template(self) -> tuple[str, dict[str, str]] | None:
+        """How its tokenizer writes a chat, in Jinja, and the special tokens that this may name;
+        None where it does not say.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if self.directory is None:
+            return None
+        path, alone = self.directory / "tokenizer_config.json", self.directory / CHAT_TEMPLATE
+        try:
+            said = json.loads(path.read_bytes()) if path.is_file() else {}
+            template = alone.read_text("utf-8") if alone.is_file() else said.get("chat_template")
+            if isinstance(template, list):  # several, by name
+                template = {each["name"]: each["template"] for each in template}["default"]
+            tokens = {name: said.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: no chat template can be read: {error!r}") from None
+        if not isinstance(template, str):
+            return None
+        text = {n: t.get("content") if isinstance(t, dict) else t for n, t in tokens.items()}
+        return template, {name: each for name, each in text.items() if isinstance(each, str)}
 
     def companions(self) -> dict[str, bytes]:
         """The files that go with the weights, by name, config.json first."""

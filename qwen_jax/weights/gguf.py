@@ -178,6 +178,16 @@ class GgufWeights(Weights):
         metadata = gguf_file.read_header(self.path).metadata
         return gguf_tokenizer.build(metadata, str(self.path))
 
+    def chat_template(self) -> tuple[str, dict[str, str]] | None:
+        metadata = gguf_file.read_header(self.path).metadata
+        names = "tokenizer.chat_template", "tokenizer.ggml.tokens"
+        template, tokens = map(metadata.get, names)
+        if not isinstance(template, str) or not isinstance(tokens, list):
+            return None
+        ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+        known = {n: i for n, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
+        return template, {f"{name}_token": tokens[i] for name, i in known.items()}
+
 
 def hf_config(content: Content, where: str) -> dict[str, Any]:
     """The ``config.json`` that a model would have in Hugging Face's form.

@@ -106,7 +106,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w")  # a library that prints must not break the lines
     os.dup2(2, 1)
     parser = trace_command.parser("trace", "", ("xla",))
-    plan = trace_command.plan_of(parser.parse_args(job["arguments"]))
+    [plan] = trace_command.plans_of(parser.parse_args(job["arguments"]))
     run = CONTENDERS[job["contender"]](plan, Path(job["out"]))
     for _ in range(2):
         shutil.rmtree(Path(job["out"]), ignore_errors=True)
