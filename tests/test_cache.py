@@ -11,9 +11,13 @@ import pytest
 
 from qwen_jax import cache, runtime, tracing
 from qwen_jax.engine import JaxEngine
+from qwen_jax.prompt import random_tokens
+from qwen_jax.weights import open_model
 from qwen_jax.weights.huggingface import HuggingFaceWeights
+from stages.architecture import LINEAR, SCORES, SOFTMAX, WEIGHTED_SUM
 from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
+from stages.invariance import partings
 from stages.manifest import Batch
 from tests.tiny import write_checkpoint
 from tests.traces import check_stages, torch_trace
@@ -114,6 +118,38 @@ def test_a_decode_is_the_prefill_of_its_tokens(tiny: Path, chunk: int | None) ->
         np.testing.assert_array_equal(found.read("v_cache", layer), v)
 
 
+CALLS = [
+    ({"prefill_chunk": 16}, "xla"),
+    ({"cache": "model"}, "xla"),
+    ({"generate": 3, "prefill_chunk": 40}, "eager"),
+]
+
+
+@pytest.mark.parametrize(("asked", "backend"), CALLS)
+def test_in_how_many_calls_changes_no_byte(asked: dict, backend: str) -> None:
+    """Of the demo: chunks of a prefill; un-jitted a decode too."""
+    made = JaxEngine(open_model(None), "float32", backend, jax.devices("cpu")[0], keep=True)
+    tokens = random_tokens(63, made.model)
+    found = trace(made, tokens, logits="all", **asked)
+    whole = trace(made, found.tokens, logits="all")
+    assert partings(found, whole) == []
+    seen = np.tri(len(found.tokens), dtype=bool)
+    for key in whole.entries:
+        mask = seen if key[0] == "attn_scores" else True
+        both = (np.where(mask, each.read(*key), 0) for each in (found, whole))
+        np.testing.assert_array_equal(*both, err_msg=str(key))
+
+
+def test_where_a_decode_parts_from_the_prefill(tiny: Path) -> None:
+    """Compiled, and in sizes as small as these: at products, whose sums XLA adds up in another
+    order where there are few rows or keys, and where the keys of a window are added up."""
+    made = engine(tiny)
+    found = trace(made, TOKENS, logits="all", generate=4)
+    parted = partings(found, trace(made, found.tokens, logits="all"))
+    kinds = {found.row(each.stage).kind for each in parted}
+    assert kinds and kinds <= {LINEAR, SCORES, WEIGHTED_SUM, SOFTMAX}
+
+
 def test_it_picks_what_transformers_generates(tiny: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -209,7 +245,7 @@ def test_an_older_batch_leaves_nothing_behind(tiny: Path, tmp_path: Path) -> Non
     ("asked", "says"),
     [
         ({"generate": 0}, "--generate 0: expected 1 or more"),
-        ({"generate": 400}, "needs position 436, and tiny has positions 0 to 255"),
+        ({"generate": 400}, "needs position 435, and tiny has positions 0 to 255"),
         ({"prefill_chunk": 38}, "--prefill-chunk 38: the prompt has 37 tokens"),
         ({"cache": "q2_K"}, "no cache format 'q2_K'; choose one of float32, "),
     ],

@@ -15,6 +15,8 @@ from qwen_jax import rope
 from qwen_jax.config import Config
 from stages.mask import attention_mask
 
+SMALL = 4096  # elements: see ``row_sums``
+
 
 class Positional(struct.PyTreeNode):
     """What the positions of a run decide, and all layers of one kind of attention share.
@@ -96,13 +98,29 @@ def linear(x: Array, weight: Array) -> Array:
     return contract(x, weight, ((2,), (1,)))
 
 
+def row_sums(x: Array) -> Array:
+    """The sums over the last axis, in one order whatever the number of rows.
+
+    XLA on the CPU adds up an array of fewer than 4096 elements in another order than a larger one:
+    a row of a decode would have other last bits than the same row of a prefill. So few rows are
+    added up among rows of zeros.
+    """
+    width = x.shape[-1]
+    rows = x.reshape(-1, width)
+    missing = -(-SMALL // width) - rows.shape[0]
+    if missing > 0:
+        rows = lax.concatenate([rows, jnp.zeros((missing, width), x.dtype)], 0)
+    total = lax.reduce(rows, np.zeros((), x.dtype), lax.add, (1,))
+    return total[: x.size // width].reshape(x.shape[:-1])
+
+
 def rms_norm(config: Config, x: Array, weight: Array) -> Array:
     """RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467) over the last axis, which weight has.
 
     Hugging Face normalises in float32 and rounds *before* it multiplies by the weight.
     """
     w = wide(x)
-    total = lax.reduce(w * w, np.zeros((), w.dtype), lax.add, (x.ndim - 1,))
+    total = row_sums(w * w)
     # Divisions and a square root, as in PyTorch. Without the barriers XLA makes of them, depending
     # on what it compiles, a product with 1/D and its own rsqrt, a last bit off in 38 % of cases.
     mean = total / lax.optimization_barrier(np.full(total.shape, x.shape[-1], w.dtype))

@@ -25,6 +25,7 @@ from qwen_jax.models.ops import (
     rms_norm,
     rotate,
     rounded,
+    row_sums,
     split_heads,
     wide,
 )
@@ -105,7 +106,7 @@ def attn_softmax(config: Config, pos: Positional, scores: Array) -> Array:
     )
     high = lax.reduce(masked, np.array(-np.inf, w.dtype), lax.max, (3,))
     weights = lax.exp(masked - high[..., None])
-    total = lax.reduce(weights, np.zeros((), w.dtype), lax.add, (3,))
+    total = row_sums(weights)
     return weights / total[..., None]
 
 

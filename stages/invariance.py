@@ -1,0 +1,88 @@
+"""Where two computations of the same sequence part: *the first operation with bit-equal inputs and
+unequal outputs*. Alone and in a batch, in one call and in many, an engine that is invariant has
+none; of one that is not, this is the operation whose arithmetic depends on what is computed beside
+it (He et al. 2025, "Defeating nondeterminism in LLM inference").
+
+It is decided row by row: a row may part at an operation though other rows came to it unequal.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stages.architecture import TOKENS, Key
+from stages.mask import layer_mask
+from stages.trace import Trace
+
+
+@dataclass(frozen=True)
+class Parting:
+    """An operation that made unequal values from bit-equal ones.
+
+    Attributes:
+        rows: of the sequence, where it did.
+    """
+
+    stage: str
+    layer: int | None
+    rows: np.ndarray
+
+    @property
+    def key(self) -> Key:
+        return self.stage, self.layer
+
+
+def partings(a: Trace, b: Trace) -> list[Parting]:
+    """Every operation with bit-equal inputs and unequal outputs in some row, in computation order,
+    of two traces of the same tokens by the same weights.
+
+    What is not in both traces is passed over: its reader is then judged by what it was computed
+    from. Rows that only one side holds are not compared.
+    """
+    length, layers = len(a.tokens), a.config["num_hidden_layers"]
+    tables = a.tables if len(a.tables.stages) >= len(b.tables.stages) else b.tables
+    equal: dict[Key, np.ndarray] = {}
+    found = []
+    for row, layer in tables.computation_order(layers):
+        inputs = np.ones(length, bool)
+        for name in row.inputs:
+            if name == TOKENS:
+                continue
+            read = equal[tables.stored_as(name, layer, layers)]
+            inputs &= np.logical_and.accumulate(read) if name in row.keys else read
+        key = row.name, layer
+        if key not in a.entries or key not in b.entries:
+            equal[key] = inputs
+            continue
+        same = _rows_equal(a, b, key)
+        equal[key] = same  # of a value that came out the same it does not matter from what
+        created = np.flatnonzero(inputs & ~same)
+        if created.size:
+            found.append(Parting(row.name, layer, created))
+    return found
+
+
+def _rows_equal(a: Trace, b: Trace, key: Key) -> np.ndarray:
+    """[T] bool: of which rows the bits are equal. Rows that are not held count as equal."""
+    row, length = (a if key[0] in a.tables.stage else b).row(key[0]), len(a.tokens)
+    x, y = a.read_rows(*key), b.read_rows(*key)
+    axis = row.axes.index(row.row_axis)
+    count = min(x.shape[axis], y.shape[axis])
+    last = (slice(None),) * axis + (slice(-count, None),)
+    unequal = _bits_differ(x[last], y[last])
+    if row.kind.masked and key[1] is not None:
+        unequal &= layer_mask(a.config, key[1], a.positions)[-count:]
+    others = tuple(each for each in range(unequal.ndim) if each != axis)
+    found = np.ones(length, bool)
+    found[length - count :] = ~unequal.any(axis=others)
+    return found
+
+
+def _bits_differ(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Elementwise. A 16-bit dtype that only one side has is widened: APRT does so."""
+    if x.dtype != y.dtype:
+        x, y = (each.astype(np.float32) if each.itemsize < 4 else each for each in (x, y))
+    if x.dtype != y.dtype:
+        return np.ones(x.shape, bool)
+    bits = f"u{x.itemsize}"
+    return np.ascontiguousarray(x).view(bits) != np.ascontiguousarray(y).view(bits)
