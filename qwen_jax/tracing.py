@@ -313,7 +313,7 @@ def _steps(length: int, generate: int | None, chunk: int | None) -> tuple[int, .
         raise UserError(f"--generate {generate}: expected 1 or more tokens")
     if chunk is not None and not 1 <= chunk <= length:
         raise UserError(
-            f"--prefill-chunk {chunk}: expected 1 to {length}, as the prompt has tokens"
+            f"--prefill-chunk {chunk}: the prompt has {length} tokens; give 1 to {length}"
         )
     whole, rest = divmod(length, chunk or length)
     prompt = [chunk or length] * whole + ([rest] if rest else [])

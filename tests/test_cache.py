@@ -163,16 +163,17 @@ def test_it_picks_what_transformers_generates(tiny: Path) -> None:
     assert found.tokens == tuple(expected[0, :-1].tolist())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("format", ["float16", "float8_e4m3fn", "q8_0", "q4_0", "int8"])
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [("float16", "float32"), ("q8_0", "bfloat16"), ("q4_0", "float32"), ("int8", "bfloat16")],
+)
 def test_attention_reads_what_the_cache_kept(tiny: Path, format: str, dtype: str) -> None:
     found = trace(engine(tiny, dtype), TOKENS, dtype=dtype, cache=format, prefill_chunk=16)
     for layer in (0, 1):
         k = found.read("k_post_rope", layer).astype(np.float32)
         kept = read_back(format, k).astype(found.read("k_cache", layer).dtype)
         np.testing.assert_array_equal(found.read("k_cache", layer), kept)
-        if (format, dtype) != ("float16", "bfloat16"):  # which of these values loses nothing
-            assert not np.array_equal(kept, k)
+        assert not np.array_equal(kept, k)
         q = found.read("q_post_rope", layer).astype(np.float64)
         keys = np.repeat(kept.astype(np.float64), q.shape[1] // kept.shape[1], 1)
         scores = np.einsum("tnh,snh->nts", q, keys) * 32**-0.5
