@@ -4,6 +4,7 @@ trace      dump every sub-stage of the JAX forward pass
 oracle     dump the same stages from PyTorch and Hugging Face transformers
 diff       how far one trace has come from another, stage by stage
 localize   where error is created in a trace, and what the mistake is
+report     what localize finds, as one HTML file to look at and to send
 parity     XLA-compiled against un-jitted, over a grid of ways to compile
 collect    run another engine and trace what it computes
 convert    a model to Hugging Face or orbax files, from those or from GGUF
@@ -23,6 +24,7 @@ COMMANDS = {
     "oracle": "oracle.trace",
     "diff": "tools.diff",
     "localize": "tools.localize.__main__",
+    "report": "tools.report.__main__",
     "parity": "tools.parity.__main__",
     "collect": "tools.collect.__main__",
     "convert": "tools.convert",

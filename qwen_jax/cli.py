@@ -186,15 +186,19 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _json_target(text: str) -> str:
+    return text if text == "-" else str(writable(text))
+
+
+def writable(text: str) -> Path:
+    """A file to write to, for argparse: refused where it could not be written."""
     path = Path(text)
-    if text != "-":
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{text!r} is a directory")
-        if not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"no such directory: {str(path.parent)!r}")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
-    return text
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no such directory: {str(path.parent)!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
+    return path
 
 
 def report(target: str | None, data: dict[str, Any]) -> Console:

@@ -56,4 +56,6 @@ def test_maintainers_scripts_stay_out(installed: Path) -> None:
     assert {"qwen_jax", "stages", "oracle", "tools"} <= held and "tests" not in held
     assert (installed / "tools" / "numpy_engine" / "engine.py").exists()
     assert not (installed / "tools" / "maintain").exists()
+    assert {"report.js", "report.css"} <= {p.name for p in (installed / "tools/report").iterdir()}
+    assert len(list((installed / "tools" / "report" / "vendor").iterdir())) == 4  # and licences
     assert os.path.getsize(installed / "qwen_jax" / "demo" / "model.safetensors") > 1 << 20

@@ -346,6 +346,9 @@ def parser() -> argparse.ArgumentParser:
         + ", ".join(f"{k} {v:g}" for k, v in TOLERANCE.items()),
     )
     result.add_argument("--every-layer", action="store_true", help="a row for every layer")
+    result.add_argument(
+        "--report", type=cli.writable, metavar="FILE", help="also write a page to look at, as HTML"
+    )
     cli.add_json(result)
     return result
 
@@ -378,6 +381,10 @@ def main(argv: list[str]) -> int:
         raise
     show = cli.report(args.json, found.to_json())
     show_difference(show, replace(found, every_layer=args.every_layer))
+    if args.report:
+        from tools.report import write
+
+        write.comparison(args.report, found)
     return 0 if found.agree else 1
 
 

@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
         "--against-model", metavar="DIR|HUB_ID", help="the weights of OTHER; default: --model"
     )
     result.add_argument(
+        "--report", type=cli.writable, metavar="FILE", help="also write a page to look at, as HTML"
+    )
+    result.add_argument(
         "--repro",
         type=Path,
         metavar="DIR",
@@ -127,6 +130,11 @@ def _main(argv: list[str]) -> int:
         show.print()
         show_localization(show, reports[1])
         against.show(show, *reports)
+    if args.report:
+        from tools.report import write
+
+        models = [model, other] if args.against else [model]
+        write.localizations(args.report, reports, models)
     if args.repro and reports[0].findings:
         from tools.localize import repro
 

@@ -224,18 +224,21 @@ FORMULAS: dict[Kind, Formula] = {
 GIVEN = Formula("", lambda s: {"expected": s.cut(s.case.exact)})
 
 
-def write(report: Localization, weights: Weights, directory: Path) -> str:
-    """Write the bundle of the first fault, and say in one line what it shows.
+def write(
+    report: Localization, weights: Weights, directory: Path, fault: Fault | None = None
+) -> str:
+    """Write the bundle of a fault, and say in one line what it shows.
 
     Arguments:
         report: of a trace with a fault.
         weights: the model that it was localized with.
+        fault: of ``faults(report)``; None is the first.
         directory: is made; ``repro.py`` and ``repro.npz`` in it are replaced.
 
     Raises:
         UserError: nothing can be written there, or the fault does not show in the stage alone.
     """
-    fault = faults(report)[0]
+    fault = fault or faults(report)[0]
     if fault.name == CHANGED:
         raise UserError(
             f"--repro {directory}: {place(fault)}: {fault.diagnosis[0].says}; that is between two "
