@@ -22,6 +22,7 @@ from tools.diff import diff
 from tools.diff import main as diff_command
 from tools.localize import Localization, localize
 from tools.localize.__main__ import main as localize_command
+from tools.localize.question import Question
 from tools.numpy_engine import faults
 from tools.report import cells, page, views
 from tools.report.__main__ import main
@@ -50,7 +51,8 @@ def opened(bench: Bench, path: Path, fault: str | None) -> Trace:
 
 @pytest.fixture(scope="module")
 def broken(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Localization:
-    return localize(opened(bench, tmp_path_factory.mktemp("a") / "broken", FAULT), bench.model)
+    trace = opened(bench, tmp_path_factory.mktemp("a") / "broken", FAULT)
+    return localize(trace, bench.model, harm=Question())
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,7 @@ def test_it_is_a_document_without_a_script(text: str, broken: Localization) -> N
     assert '<h1 class="verdict">fault: layer 2 q_post_rope: RoPE pairs interleaved</h1>' in body
     item = next(i for i in broken.items if i.key == ("q_post_rope", 2))
     assert f'class="s8 fault">{item.bits:.1f}*</td>' in body
+    assert "after row 23: the error moves log p(" in body
     assert body.count("<td id=") == len(broken.items)
     assert "every stage was checked alone" in body
 
@@ -296,22 +299,20 @@ def test_keys_do_what_they_say(look: Any, text: str) -> None:
 
 def test_views_are_switched(look: Any, bench: Bench, broken: Localization, monkeypatch) -> None:
     plain = views.to_json
-    more = {
-        "nats": [{"layer": 1, "rms": 0.1, "max": 4.25}],
-        "headroom": [
-            {"layer": 2, "stage": "ffn_swigl", "largest": 58820.0, "float16": 0.898}
-        ],
-        "harm": {"shares": [{"stage": "qkv_bias", "layer": 0, "share": -0.053, "patched": None}]},
-    }  # fmt: skip
+    headroom = {"layer": 2, "stage": "ffn_swigl", "largest": 58820.0, "float16": 0.898}
+    more = {"headroom": [headroom]}
+    share = next(r for r in broken.to_json()["harm"]["shares"] if r["layer"] == 2)
+    felt = broken.to_json()["nats"][1]["max"]
     monkeypatch.setattr(views, "to_json", lambda report: plain(report) | more)
     shown = look(page.of_localizations([broken], [bench.model]))
     for name, cell, expected in [
-        ("shares", "0-qkv_bias", "-5.3e-02"), ("nats", "1-attn_scores", "4.2"),
+        ("shares", f"2-{share['stage']}", format(share["share"], "+.1e")),
+        ("nats", "1-attn_scores", format(felt, ".2g")),
         ("headroom", "2-ffn_swigl", "0.9"), ("l2", "0-embedding", "0"),
     ]:  # fmt: skip
         before = shown.inner_text("#says")
         shown.check(f"input[value={name}]")
-        assert shown.inner_text(f"#A-{cell}") == expected
+        assert shown.inner_text(f"#A-{cell}").rstrip("*") == expected
         assert shown.inner_text("#says") != before
     assert float(shown.inner_text("#A-2-q_post_rope").rstrip("*")) > 0.1
     assert shown.locator("#legend li").first.inner_text() == "< 1e-07"

@@ -96,6 +96,11 @@ class TraceDifference:
         show_difference(console, self)
         return ()
 
+    def _repr_html_(self) -> str:
+        from tools.report import notebook
+
+        return notebook.of_difference(self)
+
     def __repr__(self) -> str:
         said = "agree" if self.parting is None else f"differ from {where(*self.parting)} on"
         return f"<TraceDifference of {self.a.path} and {self.b.path}: {said}>"

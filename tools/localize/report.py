@@ -76,6 +76,11 @@ class Localization:
         Console(file=text, width=120, highlight=False, soft_wrap=True).print(self)
         return text.getvalue()
 
+    def _repr_html_(self) -> str:
+        from tools.report import notebook
+
+        return notebook.of_localization(self)
+
     def __repr__(self) -> str:
         return f"<Localization of {self.trace.path}: {sentence(self)}>"
 

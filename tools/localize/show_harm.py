@@ -19,7 +19,7 @@ def show_harm(show: Console, report: Localization) -> None:
     harm = report.harm
     if harm is None:
         return
-    show.print(f"\n{_summary(harm)}", soft_wrap=True)
+    show.print(f"\n{summary(harm)}", soft_wrap=True)
     largest = [pair for pair in harm.largest if abs(pair[1].margin) >= SEEN]
     if not largest:
         return
@@ -30,7 +30,8 @@ def show_harm(show: Console, report: Localization) -> None:
         show.print(f"{_place(key)} {share.margin:+.2g} nats{_where(share)}")
 
 
-def _summary(harm: Harm) -> str:
+def summary(harm: Harm) -> str:
+    """What it costs, in one sentence."""
     token, rival = _name(harm.token, harm.text), _name(harm.against, harm.against_text)
     exact = harm.margin - harm.change
     fate = "exact arithmetic puts the other one first" if harm.flips else "the token stands"

@@ -13,8 +13,9 @@ from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages.errors import NotComparable, UserError
 from tools.diff import diff
+from tools.localize.question import Question
 from tools.localize.report import Localization, sentence
-from tools.report import write
+from tools.report import explorer, write
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,6 +34,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="default: report.html",
     )
+    result.add_argument(
+        "--model-explorer",
+        type=Path,
+        metavar="DIR",
+        help="also write A's stage graph and node data for google-ai-edge/model-explorer",
+    )
     return result
 
 
@@ -40,6 +47,8 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.against_model and not args.b:
         raise UserError("--against-model is the model of B; give that trace too")
+    if args.model_explorer and not args.model_explorer.parent.is_dir():
+        raise UserError(f"no such directory: {args.model_explorer.parent}")
     prompt = arguments.prompt_of(args)
     models = [open_model(args.model)]
     if args.b:
@@ -51,8 +60,12 @@ def main(argv: list[str]) -> int:
     runtime.for_a_command("cpu")
     paths = [args.a, args.b] if args.b else [args.a]
     with compile_cache.use("localize", models[0].config, os.environ.get("XLA_FLAGS")):
-        reports = [run(path, model, prompt) for path, model in zip(paths, models, strict=True)]
-        return _write(args.out, reports, models)
+        reports = [run(p, m, prompt, Question()) for p, m in zip(paths, models, strict=True)]
+        code = _write(args.out, reports, models)
+    if args.model_explorer:
+        files = [path.name for path in explorer.write(reports[0], args.model_explorer)]
+        cli.console().print(f"{args.model_explorer}: {', '.join(files)}")
+    return code
 
 
 def _write(out: Path, reports: list[Localization], models: list[Weights]) -> int:

@@ -22,6 +22,7 @@ from stages.version import NAME, version
 from tools.diff import TraceDifference, where
 from tools.localize import against
 from tools.localize.report import Fault, Localization, faults, place, sentence
+from tools.localize.show_harm import summary
 from tools.report import cells, views
 from tools.report.views import View
 
@@ -69,12 +70,12 @@ def of_difference(found: TraceDifference) -> str:
     view = views.of_difference(found)
     behind = {"A": {_id(key): {"facts": _apart(row)} for key, row in found.rows.items()}}
     body = [
-        f"<header><h1>{escape(_said(found))}</h1></header>",
+        f"<header><h1>{escape(said(found))}</h1></header>",
         _logits(found),
         _map({"A": found.a}, [view], {"A": set()}),
         _provenance({"A": found.a, "B": found.b}, {}),
     ]
-    return _document(_said(found), body, _script_data([view], behind, []))
+    return _document(said(found), body, _script_data([view], behind, []))
 
 
 def of_tables(
@@ -99,13 +100,14 @@ def _verdict(side: str, report: Localization, several: bool) -> str:
         f"{len(report.trace.tokens)} tokens, weights of {report.model}"
     )
     tag = "h1" if side == "A" else "p"
+    cost = f"<p>{escape(summary(report.harm))}</p>" if report.harm else ""
     return (
         f'<header class="{report.verdict}"><{tag} class="verdict">{name}'
-        f"{escape(sentence(report))}</{tag}><p>{escape(about)}</p></header>"
+        f"{escape(sentence(report))}</{tag}>{cost}<p>{escape(about)}</p></header>"
     )
 
 
-def _said(found: TraceDifference) -> str:
+def said(found: TraceDifference) -> str:
     parting = found.parting
     if parting is None:
         return f"agree: every stage within relative L2 {found.tolerance:g}"
@@ -117,7 +119,7 @@ def _said(found: TraceDifference) -> str:
 
 
 def _difference(found: TraceDifference) -> str:
-    return f"<p>A against B: {escape(_said(found))}</p>{_logits(found)}"
+    return f"<p>A against B: {escape(said(found))}</p>{_logits(found)}"
 
 
 def _logits(found: TraceDifference) -> str:
@@ -200,11 +202,11 @@ def _faults(side: str, report: Localization, several: bool) -> str:
 def _fault(side: str, fault: Fault) -> str:
     key = fault.first.suspect.key
     link = f'<a href="#{side}-{_id(key)}">{escape(place(fault))}</a>'
-    said = "".join(f"<li>{escape(line)}</li>" for line in _fault_lines(fault))
+    said = "".join(f"<li>{escape(line)}</li>" for line in fault_lines(fault))
     return f"<li>{link}<ul>{said}</ul></li>"
 
 
-def _fault_lines(fault: Fault) -> list[str]:
+def fault_lines(fault: Fault) -> list[str]:
     """What the terminal says of a fault."""
     entry = fault.to_json()
     axes = ", ".join(f"{axis} {places}" for axis, places in entry["where"].items())
@@ -309,7 +311,7 @@ def _behind(
     said: dict[Key, list[str]] = {}
     for number, fault in enumerate(faults(report), 1):
         for finding in fault.findings:
-            lines = [f"fault {number}: {place(fault)}", *_fault_lines(fault)]
+            lines = [f"fault {number}: {place(fault)}", *fault_lines(fault)]
             said.setdefault(finding.suspect.key, []).extend(lines)
     precision, found = report.precision, {}
     manifest = report.trace.manifest
@@ -327,6 +329,8 @@ def _behind(
             facts.append(["computed through", ", ".join(dict.fromkeys(s for s, _ in item.segment))])
         if item.born:
             facts.append(["NaN or infinite", f"{item.born} elements, from finite inputs"])
+        if report.harm and (share := report.harm.shares.get(item.key)):
+            facts.append(["share of the margin", f"{share.margin:+.2g} nats"])
         found[_id(item.key)] = {
             "facts": facts + _numbers(more),
             "fault": said.get(item.key, []),

@@ -85,9 +85,9 @@ def of_localizations(
     found = [
         View("bits", "bits", "Significant bits of the error created at each stage alone, replayed "
              "in float64 on the engine's own inputs; * marks a fault.", BITS, True, ".1f", bits),
-        View("shares", "shares (nats)", "What each stage's error does to the log-probability of "
-             "the next token, in nats; the sum is the change against exact arithmetic.",
-             NATS, False, ".1e", shares),
+        View("shares", "shares (nats)", "How far the error created at each stage moves the margin "
+             "of the next token over its rival, in nats; the sum is the change against exact "
+             "arithmetic.", NATS, False, "+.1e", shares),
         View("nats", "score error (nats)", "Largest error of the attention scores over the keys "
              "that are seen, in nats: what the softmax feels.", NATS, False, ".2g", nats),
         View("l2", "relative L2", "Relative L2 of the error created at each stage alone.",
