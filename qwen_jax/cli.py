@@ -27,6 +27,7 @@ from rich.console import (
 )
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.table import Table
 
 from stages.errors import UserError, called
 from stages.version import NAME, version
@@ -159,6 +160,31 @@ def console(to_stderr: bool = False) -> Console:
     )
     made.push_render_hook(_Printable())
     return made
+
+
+def fold(show: Console, table: Table, keys: int = 1) -> None:
+    """Print a table whole: where the terminal is too narrow, some columns below the others, each
+    time beside the first ``keys``."""
+    width, unbounded = show.width, show.options.update(width=10_000)
+    every = list(zip(*(list(column.cells) for column in table.columns), strict=True))
+
+    def some(places: list[int]) -> Table:
+        part = Table(box=None, header_style="bold", pad_edge=False, padding=table.padding)
+        for place in places:
+            column = table.columns[place]
+            part.add_column(column.header, justify=column.justify, no_wrap=True)
+        for row, cells in zip(table.rows, every, strict=True):
+            part.add_row(*(cells[place] for place in places), style=row.style)
+        return part
+
+    shown = list(range(keys))
+    for place in range(keys, len(table.columns)):
+        wider = some([*shown, place])
+        if show.measure(wider, options=unbounded).maximum > width and len(shown) > keys:
+            show.print(some(shown), "")
+            shown = list(range(keys))
+        shown.append(place)
+    show.print(some(shown))
 
 
 def progress(more: str = "") -> Progress:

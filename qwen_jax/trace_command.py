@@ -21,6 +21,7 @@ from qwen_jax import arguments, cli, tracing
 from qwen_jax.prompt import load_tokenizer, read_prompts
 from qwen_jax.tracing import Engine, Plan, Written
 from qwen_jax.weights import open_model
+from stages import manifest
 from stages.architectures import ALL_NAMES
 from stages.errors import UserError
 from stages.manifest import FORMATS, LOGITS
@@ -142,12 +143,16 @@ def main(
     if args.dry_run:
         length = len(plans) * len(plan.positions)
         needed = memory(plan.model, length, plan.dtype, plan.logits, plan.cache is not None)
-        show = cli.report(args.json, _said(plans, out, [{} for _ in plans], needed))
+        refused = _refused(plan, out, args)
+        told = _said(plans, out, [{} for _ in plans], needed, {"refused": refused})
+        show = cli.report(args.json, told)
         show.print(_table(plan))
         show.print(
             f"dry run: nothing was computed or written; --out would be {out!s}/, peak memory about "
             f"{cli.size(needed)}"
         )
+        if refused:
+            show.print(f"a run would refuse: {refused}")
         return 0
     if plan.batch:
         tracing.check_batch_out(out, args.overwrite)
@@ -165,8 +170,9 @@ def main(
         _print_generated(show, tokenizer, facts.get("generated"))
         _print_top(show, facts["top"])
     rows = " + ".join(str(len(each.positions)) for each in plans)
+    files = sum(len(p.stored) if p.format == "aprt" else 1 for p in plans)
     show.print(
-        f"{out}/: {sum(len(p.stored) for p in plans)} files, "
+        f"{out}/: {files} file{'s' if files > 1 else ''}, "
         f"{cli.size(sum(each.bytes for each in written))}, {plan.dtype}, "
         f"{rows} tokens, in {seconds:.1f} s, peak memory {cli.size(peak)}"
     )
@@ -216,6 +222,20 @@ def _print_generated(
     text = f": {tokenizer.decode(tokens)!r}" if tokenizer else ""
     show.print(f"generated {len(tokens)} tokens{text}")
     show.print(f"as ids: {','.join(map(str, tokens))}")
+
+
+def _refused(plan: Plan, out: Path, args: argparse.Namespace) -> str | None:
+    """Why a run could not write to ``out``; None where it could."""
+    try:
+        if plan.batch:
+            tracing.check_batch_out(out, args.overwrite)
+        elif not args.resume:
+            tracing.check_out(plan, out, args.overwrite)
+        elif (out / manifest.NAME).exists() and not (out / manifest.PARTIAL).exists():
+            return f"--resume: {out} is a whole trace"
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _run(

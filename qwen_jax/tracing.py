@@ -605,6 +605,7 @@ def _resumed(
     """The files of an interrupted trace that stay, and the layer to go on from with its input."""
     found = resume.open_interrupted(out, header, plan.stored)
     if found is None or found.manifest is None:
+        tell(f"{out}/: no interrupted trace is there to go on with, so it starts anew")
         return [], None
     layer = resume.first_layer(found, plan.stored)
     config = plan.model.config

@@ -1,10 +1,12 @@
 """What every command has in common: exit codes, one line for an error, nothing foreign printed."""
 
+import io
 import sys
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
+from rich.console import Console
 from rich.table import Table
 
 from qwen_jax import cli
@@ -64,6 +66,26 @@ def test_what_is_printed_is_printable_too(capsys):
     printed = capsys.readouterr().out
     assert all(line.isprintable() for line in printed.split("\n"))
     assert "\\x1b[31m\\u2028 line" in printed and "\\x1b]0;title" in printed
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("columns", [1, 2, 9, 24])
+def test_a_table_is_folded_and_never_cut(width, columns):
+    table = Table(box=None, pad_edge=False)
+    names = ["stage", *(f"column {number}" for number in range(columns))]
+    for name in names:
+        table.add_column(name)
+    table.add_row("post_ffn_residual", *(f"{number}.000e-07" for number in range(columns)))
+    show = Console(file=io.StringIO(), width=width)
+    cli.fold(show, table)
+    lines = show.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width and "\u2026" not in show.file.getvalue()
+    heads = [line for line in lines if line.startswith("stage")]
+    rows = [line for line in lines if line.startswith("post_ffn_residual")]
+    assert len(heads) == len(rows) and (width > 100 or columns < 9 or len(rows) > 1)
+    assert "".join(row.removeprefix("post_ffn_residual") for row in rows).split() == [
+        f"{number}.000e-07" for number in range(columns)
+    ]
 
 
 def test_a_hostile_manifest_is_told_as_it_is(tmp_path, run_cli):

@@ -1,5 +1,6 @@
 """Comparing two traces: the numbers, the preflight, and where planted faults are placed."""
 
+import io
 import json
 import math
 import shutil
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
+from rich.console import Console
 
 import qwen_jax
 from qwen_jax import cli, models, trace
@@ -20,6 +23,7 @@ from stages.errors import NotComparable, UserError
 from stages.mask import attention_mask
 from stages.qwen2 import QWEN2
 from stages.trace import MemoryTrace, open_trace
+from stages.writer import TraceWriter
 from tests.tiny import write_checkpoint
 from tools import diff
 from tools.maintain import reference
@@ -525,3 +529,55 @@ def test_against_extended_precision(seed):
         assert found.ulp_max == ulps.max()
         assert found.ulp_0 == np.mean(ulps == 0) and found.ulp_1 == np.mean(ulps <= 1)
         assert found.identical == (a.tobytes() == b.tobytes())
+
+
+# --- for people
+
+
+def of_nan(trace, directory, keys):
+    """The same trace with nothing but NaN in some of its stages."""
+    opened = open_trace(trace)
+    planned = {key: (entry.shape, str(entry.dtype)) for key, entry in opened.entries.items()}
+    header = replace(opened.manifest, files=())
+    with TraceWriter(directory, header, opened.manifest.model.weights, planned) as writer:
+        for key in opened.entries:
+            value = opened.read(*key)
+            writer.add(*key, np.full_like(value, np.nan) if keys(key) else value)
+        writer.finish()
+    return directory
+
+
+def test_two_traces_that_are_nan_throughout(capsys, traced, tmp_path):
+    """Bit for bit the same, and no reason to trust either."""
+    some = of_nan(traced(), tmp_path / "some", lambda key: key[1] in (1, None))
+    code, out = run(capsys, some, some)
+    assert code == 0 and "NaN or infinite throughout on both sides" in out
+    assert "nothing is known of 19 stages, first layer 1 attn_norm" in out
+    every = of_nan(traced(), tmp_path / "all", lambda key: True)
+    with pytest.raises(NotComparable, match="no stage has a number on both sides"):
+        diff.main([str(every), str(every)])
+
+
+def test_differing_traces_name_the_command_that_goes_on(capsys, traced, checkpoint, tmp_path):
+    broken = of_nan(traced(), tmp_path / "a b", lambda key: key == ("ffn_up", 1))
+    code, out = run(capsys, broken, traced())
+    assert code == 1
+    asked = f"python -m tools.localize '{broken}' --model DIR_OF_{checkpoint.name}"
+    assert out.splitlines()[-1] == asked
+    code, out = run(capsys, broken, traced(), "--model", str(checkpoint))
+    asked = f"python -m tools.localize '{broken}' --model {checkpoint}"
+    assert out.splitlines()[-1] == asked
+    (broken / "manifest.json").unlink()
+    code, out = run(capsys, broken, traced(), "--model", str(checkpoint), "--tokens", TOKENS)
+    assert out.splitlines()[-1] == f"{asked} --tokens {TOKENS}"
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_no_number_is_cut_in_a_narrow_terminal(traced, tmp_path, width):
+    broken = of_nan(traced(), tmp_path / "a", lambda key: key == ("ffn_up", 1))
+    wide, narrow = (Console(file=io.StringIO(), width=w) for w in (200, width))
+    found = diff.diff(broken, traced())
+    for show in (wide, narrow):
+        diff.show_difference(show, found)
+    cells = [word for word in wide.file.getvalue().split() if "e-" in word or "%" in word]
+    assert set(cells) <= set(narrow.file.getvalue().split())

@@ -155,6 +155,7 @@ def test_what_cannot_go_on_is_refused_and_left_as_it_is(run, tmp_path, model):
 def test_with_nothing_there_it_just_starts(run, tmp_path):
     result, computed = run("--out", "new", "--resume")
     assert result.code == 0 and len(computed) == EVERY
+    assert "no interrupted trace is there to go on with" in result.stderr
     open_trace(tmp_path / "new")
 
 

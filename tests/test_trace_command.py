@@ -249,6 +249,15 @@ def test_bad_input_costs_no_import_of_jax(world):
 # --- dry runs
 
 
+@pytest.mark.parametrize("out", ["a-trace", "half-a-trace", "strangers", "file"])
+def test_a_dry_run_says_what_a_run_would_refuse(world, run, out):
+    dry, real = run(*MODEL, "--out", out, "--dry-run"), run(*MODEL, "--out", out)
+    assert dry.code == 0 and refused(real, f"--out {out}: ")
+    told = dry.stdout.splitlines()[-1].removeprefix("a run would refuse: ")
+    assert f"error: {told}\n" == real.stderr
+    assert strict_json(run(*MODEL, "--out", out, "--dry-run", "--json=-").stdout)["refused"] == told
+
+
 ASKED = {
     "all": (),
     "some": ("--stages", "Layer_Output, embedding,lm_head", "--layers", "1"),
@@ -269,6 +278,7 @@ def test_a_dry_run_writes_nothing_and_says_what_a_run_writes(world, run, asked):
     assert real.code == 0
     plan, done = strict_json(dry.stdout), strict_json(real.stdout)
     assert plan.pop("peak_memory_bytes") and done["peak_memory_bytes"]
+    assert plan.pop("refused") is None
     assert {name: done[name] for name in plan} == plan
 
     opened = open_trace(world / "out")

@@ -8,6 +8,7 @@ import argparse
 import io
 import math
 import os
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from qwen_jax import arguments, cli
 from qwen_jax.config import Config
+from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from stages import preflight
 from stages.architecture import Key, Stage
@@ -48,6 +50,8 @@ class TraceDifference:
         rows: every stage that was compared, in computation order.
         logits: what the difference means for the next token; None where a side has no logits.
         tolerance: the relative L2 that still agrees.
+        every_layer: print a row for every layer.
+        given: what ``tools.localize`` must be told besides the first trace.
     """
 
     a: Trace
@@ -57,6 +61,7 @@ class TraceDifference:
     logits: LogitsDifference | None
     tolerance: float
     every_layer: bool = False
+    given: tuple[str, ...] = ()
 
     @property
     def parting(self) -> Key | None:
@@ -140,6 +145,10 @@ def diff(
     if not keys:
         raise NotComparable("not comparable: none of the selected stages is in both traces")
     rows, logits = compare_traces(a, b, keys)
+    if all(_without_numbers(row) for row in rows.values()):
+        raise NotComparable(
+            "not comparable: no stage has a number on both sides; all is NaN or infinite"
+        )
     usual = TOLERANCE[coarser(a.dtype, b.dtype)]
     return TraceDifference(a, b, ready, rows, logits, usual if tolerance is None else tolerance)
 
@@ -215,7 +224,7 @@ def compare_traces(
 def show_difference(show: Console, found: TraceDifference) -> None:
     """Print what was compared, the table, what it means for the next token, and the verdict."""
     _print_preflight(show, found.a, found.b, found.ready)
-    show.print(_table(found))
+    cli.fold(show, _table(found), keys=2)
     _print_logits(show, found.logits)
     _print_verdict(show, found)
 
@@ -273,6 +282,11 @@ def _table(found: TraceDifference) -> Table:
     return table
 
 
+def _without_numbers(row: Difference) -> bool:
+    """Whether there is nothing but NaN and infinity on both sides."""
+    return row.nonfinite_a == row.nonfinite_b == row.count
+
+
 def _badness(row: Difference) -> tuple[int, float]:
     return row.unmatched, row.relative_l2
 
@@ -311,6 +325,11 @@ def _print_verdict(show: Console, found: TraceDifference) -> None:
         "no tolerance would pass" if smallest is None else f"smallest that passes {smallest:.1e}"
     )
     first = next((key for key, row in rows.items() if not row.identical), None)
+    if nothing := [key for key, row in rows.items() if _without_numbers(row)]:
+        show.print(
+            f"NaN or infinite throughout on both sides, so nothing is known of "
+            f"{len(nothing)} stages, first {where(*nothing[0])}"
+        )
     if first is None:
         show.print(f"identical: all {len(rows)} stages, bit for bit")
     elif parting is None:
@@ -328,9 +347,23 @@ def _print_verdict(show: Console, found: TraceDifference) -> None:
         if places:
             show.print(f"worst there: {places}")
         show.print(
-            "error arrives at a stage from before as well as being created there: "
-            f"{called('tools.localize')} tells which"
+            "error arrives at a stage from before as well as being created there; which it is "
+            f"here:\n{called('tools.localize')} {shlex.join([str(found.a.path), *found.given])}"
         )
+
+
+def _given(a: Trace, b: Trace, model: str | None) -> tuple[str, ...]:
+    """What ``tools.localize`` must be told to judge the first trace; ``model`` is what was told
+    here."""
+    told = a.manifest or b.manifest
+    name = model or (told.model.name if told else "demo")
+    demo = name == "demo"
+    known = model or demo or name.startswith("synthetic:")
+    words = () if demo else ("--model", name if known else f"DIR_OF_{name}")
+    if a.manifest or (demo and a.tokens == Prompt().read(open_model())):
+        return words
+    first = ("--first-position", str(a.positions[0])) if a.positions[0] else ()
+    return (*words, "--tokens", ",".join(map(str, a.tokens)), *first)
 
 
 # --- command
@@ -385,7 +418,8 @@ def main(argv: list[str]) -> int:
             cli.report(args.json, why)
         raise
     show = cli.report(args.json, found.to_json())
-    show_difference(show, replace(found, every_layer=args.every_layer))
+    given = _given(found.a, found.b, args.model)
+    show_difference(show, replace(found, every_layer=args.every_layer, given=given))
     if args.report:
         from tools.report import write
 

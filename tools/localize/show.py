@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qwen_jax import cli
 from stages import verdict
 from stages.verdict import LocalError
 from tools.localize.report import COLOURS, Fault, Localization, faults, place, sentence
@@ -52,7 +53,7 @@ def show_localization(show: Console, report: Localization) -> None:
         f"\n{report.trace.path}: {report.dtype}, {len(report.trace.tokens)} tokens, weights of "
         f"{report.model}; significant bits of the error created at each stage\n"
     )
-    show.print(_table(report))
+    cli.fold(show, _table(report))
     whole = Text()
     ends = [row for row in report.trace.tables.stages if row.scope != "layer"]
     for key in [(row.name, row.layer_of(0)) for row in ends]:
