@@ -5,7 +5,8 @@ are channels (or heads x channels), and is read in blocks that fit into a core's
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,7 @@ class Difference:
         nonfinite_a, nonfinite_b: elements that are NaN or infinite; ``unmatched``: those where
             the two sides are not both NaN or the same infinity.
         worst: axis letter -> (index, relative L2 of that slice) for positions, heads, channels.
+        rows: [T] relative L2 of each position; inf where NaN and infinity do not coincide.
     """
 
     count: int
@@ -52,6 +54,11 @@ class Difference:
     nonfinite_b: int
     unmatched: int
     worst: dict[str, tuple[int, float]] = field(default_factory=dict)
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the rows."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
 
     def within(self, tolerance: float) -> bool:
         """Whether the relative L2 is at most ``tolerance`` and NaN and infinity coincide."""
@@ -121,6 +128,7 @@ class _Running:
         self.at = (0, 0)
         self.count = self.ulp_max = self.ulp_0 = self.ulp_1 = 0
         self.nonfinite_a = self.nonfinite_b = self.unmatched = 0
+        self.row_unmatched = np.zeros(rows)
         self._room: dict[tuple[str, np.dtype], np.ndarray] = {}
 
     def _scratch(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -142,7 +150,7 @@ class _Running:
         a, b = a.astype(work, copy=False), b.astype(work, copy=False)
         error, row_error, row_size, a_size = self._squares(a, b)
         if not _safe(a, b, error, row_error, row_size, a_size):
-            a, b = self._set_nonfinite_aside(a, b)
+            a, b = self._set_nonfinite_aside(start, a, b)
             error, row_error, row_size, a_size = self._squares(a, b)
         rows = slice(start, start + len(a))
         self.row_error[rows], self.row_size[rows] = row_error, row_size
@@ -195,14 +203,18 @@ class _Running:
             distance.reshape(-1)[where] = sum(to_zero, unsigned.type(0))
         return distance
 
-    def _set_nonfinite_aside(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _set_nonfinite_aside(
+        self, start: int, a: np.ndarray, b: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Count NaN and infinity, put zeros in their places, and go on in float64."""
         bad_a, bad_b = ~np.isfinite(a), ~np.isfinite(b)
         same = (np.isnan(a) & np.isnan(b)) | (a == b)
         bad = bad_a | bad_b
         self.nonfinite_a += int(bad_a.sum())
         self.nonfinite_b += int(bad_b.sum())
-        self.unmatched += int((bad & ~same).sum())
+        unmatched = (bad & ~same).sum(1)
+        self.unmatched += int(unmatched.sum())
+        self.row_unmatched[start : start + len(a)] = unmatched
         a, b = a.astype(np.float64), b.astype(np.float64)
         return np.where(bad, 0.0, a), np.where(bad, 0.0, b)
 
@@ -214,6 +226,8 @@ class _Running:
         if not size / 4 < self.a_size < 4 * size:
             gap = 2 * (norms - self.dot)
         flat = self.at[0] * self.column_error.size + self.at[1]
+        slices = self._slices(stage, heads)
+        unmatched = stage.fold(heads, self.row_unmatched, self.column_error)["position"]
         return Difference(
             count=self.count,
             identical=self.max_abs == 0 and self.unmatched == 0 and self.same_bits,
@@ -228,19 +242,21 @@ class _Running:
             nonfinite_a=self.nonfinite_a,
             nonfinite_b=self.nonfinite_b,
             unmatched=self.unmatched,
-            worst={} if error == 0 else self._worst(stage, heads),
+            worst={} if error == 0 else {n: _largest_of(each) for n, each in slices.items()},
+            rows=np.where(unmatched > 0, np.inf, slices["position"]),
         )
 
-    def _worst(self, stage: Stage, heads: int | None) -> dict[str, tuple[int, float]]:
-        """The position, head and channel with the largest relative L2."""
+    def _slices(self, stage: Stage, heads: int | None) -> dict[str, np.ndarray]:
+        """The relative L2 of each position, head and channel."""
         by_row = np.stack([self.row_error, self.row_size])
         by_column = np.stack([self.column_error, self.column_size])
-        worst = {}
-        for name, (error, size) in stage.fold(heads, by_row, by_column).items():
-            ratio = _ratio(error, size)
-            index = int(np.argmax(ratio))
-            worst[name] = (index, float(ratio[index]))
-        return worst
+        folded = stage.fold(heads, by_row, by_column)
+        return {name: _ratio(error, size) for name, (error, size) in folded.items()}
+
+
+def _largest_of(ratios: np.ndarray) -> tuple[int, float]:
+    index = int(np.argmax(ratios))
+    return index, float(ratios[index])
 
 
 def _safe(

@@ -207,6 +207,34 @@ class LogitsRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     margin: float | None
 
 
+class StepEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A call: its first and last row, and the largest relative L2 of any row in any stage."""
+
+    step: int
+    rows: tuple[int, int]
+    relative_l2: float | None
+    row: int
+    stage: str
+    layer: int | None
+
+
+class ChoiceEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a generation went on with; see ``stages.generations.Choice``."""
+
+    step: int
+    token: int
+    likeliest: int | None
+    margin: float | None
+
+
+class PartedEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The first row with other tokens of two generations."""
+
+    row: int
+    a: ChoiceEntry
+    b: ChoiceEntry
+
+
 class DiffResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``tools.diff --json``."""
 
@@ -223,6 +251,8 @@ class DiffResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     only_b: list[StageOfLayer] | UnsetType = UNSET
     rows: list[DifferenceRow] | UnsetType = UNSET
     logits: LogitsRow | UnsetType | None = UNSET
+    steps: list[StepEntry] | UnsetType = UNSET
+    parted: PartedEntry | UnsetType | None = UNSET
 
 
 # --- trace

@@ -11,6 +11,8 @@ import os
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from qwen_jax import arguments, cli
 from qwen_jax.config import Config
 from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
-from stages import preflight
+from stages import generations, preflight
 from stages.architecture import Key, Stage
 from stages.compare import BLOCK, Difference, LogitsDifference, coarser, compare, compare_logits
 from stages.errors import NotComparable, UserError, called
+from stages.generations import Choice, Parted, Prefix, shared_rows
 from stages.manifest import NAME
 from stages.mask import layer_mask
 from stages.preflight import Preflight
@@ -42,6 +45,19 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2
 
 
 @dataclass(frozen=True)
+class StepDifference:
+    """What one call computed: its first and last row, and the largest relative L2 of any of them
+    in any stage, at ``row`` of ``stage``."""
+
+    step: int
+    rows: tuple[int, int]
+    relative_l2: float
+    row: int
+    stage: str
+    layer: int | None
+
+
+@dataclass(frozen=True)
 class TraceDifference:
     """How far trace ``a`` has come from ``b``, stage by stage. Prints as the command does.
 
@@ -50,6 +66,7 @@ class TraceDifference:
         rows: every stage that was compared, in computation order.
         logits: what the difference means for the next token; None where a side has no logits.
         tolerance: the relative L2 that still agrees.
+        parted: where two generations part; the rows until there were compared.
         every_layer: print a row for every layer.
         given: what ``tools.localize`` must be told besides the first trace.
     """
@@ -60,6 +77,7 @@ class TraceDifference:
     rows: dict[Key, Difference]
     logits: LogitsDifference | None
     tolerance: float
+    parted: Parted | None = None
     every_layer: bool = False
     given: tuple[str, ...] = ()
 
@@ -70,7 +88,33 @@ class TraceDifference:
 
     @property
     def agree(self) -> bool:
-        return self.parting is None
+        return self.parting is None and self.parted is None
+
+    @property
+    def stepped(self) -> Trace:
+        """The trace whose calls are told: A's, where it has several, or B's."""
+        return self.a if len(self.a.steps) > 1 else self.b
+
+    @cached_property
+    def by_row(self) -> np.ndarray:
+        """[stages, T] relative L2; 0 for rows that were not compared."""
+        length = len(self.a.tokens)
+        before = [length - len(row.rows) for row in self.rows.values()]
+        rows = zip(self.rows.values(), before, strict=True)
+        return np.stack([np.pad(row.rows, (n, 0)) for row, n in rows])
+
+    @property
+    def by_step(self) -> list[StepDifference]:
+        """The worst row of each call; empty where both sides computed all rows in one."""
+        ends = np.cumsum(self.stepped.steps).tolist()
+        if len(ends) == 1:
+            return []
+        keys, found = list(self.rows), []
+        for step, (begin, end) in enumerate(pairwise([0, *ends])):
+            stage, row = divmod(int(self.by_row[:, begin:end].argmax()), end - begin)
+            worst = float(self.by_row[stage, begin + row])
+            found.append(StepDifference(step, (begin, end - 1), worst, begin + row, *keys[stage]))
+        return found
 
     @property
     def smallest_tolerance(self) -> float | None:
@@ -93,8 +137,10 @@ class TraceDifference:
             "parting": parting and {"stage": parting[0], "layer": parting[1]},
             "only_a": [{"stage": s, "layer": n} for s, n in ready.only_a],
             "only_b": [{"stage": s, "layer": n} for s, n in ready.only_b],
-            "rows": [{"stage": s, "layer": n} | asdict(row) for (s, n), row in self.rows.items()],
+            "rows": [{"stage": s, "layer": n} | row.to_json() for (s, n), row in self.rows.items()],
             "logits": self.logits and asdict(self.logits),
+            "steps": [asdict(step) for step in self.by_step],
+            "parted": self.parted and asdict(self.parted),
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -138,19 +184,27 @@ def diff(
     if tolerance is not None and not 0 <= tolerance < math.inf:  # NaN passes all or nothing
         raise UserError(f"tolerance {tolerance}: expected a relative L2 such as 1e-5")
     a, b = _open(a, b), _open(b, a)
+    parted, more = None, list[str]()
+    if (rows := shared_rows(a, b)) is not None:
+        parted = generations.parted(a, b, rows)
+        more = [f"{t.name} has {n}" for t in (a, b) if (n := len(t.tokens) - rows)]
+        a, b = Prefix(a, rows), Prefix(b, rows)
     ready = preflight.check(a, b)
+    if rows is not None:
+        ready.notes.insert(0, f"compared are the {rows} rows in common; {', '.join(more)} more")
     names = parse_stages(stages, b.tables)
     numbers = parse_layers(layers, b.config["num_hidden_layers"])
     keys = [(s, n) for s, n in ready.common if s in names and (n is None or n in numbers)]
     if not keys:
         raise NotComparable("not comparable: none of the selected stages is in both traces")
-    rows, logits = compare_traces(a, b, keys)
-    if all(_without_numbers(row) for row in rows.values()):
+    found, logits = compare_traces(a, b, keys)
+    if all(_without_numbers(row) for row in found.values()):
         raise NotComparable(
             "not comparable: no stage has a number on both sides; all is NaN or infinite"
         )
-    usual = TOLERANCE[coarser(a.dtype, b.dtype)]
-    return TraceDifference(a, b, ready, rows, logits, usual if tolerance is None else tolerance)
+    if tolerance is None:
+        tolerance = TOLERANCE[coarser(a.dtype, b.dtype)]
+    return TraceDifference(a, b, ready, found, logits, tolerance, parted)
 
 
 def _open(this: Trace | str | Path, other: Trace | str | Path) -> Trace:
@@ -242,12 +296,14 @@ def _print_preflight(show: Console, a: Trace, b: Trace, ready: preflight.Preflig
 
 
 def _about(trace: Trace) -> str:
+    calls = f" in {len(trace.steps)} calls" if len(trace.steps) > 1 else ""
+    size = f"{len(trace.entries)} stages, {len(trace.tokens)} tokens{calls}"
     if trace.manifest is None:
-        return f"{trace.path}: foreign, {len(trace.entries)} stages, {len(trace.tokens)} tokens"
+        return f"{trace.path}: foreign, {size}"
     made = trace.manifest.producer
     return (
         f"{trace.path}: {made.get('name')} {made.get('backend')} {trace.dtype} on "
-        f"{made.get('device')}, {len(trace.entries)} stages, {len(trace.tokens)} tokens"
+        f"{made.get('device')}, {size}"
     )
 
 
@@ -330,18 +386,23 @@ def _print_verdict(show: Console, found: TraceDifference) -> None:
             f"NaN or infinite throughout on both sides, so nothing is known of "
             f"{len(nothing)} stages, first {where(*nothing[0])}"
         )
+    until = "until then " if found.parted else ""
+    if found.parted:
+        show.print(_says_parted(found.parted))
     if first is None:
-        show.print(f"identical: all {len(rows)} stages, bit for bit")
-    elif parting is None:
+        show.print(f"{until}identical: all {len(rows)} stages, bit for bit")
+        return
+    _print_steps(show, found)
+    if parting is None:
         show.print(
-            f"agree: every stage within relative L2 {tolerance:g} ({needed}); first "
+            f"{until}agree: every stage within relative L2 {tolerance:g} ({needed}); first "
             f"bits that differ: {where(*first)}"
         )
     else:
         row = rows[parting]
         places = ", ".join(f"{axis} {i} ({r:.1e})" for axis, (i, r) in row.worst.items())
         show.print(
-            f"differ: the traces part at {where(*parting)}: relative L2 "
+            f"{until}differ: the traces part at {where(*parting)}: relative L2 "
             f"{row.relative_l2:.1e}, tolerance {tolerance:g} ({needed})"
         )
         if places:
@@ -364,6 +425,48 @@ def _given(a: Trace, b: Trace, model: str | None) -> tuple[str, ...]:
         return words
     first = ("--first-position", str(a.positions[0])) if a.positions[0] else ()
     return (*words, "--tokens", ",".join(map(str, a.tokens)), *first)
+
+
+def _print_steps(show: Console, found: TraceDifference) -> None:
+    """Row by row, where rows were computed in several calls: the first that is beyond the
+    tolerance, and the worst."""
+    if not found.by_step:
+        return
+    largest, keys = found.by_row.max(0), list(found.rows)
+
+    def told(row: int, stage: int) -> str:
+        error = found.by_row[stage, row]
+        return f"row {row} (step {found.stepped.step_of(row)}), {where(*keys[stage])} {error:.1e}"
+
+    worst = int(largest.argmax())
+    most = told(worst, int(found.by_row[:, worst].argmax()))
+    beyond = np.flatnonzero(~(largest <= found.tolerance))
+    if not len(beyond):
+        show.print(f"row by row: all within the tolerance, most {most}")
+        return
+    row = int(beyond[0])
+    stage = int(np.flatnonzero(~(found.by_row[:, row] <= found.tolerance))[0])
+    show.print(
+        f"row by row: {len(beyond)} of {len(largest)} beyond the tolerance; first "
+        f"{told(row, stage)}; most {most}"
+    )
+
+
+def _says_parted(parted: Parted) -> str:
+    def goes_on(choice: Choice, other: Choice) -> str:
+        if choice.margin is None:
+            return f"{choice.token} (its logits are not there)"
+        ahead = f"{choice.margin:.3g} ahead of {other.token}"
+        if choice.likeliest != choice.token:
+            ahead += f", though {choice.likeliest} is its likeliest"
+        return f"{choice.token} ({ahead})"
+
+    a, b = parted.a, parted.b
+    step = f"step {a.step}" if a.step == b.step else f"step {a.step} of A, {b.step} of B"
+    return (
+        f"differ: the generations part at row {parted.row} ({step}): A goes on with token "
+        f"{goes_on(a, b)}, B with {goes_on(b, a)}"
+    )
 
 
 # --- command
