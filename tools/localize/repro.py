@@ -403,7 +403,8 @@ from pathlib import Path
 
 import numpy as np
 
-data = np.load(Path(__file__).with_name("{DATA}"))
+with np.load(Path(__file__).with_name("{DATA}")) as file:
+    data = dict(file)
 {names}{"," if len(values) == 1 else ""} = {held}{"," if len(values) == 1 else ""}
 {code}
 found = data["found"]
