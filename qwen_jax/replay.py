@@ -1,317 +1,27 @@
-"""Local error: each stage alone, in float64, on the dumped inputs of the engine under test.
+"""A whole trace against its model, a layer at a time: every stage measured as ``local_error`` has
+it, or probed first and measured only where that leaves a doubt."""
 
-The same stage functions as the forward pass are run with ``dtype=float64``; what differs from the
-dump was created at that stage. Error is measured against what rounding can act on (``size``):
-
-    err = dump - y*,   scale^2 = s^2 + y*^2,   bits = -log2(rms(err) / rms(scale))
-
-Sources: "local error" as in Herbie (Panchekha et al. 2015), "significant bits" as in Verificarlo
-and CADNA. The sizes s are the first-order bounds of each operation's rounding error.
-
-A dump may hold fewer rows of a stage than the sequence has: the last ones. A value is then
-computed for as many rows as its inputs allow.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jax import Array
 
 from qwen_jax import rope, runtime
-from qwen_jax.config import Config
 from qwen_jax.estimate import head_tensor
-from qwen_jax.forward import Parameters, read_parameters
-from qwen_jax.models import FUNCTIONS
-from qwen_jax.models.ops import Positional, positional_by_layer
+from qwen_jax.forward import read_parameters
+from qwen_jax.local_error import Both, ErrorSums, compiled, compiler_options, cut_inputs
+from qwen_jax.models.ops import positional_by_layer
+from qwen_jax.probes import Screen
 from qwen_jax.weights.base import Weights
-from stages.architecture import LAYER_INPUT, TOKENS, Architecture, Key, Stage
+from stages.architecture import LAYER_INPUT, TOKENS, Key, Stage
 from stages.trace import Trace
 
-EXACT = jnp.float64
 VOCABULARY_SLICE = 16384  # rows of the head in float64 at a time
-
-# One weight in float64 at a time. XLA on the CPU would rather widen all of them first, so that more
-# could run at once: 2.7 GiB of temporary memory for a layer of the 7B, and with this 0.5 GiB.
-FRUGAL = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-
-Both = tuple[Array, Array]  # a computed value: exactly, and in the engine's own precision
-
-
-def stage_value(
-    stage: Stage,
-    config: Config,
-    pos: Positional,
-    inputs: Sequence[Array],
-    weights: Sequence[Array],
-) -> Array:
-    """A stage by its own function, in whatever precision its arguments have."""
-    return FUNCTIONS[config.architecture][stage.name](config, pos, *inputs, *weights)
-
-
-def size_squared(
-    stage: Stage,
-    config: Config,
-    pos: Positional,
-    inputs: Sequence[Array],
-    weights: Sequence[Array],
-    value: Array,
-) -> Array:
-    """s^2, the square of what rounding can act on, in the shape of ``value``: see
-    ``Kind.acts_on``. float32 is enough: the size is needed to a per cent."""
-    narrow = [x.astype(jnp.float32) for x in inputs]
-    weights = [w.astype(jnp.float32) for w in weights]
-    of = partial(stage_value, stage, config, pos)
-    acts_on = stage.kind.acts_on
-    if acts_on == "terms":
-        found = of(_square(narrow), _square(weights))
-        # The function divides its sum once; the squares of its terms want it twice.
-        axis = stage.kind.over_root
-        return found * config.dims(1)[axis] ** -0.5 if axis else found
-    if acts_on == "magnitudes":
-        return jnp.square(of([jnp.abs(x) for x in narrow], [jnp.abs(w) for w in weights]))
-    if acts_on == "rotated":
-        # (a cos - b sin, b cos + a sin), of squares and with both signs +: the second half of the
-        # function's value has those, and for the first half a and b change places.
-        squared, tables = _square(narrow), pos.replace(cos=pos.cos**2, sin=pos.sin**2)
-        second = of_half(stage, config, tables, squared, weights, 1)
-        first = of_half(stage, config, tables.replace(sin=-tables.sin), squared, weights, 0)
-        return jnp.concatenate([first, second], -1)
-    return jnp.square(value)
-
-
-def of_half(
-    stage: Stage,
-    config: Config,
-    pos: Positional,
-    inputs: Sequence[Array],
-    weights: Sequence[Array],
-    half: int,
-) -> Array:
-    """The first (0) or second (1) half of every head of a rotated stage."""
-    return jnp.split(stage_value(stage, config, pos, inputs, weights), 2, -1)[half]
-
-
-def allowance(
-    stage: Stage,
-    config: Config,
-    pos: Positional,
-    angles: Array,
-    inputs: Sequence[Array],
-    value: Array,
-    dtype: Any,
-) -> Array:
-    """An error that sound arithmetic may have where the scale is too small to allow for it.
-
-    Values below the smallest normal number of the trace's precision lose their last bits.
-    An exponential turns the rounding of its argument x into a relative error |x| u. A rotation
-    does so with its angle, so that an engine that makes its tables another way than Hugging Face
-    is off at late positions, and is right. u is that of float32, 2^-24. angles: [T, H/2].
-    """
-    tiny = float(
-        jnp.finfo(dtype).smallest_subnormal
-        if dtype == np.float16
-        else jnp.finfo(dtype).smallest_normal
-    )  # bfloat16 and float32 may flush to zero
-    u = 2.0**-24
-    allows = stage.kind.allows
-    if allows == "depth":
-        scores = jnp.where(pos.mask[:, None], inputs[0], -jnp.inf)
-        depth = jnp.max(scores, -1, keepdims=True) - inputs[0]
-        return value * jnp.where(pos.mask[:, None], depth, 0) * u + tiny
-    if allows == "argument":
-        return jnp.abs(value * inputs[0]) * u + tiny
-    if allows == "angle":
-        quarter_turn = pos.replace(cos=-pos.sin, sin=pos.cos)  # the derivative of a rotation
-        turned = stage_value(stage, config, quarter_turn, inputs, ())
-        angle = jnp.tile(angles[-turned.shape[1] :], 2)
-        return jnp.abs(turned * angle[None, :, None, :]) * u + tiny
-    return jnp.full_like(value, tiny)
-
-
-def _square(arrays: Sequence[Array]) -> list[Array]:
-    return [x * x for x in arrays]
-
-
-class ErrorSums(struct.PyTreeNode):
-    """What one stage of one layer leaves behind: squares added up over rows and over columns of its
-    matrix, see ``stages.architecture.Stage``.
-
-    Attributes:
-        error_rows, error_columns: sums of (dump - y*)^2 over finite, unmasked elements.
-        scale_rows, scale_columns: sums of s^2 + y*^2 over the same elements.
-        expected_rows, expected_columns: sums of a squared error that is there without any fault:
-            after missing stages, what their rounding in the engine's own precision leads to; else
-            see ``allowance``.
-        born_rows, born_columns: how many elements are NaN or infinite though y* is finite.
-        due_rows, due_columns: how many elements of y* are far from zero.
-        lost_rows, lost_columns: how many of those are exactly zero in the dump.
-    """
-
-    error_rows: Any
-    error_columns: Any
-    scale_rows: Any
-    scale_columns: Any
-    born_rows: Any
-    born_columns: Any
-    expected_rows: Any
-    expected_columns: Any
-    due_rows: Any
-    due_columns: Any
-    lost_rows: Any
-    lost_columns: Any
-
-
-# Of the root mean square of a stage's scale: what is smaller may be zero on the grid of a format
-# with one scale for everything, 8-bit ones with an outlier aside.
-FAR_FROM_ZERO = 1e-4
-
-
-def error_sums(
-    stage: Stage, found: Array, exact: Array, size: Array, pos: Positional, expected: Array
-) -> ErrorSums:
-    """Compare a dump with the exact value. All arrays carry the batch axis, of size 1."""
-    found = found.astype(EXACT)
-    keep = jnp.isfinite(exact)
-    if stage.kind.masked:
-        keep &= pos.mask[:, None]
-    born = keep & ~jnp.isfinite(found)
-    keep &= jnp.isfinite(found)
-
-    def both(x: Array) -> Both:
-        x = stage.matrix(x)
-        return x.sum(1), x.sum(0)
-
-    error = both(jnp.where(keep, jnp.square(found - exact), 0))
-    scales = jnp.where(keep, size.astype(EXACT) + jnp.square(exact), 0)
-    known = both(jnp.where(keep & jnp.isfinite(expected), jnp.square(expected), 0))
-    usual = scales.sum() / jnp.maximum(keep.sum(), 1)
-    due = keep & (jnp.square(exact) > FAR_FROM_ZERO**2 * usual)
-    counts = (both(x.astype(jnp.int32)) for x in (born, due, due & (found == 0)))
-    born_sums, due_sums, lost_sums = counts
-    return ErrorSums(*error, *both(scales), *born_sums, *known, *due_sums, *lost_sums)
-
-
-def _rows(tables: Architecture, name: str) -> int:
-    """The axis of the rows of a value that carries a batch axis."""
-    axes = tables.axes_of(name)
-    return 1 + axes.index("T" if "T" in axes else "S")
-
-
-def cut_inputs(
-    tables: Architecture, stage: Stage, values: Sequence[Array | None], length: int
-) -> tuple[int, list[Array]] | None:
-    """The inputs of a stage for as many of the last rows as all of them have, and that number.
-
-    None where an input is missing, or is needed at every key position and has fewer.
-    """
-    if any(value is None for value in values):
-        return None
-    found = dict(zip(stage.inputs, values, strict=True))
-    have = {name: value.shape[_rows(tables, name)] for name, value in found.items()}  # type: ignore[union-attr]
-    if any(have[name] < length for name in stage.keys):
-        return None
-    rows = min(have[name] for name in stage.inputs if name not in stage.keys)
-
-    def cut(name: str, value: Any) -> Array:
-        if name in stage.keys or have[name] == rows:
-            return value
-        return value[(slice(None),) * _rows(tables, name) + (slice(-rows, None),)]
-
-    return rows, [cut(name, value) for name, value in found.items()]
-
-
-def last_rows(tables: Architecture, name: str, value: Array, rows: int) -> Array:
-    """The last rows of a value that carries a batch axis."""
-    return value[(slice(None),) * _rows(tables, name) + (slice(-rows, None),)]
-
-
-def run(
-    rows: Sequence[Stage],
-    config: Config,
-    parameters: Parameters,
-    pos: Positional,
-    angles: Array,
-    dumps: Mapping[str, Array],
-    given: Mapping[str, Both | None],
-    dtype: Any,
-) -> tuple[dict[str, ErrorSums], dict[str, Both | None]]:
-    """Measure every stage of ``rows`` that is in ``dumps``.
-
-    A stage that is missing is computed instead, twice: exactly, and in ``dtype``, the engine's
-    own precision, so that what its rounding does to later stages is known too.
-
-    Arguments:
-        angles: [T, H/2] of RoPE, for ``allowance``.
-        dumps: stage name -> dump with a batch axis, in any float dtype.
-        given: values from before ``rows`` that are not in ``dumps``; None for one that cannot be
-            computed.
-        dtype: the precision of the trace.
-
-    Returns:
-        (sums by stage, the values of the stages that were missing).
-    """
-    tables, length = config.tables.cached, pos.mask.shape[-1]
-    computed: dict[str, Both | None] = dict(given)
-    measured: dict[str, ErrorSums] = {}
-
-    def read(name: str, place: int) -> Array | None:
-        if name in dumps:
-            dump = dumps[name]
-            as_float = jnp.issubdtype(dump.dtype, jnp.floating)
-            return dump.astype(EXACT if place == 0 else dtype) if as_float else dump
-        both = computed[name]
-        return None if both is None else both[place]
-
-    for stage in rows:
-        ready = cut_inputs(tables, stage, [read(name, 0) for name in stage.inputs], length)
-        if ready is None:
-            if stage.name not in dumps:
-                computed[stage.name] = None
-            continue
-        count, inputs = ready
-        here = pos.last(count)
-        weights = [parameters[name].astype(EXACT) for name in stage.parameters]
-        exact = stage_value(stage, config, here, inputs, weights)
-        gap = any(name in computed for name in stage.inputs)
-        low = None
-        if gap or stage.name not in dumps:
-            again = cut_inputs(tables, stage, [read(name, 1) for name in stage.inputs], length)
-            narrow = [parameters[name].astype(dtype) for name in stage.parameters]
-            low = stage_value(stage, config, here, again[1], narrow).astype(dtype)  # type: ignore[index]
-        if stage.name not in dumps:
-            computed[stage.name] = exact, low  # type: ignore[assignment]
-            continue
-        if gap:
-            expected = low.astype(EXACT) - exact  # type: ignore[union-attr]
-        else:
-            expected = allowance(stage, config, here, angles, inputs, exact, dtype)
-        size = size_squared(stage, config, here, inputs, weights, exact)
-        count = min(count, dumps[stage.name].shape[_rows(tables, stage.name)])
-        cut = partial(last_rows, tables, stage.name, rows=count)
-        found, exact, size, expected = map(cut, (dumps[stage.name], exact, size, expected))
-        measured[stage.name] = error_sums(stage, found, exact, size, pos.last(count), expected)
-    return measured, {s.name: computed[s.name] for s in rows if s.name in computed}
-
-
-@cache
-def compiled(
-    rows: tuple[Stage, ...], config: Config, dtype: np.dtype, unoptimised: bool = False
-) -> Callable[..., Any]:
-    """``run`` under jit: called as ``(parameters, pos, angles, dumps, given)``."""
-
-    def program(parameters: Any, pos: Any, angles: Any, dumps: Any, given: Any) -> Any:
-        return run(rows, config, parameters, pos, angles, dumps, given, dtype)
-
-    fast = {"xla_backend_optimization_level": 0} if unoptimised else {}
-    return jax.jit(program, compiler_options=runtime.compiler_options() | FRUGAL | fast)
 
 
 @dataclass(frozen=True)
@@ -323,6 +33,7 @@ class Measured:
         segment: missing stages between this one and the dumps it was computed from, in
             computation order; empty where every input was dumped.
         rows: how many rows of the sequence, the last ones, were measured.
+        estimated: the sums are those of ``Replay.probed``.
     """
 
     stage: Stage
@@ -330,6 +41,19 @@ class Measured:
     sums: ErrorSums
     segment: tuple[Key, ...]
     rows: int
+    estimated: bool = False
+
+
+Step = Callable[
+    [
+        tuple[Stage, ...],
+        int | None,
+        Mapping[str, Any],
+        Mapping[str, Any],
+        Mapping[str, Both | None],
+    ],
+    Iterator[Measured],
+]
 
 
 class Replay:
@@ -351,12 +75,15 @@ class Replay:
             compiled, config=weights.config, dtype=dtype, unoptimised=unoptimised
         )
         self.unoptimised = unoptimised
+        self._options = compiler_options(unoptimised)
         self.device = runtime.pick_device("cpu")
         self.positions = np.asarray(trace.positions)[None]
         frequencies, _ = rope.inverse_frequencies(self.config)
         angles = self.positions[0][:, None] * frequencies.astype(np.float64)
+        self._host_pos = positional_by_layer(self.config, self.positions)
+        self._host_angles = angles
         with self.numerics():
-            self.pos = jax.device_put(positional_by_layer(self.config, self.positions))
+            self.pos = jax.device_put(self._host_pos)
             self.angles = jax.device_put(angles)
         # What the first dumped stage after a gap was computed through.
         self._carried: dict[str, Both | None] = {}
@@ -391,7 +118,20 @@ class Replay:
 
     def __iter__(self) -> Iterator[Measured]:
         """Every dumped stage that can be replayed, in computation order."""
-        measuring = self._measure()
+        return self._locked(self._measure(self._step, ahead=True))
+
+    def probed(self) -> Iterator[Measured]:
+        """The same at the cost of reading: products are estimated, and nothing that is not finite
+        or is zero is counted; see ``qwen_jax.probes``. What has missing stages before it is
+        measured as by iteration."""
+        screen = Screen(self.weights, self._host_pos, self._host_angles, self.dtype, self._options)
+        return self._locked(self._measure(partial(self._probe, screen), ahead=False))
+
+    def exactly(self, keys: Collection[Key]) -> Iterator[Measured]:
+        """Some of the stages that were ``probed``, as by iteration."""
+        return self._locked(self._measure_some(keys))
+
+    def _locked(self, measuring: Iterator[Measured]) -> Iterator[Measured]:
         while True:
             with self.numerics():  # not while the caller goes on with what it was given
                 found = next(measuring, None)
@@ -399,7 +139,8 @@ class Replay:
                 return
             yield found
 
-    def _measure(self) -> Iterator[Measured]:
+    def _measure(self, step: Step, ahead: bool) -> Iterator[Measured]:
+        """``ahead``: weights are read before their layer's turn, or else by the step."""
         tables, layers = self.tables, self.config.num_hidden_layers
         table, tokens = self.start_parameters()
         start = {stage.name: self.load(stage.name, 0) for stage in tables.start_stages}
@@ -408,7 +149,8 @@ class Replay:
         with ThreadPoolExecutor(1) as reader:
 
             def fetch(layer: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-                return read_parameters(self.weights, "layer", layer), self.layer_dumps(layer)
+                parameters = read_parameters(self.weights, "layer", layer) if ahead else {}
+                return parameters, self.layer_dumps(layer)
 
             ready = reader.submit(fetch, 0)
             for layer in range(layers):
@@ -416,8 +158,8 @@ class Replay:
                 if layer + 1 < layers:
                     ready = reader.submit(fetch, layer + 1)
                 carried = self._take(tables.first if layer == 0 else tables.layer_output)
-                yield from self._step(tables.layer_stages, layer, parameters, dumps, carried)
-        yield from self._finish()
+                yield from step(tables.layer_stages, layer, parameters, dumps, carried)
+        yield from self._finish(step)
 
     def _take(self, before: Stage) -> dict[str, Both | None]:
         """The layer input, where it was not dumped but computed."""
@@ -439,23 +181,65 @@ class Replay:
         program = self._compiled(rows)
         found, computed = program(needed, self.pos[sliding], self.angles, dumps, given)
         chain = {name: self._chain[name] for name in given}
-        dims = self.config.dims(len(self.trace.tokens))
         for stage in rows:
             behind = [link for name in stage.inputs for link in chain.get(name, ())]
             segment = tuple(dict.fromkeys(behind))
             if stage.name in found:
                 sums = jax.tree.map(np.asarray, found[stage.name])
-                heads = stage.heads(dims) if stage.heads_lead else 1
-                count = len(sums.error_rows) // (heads or 1)
-                yield Measured(stage, layer, sums, segment, count)
+                yield self._measured(stage, layer, sums, segment)
             elif stage.name not in dumps:
                 chain[stage.name] = (*segment, (stage.name, layer))
         last = rows[-1].name
         self._carried = {last: computed[last]} if last in computed else {}
         self._chain = {last: chain[last]} if last in computed else {}
 
-    def _finish(self) -> Iterator[Measured]:
-        """The stages after the layers, and the head in slices of the vocabulary."""
+    def _measured(
+        self,
+        stage: Stage,
+        layer: int | None,
+        sums: ErrorSums,
+        segment: tuple[Key, ...] = (),
+        estimated: bool = False,
+    ) -> Measured:
+        heads = stage.heads(self.config.dims(1)) if stage.heads_lead else 1
+        return Measured(
+            stage, layer, sums, segment, len(sums.error_rows) // (heads or 1), estimated
+        )
+
+    def _probe(
+        self,
+        screen: Screen,
+        rows: tuple[Stage, ...],
+        layer: int | None,
+        parameters: Mapping[str, Any],
+        dumps: Mapping[str, Any],
+        given: Mapping[str, Both | None],
+    ) -> Iterator[Measured]:
+        """``_step`` of what has missing stages before it, and probes of the rest."""
+        sliding = layer is not None and self.config.sliding_layers[layer]
+        tensors = self.config.tensor_names(rows[0].scope, layer)
+        there = [row for row in rows if {row.name, *row.inputs} <= dumps.keys()]
+        length = len(self.trace.tokens)
+        ready = [
+            row
+            for row in there
+            if cut_inputs(self.tables, row, [dumps[name] for name in row.inputs], length)
+            and screen.possible(row, sliding, dumps)
+        ]
+        sums = screen.measure(ready, sliding, dumps, tensors)
+        whole = tuple(row for row in rows if row not in ready)
+        needed = {n: self.weights.read(tensors[n]) for row in whole for n in row.parameters}
+        left = {m.stage: m for m in self._step(whole, layer, needed, dumps, given)} if whole else {}
+        if not whole:
+            self._carried, self._chain = {}, {}
+        for row in rows:
+            if row in left:
+                yield left[row]
+            elif row in ready:
+                yield self._measured(row, layer, sums[row.name], estimated=True)
+
+    def _finish(self, step: Step) -> Iterator[Measured]:
+        """The stages after the layers."""
         tables, before = self.tables, self.tables.layer_output.name
         *middle, head = tables.end_stages
         dump = self.load(before, self.config.num_hidden_layers - 1)
@@ -466,26 +250,50 @@ class Replay:
             return
         names = self.config.tensor_names("end")
         parameters = {p: self.weights.read(names[p]) for s in middle for p in s.parameters}
-        yield from self._step(tuple(middle), None, parameters, dumps, given)
+        yield from step(tuple(middle), None, parameters, dumps, given)
         if (logits := self.load(head.name, None)) is None:
             return
+        if step != self._step and head.inputs[0] in dumps:
+            yield from step((head,), None, {}, dumps | {head.name: logits}, {})
+        else:
+            yield from self._head(dumps, logits)
+
+    def _head(self, dumps: Mapping[str, np.ndarray], logits: np.ndarray) -> Iterator[Measured]:
+        """The head in slices of the vocabulary."""
+        head = self.tables.head
         parameter, source = head.parameters[0], head.inputs[0]
         # Only the rows that are there: all of them would be [T, V] in float64.
         count = logits.shape[1]
+        given: dict[str, Both | None] = {}
         if source in dumps:
-            dumps, given = {source: dumps[source][:, -count:]}, {}
+            dumps = {source: dumps[source][:, -count:]}
         else:
             both = self._carried.get(source)
             dumps, given = {}, {source: both and (both[0][:, -count:], both[1][:, -count:])}
             self._chain.setdefault(source, ())
         parts: list[Measured] = []
         for first, rows in self.weights.blocks(head_tensor(self.config), VOCABULARY_SLICE):
-            some = dumps | {head.name: logits[..., first : first + len(rows)]}
+            some = {**dumps, head.name: logits[..., first : first + len(rows)]}
             kept = dict(self._carried), dict(self._chain)
             parts += self._step((head,), None, {parameter: rows}, some, given)
             self._carried, self._chain = kept
         if parts:
             yield _join(parts)
+
+    def _measure_some(self, keys: Collection[Key]) -> Iterator[Measured]:
+        layers = self.config.num_hidden_layers
+        for stage, layer in self.tables.computation_order(layers):
+            if (stage.name, layer) not in keys:
+                continue
+            of = {name: self.tables.stored_as(name, layer, layers) for name in stage.inputs}
+            of[stage.name] = stage.name, layer
+            dumps = {n: d for n, key in of.items() if (d := self.load(*key)) is not None}
+            if stage is self.tables.head:
+                yield from self._head(dumps, dumps[stage.name])
+                continue
+            tensors = self.config.tensor_names(stage.scope, layer)
+            parameters = {name: self.weights.read(tensors[name]) for name in stage.parameters}
+            yield from self._step((stage,), layer, parameters, dumps, {})
 
 
 def _join(parts: list[Measured]) -> Measured:

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qwen_jax import replay
+from qwen_jax import local_error, replay
 from qwen_jax.forward import abstract
 from qwen_jax.models.ops import positional_by_layer
 from qwen_jax.weights import open_model
@@ -341,6 +341,6 @@ def test_weights_are_widened_one_after_the_other():
     angles = jax.ShapeDtypeStruct((length, config.head_dim // 2), np.float64)
     weights = abstract(config, np.dtype(ml_dtypes.bfloat16)).layers[0]
     with jax.enable_x64(True):
-        program = replay.compiled(layer, config, np.dtype("float32"))
+        program = local_error.compiled(layer, config, np.dtype("float32"))
         compiled = program.lower(weights, pos, angles, dumps, {}).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.7 * 2**30

@@ -25,6 +25,7 @@ from stages.trace import Layout, open_trace
 from tests.planted import checkpoints
 from tools.localize import Localization, localize
 from tools.localize.report import faults as reported
+from tools.localize.report import to_json
 from tools.numpy_engine import engine, faults
 
 ONE_LAYER = 2
@@ -80,13 +81,13 @@ class Bench:
                 del known[name]
         return known
 
-    def localize(self, run: engine.Run, omit: tuple[str, ...] = ()) -> Localization:
+    def localize(self, run: engine.Run, omit: tuple[str, ...] = (), **options: Any) -> Localization:
         """The localizer's report on a run, through files as a user would hand them over; compiled
         in half the time."""
         frugal = patch.object(replay, "Replay", partial(Replay, unoptimised=True))
         with tempfile.TemporaryDirectory() as scratch, frugal:
             path = run.dump(Path(scratch) / "trace", omit)
-            return localize(open_trace(path, self.layout), self.model)
+            return localize(open_trace(path, self.layout), self.model, **options)
 
     def layers(self, which: str) -> list[int] | None:
         last = self.model.config.num_hidden_layers - 1
@@ -95,6 +96,21 @@ class Bench:
     def plant(self, fault: faults.Fault, which: str) -> engine.Run:
         layers = self.layers("one" if fault.one_layer else which)
         return faults.plant(self.loaded, self.tokens, fault, layers, self.mode, "all", **self.more)
+
+    def differs(self, fault: faults.Fault, which: str) -> str:
+        """What the localizer says of a planted fault otherwise where it makes every product again;
+        empty if it is the same, but for bits of sound stages that are estimated."""
+        run = self.plant(fault, which)
+        found, exact = (to_json(self.localize(run, exact=exact)) for exact in (False, True))
+        for name in ("verdict", "faults"):
+            if found[name] != exact[name]:
+                return f"{name}: {found[name]}, exactly {exact[name]}"
+        for stage, entry in exact["precision"].items():
+            other = found["precision"][stage]
+            off = np.abs(np.subtract(other["bits"], entry["bits"])).max()
+            if off > 0.4 or {**other, "bits": None} != {**entry, "bits": None}:
+                return f"{stage}: {other}, exactly {entry}"
+        return ""
 
     def try_fault(self, fault: faults.Fault, which: str, judge: Callable | None = None) -> Row:
         """Plant one fault and judge what the localizer (or ``judge``) says of it."""
@@ -174,6 +190,16 @@ def rows(bench: Bench, which: str, select: str = "") -> Iterator[Row]:
             yield bench.try_fault(fault, which)
 
 
+def compare(bench: Bench, which: str, select: str) -> bool:
+    """Whether any fault is another one where every product is made again."""
+    chosen = [fault for name, fault in bench.plantable.items() if select in name]
+    told = {fault.name: bench.differs(fault, which) for fault in chosen}
+    differing = {name: why for name, why in told.items() if why}
+    print(f"{bench.model.name}, {bench.mode}, {which}: {len(differing)} of {len(told)} differ")
+    print("".join(f"  {name}: {why}\n" for name, why in differing.items()), end="", flush=True)
+    return bool(differing)
+
+
 def markdown(found: list[Row]) -> str:
     """The table; faults too small to be due are marked."""
     lines = ["| planted | accused | named | cosine | |", "|---|---|---|---|---|"]
@@ -204,6 +230,8 @@ def main() -> int:
     parser.add_argument("--mode", nargs="+", default=["f32"], help="f32, bf16, ...")
     parser.add_argument("--layers", nargs="+", default=["one"], choices=("one", "all"))
     parser.add_argument("--select", default="", help="only faults with this in their name")
+    help = "name the faults of which --exact says something else, instead of judging them"
+    parser.add_argument("--compare", action="store_true", help=help)
     parser.add_argument("--brief", action="store_true", help="only rows that are not ok")
     args = parser.parse_args()
 
@@ -214,6 +242,9 @@ def main() -> int:
             for mode in args.mode:
                 bench = make_bench(name, mode, Path(scratch))
                 for which in args.layers:
+                    if args.compare:
+                        failed |= compare(bench, which, args.select)
+                        continue
                     found = list(rows(bench, which, args.select))
                     print(f"\n## {name}, {mode}, {which} layer{'s' * (which == 'all')}\n")
                     print(summary(found) + "\n", flush=True)

@@ -39,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="write the first fault, cut to its smallest slice, and a script that shows it",
     )
+    result.add_argument(
+        "--exact",
+        action="store_true",
+        help="make every product again in float64, also where random probes show no doubt",
+    )
     expected = result.add_argument_group(
         "for git bisect run", "exit 0: not there, 1: there, 125: cannot be judged"
     )
@@ -73,14 +78,18 @@ def question_of(args: argparse.Namespace) -> Question | None:
     return None
 
 
-def run(path: Path, model: Weights, prompt: Prompt, harm: Question | None) -> Localization:
+def run(
+    path: Path, model: Weights, prompt: Prompt, harm: Question | None, exact: bool = False
+) -> Localization:
     """Localize one trace with a progress bar."""
     trace = arguments.open_given(path, prompt, model)
     arguments.check_tokens(prompt, trace, model)
     check_model(trace, model)
     with cli.progress() as bar:
         task = bar.add_task(f"replaying {trace.name}", total=len(trace.entries))
-        return localize(trace, model, harm=harm, advance=lambda measured: bar.advance(task))
+        return localize(
+            trace, model, harm=harm, exact=exact, advance=lambda measured: bar.advance(task)
+        )
 
 
 def main(argv: list[str]) -> int:
@@ -107,10 +116,10 @@ def _main(argv: list[str]) -> int:
     runtime.for_a_command("cpu")
     try:
         with compile_cache.use("localize", model.config, os.environ.get("XLA_FLAGS")):
-            reports = [run(args.trace, model, prompt, harm)]
+            reports = [run(args.trace, model, prompt, harm, args.exact)]
             if args.against:
                 other = open_model(args.against_model) if args.against_model else model
-                reports.append(run(args.against, other, prompt, harm))
+                reports.append(run(args.against, other, prompt, harm, args.exact))
     except NotComparable as error:
         if args.json:
             nothing: dict[str, Any] = {"faults": [], "precision": {}, "skipped": []}

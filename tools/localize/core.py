@@ -9,7 +9,6 @@ import numpy as np
 from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
-from stages import verdict
 from stages.errors import NotComparable
 from stages.manifest import NAME
 from stages.trace import Trace, coarsest_dtype, numpy_dtype, open_trace
@@ -27,6 +26,7 @@ def localize(
     prompt: str | None = None,
     first_position: int = 0,
     harm: Question | None = None,
+    exact: bool = False,
     advance: Callable[[LocalError], None] = lambda measured: None,
 ) -> Localization:
     """Where error is created in a trace, and what the mistakes are.
@@ -38,6 +38,7 @@ def localize(
         model: the weights that made it, or what ``open_model`` takes; None is the demo model.
         tokens, prompt, first_position: of a dump without a manifest, as of ``trace_model``.
         harm: of which token to say what the error costs it; None is of none.
+        exact: measure every product in full, also those that are plainly sound.
         advance: is called after every stage.
 
     Raises:
@@ -45,7 +46,7 @@ def localize(
         UserError: no such trace or model, or a file is damaged.
     """
     from qwen_jax.replay import Replay
-    from tools.localize import diagnose, fitting, nats
+    from tools.localize import diagnose, fitting, nats, screening
     from tools.localize.harm import measure
 
     weights = model if isinstance(model, Weights) else open_model(model)
@@ -55,18 +56,18 @@ def localize(
     check_model(trace, weights)
     dtype = trace_dtype(trace)
     replay = Replay(trace, weights, numpy_dtype(dtype))
-    dims = weights.config.dims(1)
-    items, measured = [], []
-    for m in replay:
-        measured.append(m)
-        heads, before = m.stage.heads(dims), len(trace.tokens) - m.rows
-        items.append(verdict.judge(m.stage, m.layer, m.sums, m.segment, heads, before, dtype))
-        advance(items[-1])
-    if not items:
+    held, measured = {}, {}
+    # a float64 trace has errors as small as those of the estimate's own arithmetic
+    for m in replay if exact or dtype == "float64" else replay.probed():
+        key = m.stage.name, m.layer
+        measured[key], held[key] = m, screening.judged(replay, m, dtype)
+        advance(held[key])
+    if not held:
         raise NotComparable(f"not comparable: {trace.path} holds no stage that can be replayed")
     _check_weights(trace, weights)
+    screening.settle(replay, measured, held, dtype)
     with replay.numerics():
-        items, fitted = fitting.fit(replay, measured, items, dtype)
+        items, fitted = fitting.fit(replay, [*measured.values()], [*held.values()], dtype)
         findings = with_changes(trace, diagnose.findings(replay, items, dtype, fitted))
     skipped = _skipped(trace, weights.config.num_hidden_layers, items)
     felt, costs = nats.measure(replay), None if harm is None else measure(replay, harm)

@@ -12,7 +12,7 @@ from stages import verdict
 from stages.architecture import ACTIVATION, TOKENS, Key
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError, Suspect
-from tools.localize import shapes
+from tools.localize import screening, shapes
 from tools.localize.catalogue import CATALOGUE, Mistake
 from tools.localize.causes import Explanation, Finding
 from tools.localize.fitting import Fitted
@@ -282,12 +282,13 @@ def _matches(
         if expected > floor - 1.5:
             continue
         for item in mine:
-            masks = verdict.bad_slices(item, floor)
             case = StageReplay(replay, item.row, item.layer, formats=fitted.formats)
             if not case.replayable:
                 continue
             cases = [case, *map(case.under, fitted.hints(item, replay.config))]
             if any(_matched(each, near, floor) for each in cases):
+                item = screening.exactly(replay, item, dtype)
+                masks = verdict.bad_slices(item, floor)
                 yield Suspect(item=item, expected=floor, why="match", masks=masks)
 
 

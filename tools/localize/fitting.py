@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.config import Config
-from qwen_jax.replay import ErrorSums, Measured, Replay, allowance, error_sums
+from qwen_jax.local_error import ErrorSums, allowance, error_sums
+from qwen_jax.replay import Measured, Replay
 from stages import verdict
 from stages.architecture import ACTIVATION, ROTATION, Key
 from stages.architectures import any_stage
@@ -161,6 +162,13 @@ def _low(item: LocalError, dtype: str) -> bool:
         return item.level < (PLAIN if item.sums_products else PLAIN_OTHERS)
     # of a 16-bit trace: products whose operands are coarser still
     return item.sums_products and item.level < verdict.NOMINAL[dtype] - 1.0
+
+
+def may_have_formats(item: LocalError, dtype: str) -> bool:
+    """Whether ``fit`` may look for a format of an item that is estimated."""
+    unsure = verdict.UNSURE_STAGE
+    least = replace(item, level=item.level - unsure, bits=item.bits - unsure)
+    return item.row.kind.sums_products and _low(least, dtype)
 
 
 def _moved(known: Iterable[Formats], layer: int | None) -> list[Formats]:

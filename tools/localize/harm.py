@@ -26,8 +26,9 @@ from qwen_jax import runtime
 from qwen_jax.config import Config
 from qwen_jax.estimate import head_tensor
 from qwen_jax.forward import Parameters, read_parameters
+from qwen_jax.local_error import EXACT, FRUGAL, cut_inputs, last_rows, stage_value
 from qwen_jax.models.ops import Positional
-from qwen_jax.replay import EXACT, FRUGAL, Replay, cut_inputs, last_rows, stage_value
+from qwen_jax.replay import Replay
 from stages.architecture import LAYER_INPUT, TOKENS, Architecture, Key, Stage
 from stages.errors import UserError
 from tools.localize.question import Question

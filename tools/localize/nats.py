@@ -18,8 +18,9 @@ from jax import Array
 
 from qwen_jax import runtime
 from qwen_jax.config import Config
+from qwen_jax.local_error import FRUGAL, stage_value
 from qwen_jax.models.ops import Positional
-from qwen_jax.replay import FRUGAL, Replay, stage_value
+from qwen_jax.replay import Replay
 from stages.architecture import SCORES, Stage
 from tools.localize.stage_replay import StageReplay
 

@@ -11,8 +11,9 @@ from jax import Array
 
 from qwen_jax import rope
 from qwen_jax.config import Config
+from qwen_jax.local_error import cut_inputs, last_rows, size_squared, stage_value
 from qwen_jax.models.ops import Positional
-from qwen_jax.replay import Replay, cut_inputs, last_rows, size_squared, stage_value
+from qwen_jax.replay import Replay
 from qwen_jax.weights.base import Weights
 from stages import verdict
 from stages.architecture import ROTATION, TOKENS, Architecture, Key, Stage
