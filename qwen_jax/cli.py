@@ -201,6 +201,12 @@ def progress(more: str = "") -> Progress:
     )
 
 
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """--report, refused where FILE could not be written."""
+    help = "also write a page to look at, as HTML"
+    parser.add_argument("--report", type=writable, metavar="FILE", help=help)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json, refused where FILE could not be written: before the work, not after it."""
     parser.add_argument(

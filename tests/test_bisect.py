@@ -1,13 +1,15 @@
 """docs/bisect.md is true, and nothing but a verdict is ever a verdict to git."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import ROOT
 from tests.planted.matrix import make_bench
 from tests.test_readme import EXECUTED, blocks, run
-from tools.localize import __main__, expectation
+from tools.localize import Localization, __main__, expectation, localize
 from tools.numpy_engine import faults
 
 
@@ -27,6 +29,20 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     dump = wrong.dump(directory / "dump", ("attn_scores", "ffn_gate", "final_norm", "lm_head"))
     tokens = ",".join(map(str, bench.tokens))
     return [str(dump), "--model", str(bench.model.directory), "--tokens", tokens]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def once() -> Iterator[None]:
+    """The dump is always the same, so it is localized once."""
+    with pytest.MonkeyPatch.context() as patch:
+        found: list[Localization] = []
+
+        def remembered(*given: Any, **more: Any) -> Localization:
+            found[:] = found or [localize(*given, **more)]
+            return found[0]
+
+        patch.setattr(__main__, "localize", remembered)
+        yield
 
 
 @pytest.mark.parametrize(

@@ -220,8 +220,11 @@ def test_identical_resumed_and_impossible(tiny: Path, tmp_path: Path, capsys) ->
     assert len(lines) == 2
     rows.write_text("".join(lines[:-1]) + lines[-1][:40])  # killed in the middle of a line
     capsys.readouterr()
-    code, data = run(file, tiny, out)
+    page = tmp_path / "sweep.html"
+    code, data = run(file, tiny, out, f"--report={page}")
     assert code == 0 and "1 from before" in capsys.readouterr().out
+    said = page.read_text("utf-8")
+    assert "<h1>pass: 4 points of" in said and said.count("<td>identical</td>") == 2
     assert len({json.loads(line)["key"] for line in rows.read_text().splitlines()}) == 2
 
     other = write_checkpoint(tmp_path / "other", seed=5)

@@ -487,9 +487,7 @@ def parser() -> argparse.ArgumentParser:
         + ", ".join(f"{k} {v:g}" for k, v in TOLERANCE.items()),
     )
     result.add_argument("--every-layer", action="store_true", help="a row for every layer")
-    result.add_argument(
-        "--report", type=cli.writable, metavar="FILE", help="also write a page to look at, as HTML"
-    )
+    cli.add_report(result)
     cli.add_json(result)
     return result
 

@@ -30,9 +30,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--against-model", metavar="DIR|HUB_ID", help="the weights of OTHER; default: --model"
     )
-    result.add_argument(
-        "--report", type=cli.writable, metavar="FILE", help="also write a page to look at, as HTML"
-    )
+    cli.add_report(result)
     result.add_argument(
         "--repro",
         type=Path,
@@ -107,8 +105,11 @@ def _main(argv: list[str]) -> int:
         raise UserError("--expect-layer is the layer of --expect-stage; give that too")
     if args.repro and not args.repro.parent.is_dir():
         raise UserError(f"--repro {args.repro}: no such directory: {args.repro.parent}")
-    harm = question_of(args)
+    harm = None if args.expect_stage else question_of(args)
     model, prompt = open_model(args.model), arguments.prompt_of(args)
+    if args.expect_stage:
+        tables, layers = model.config.tables.cached, model.config.num_hidden_layers
+        expected = expectation.asked(tables, layers, args.expect_stage, args.expect_layer)
 
     from qwen_jax import compile_cache, runtime
     from tools.localize.show import show_localization
@@ -151,7 +152,7 @@ def _main(argv: list[str]) -> int:
     elif args.repro:
         show.print(f"\nno fault, so nothing was written to {args.repro}")
     if args.expect_stage:
-        there = expectation.there(reports[0], args.expect_stage, args.expect_layer)
+        there = expectation.there(reports[0], expected)
         show.print(f"\n{expectation.says(there, args.expect_stage, args.expect_layer)}")
         return int(there)
     return 1 if any(report.verdict == "fault" for report in reports) else 0

@@ -7,6 +7,7 @@ being judged has to be 125: a 2 for a dump that is not there would blame the com
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from stages.architecture import Architecture, Key
 from stages.errors import UserError
 from tools.localize.report import Localization
 
@@ -29,34 +30,37 @@ def unjudged() -> Iterator[None]:
         raise Unjudged(str(error) if expected else f"a bug in this program: {error!r}") from error
 
 
-def there(report: Localization, stage: str, layer: int | None = None) -> bool:
-    """Whether error is created at a stage, of one layer or of any.
-
-    A stage that was not dumped is judged together with those around it.
+def asked(tables: Architecture, layers: int, stage: str, layer: int | None = None) -> set[Key]:
+    """The stages that a question is about: of one layer, or of all.
 
     Raises:
         UserError: the model has no such stage or layer.
-        Unjudged: the stage could not be measured.
     """
-    tables, count = report.trace.tables, report.trace.config["num_hidden_layers"]
     name = tables.aliases.get(stage.strip().lower(), stage.strip().lower())
     if name not in tables.stage:
         raise UserError(f"--expect-stage {stage!r}; the stages are {', '.join(tables.names)}")
     row = tables.stage[name]
-    if layer is not None and (row.scope != "layer" or not 0 <= layer < count):
-        held = f"0 to {count - 1}" if row.scope == "layer" else f"none for {name}"
+    if layer is not None and (row.scope != "layer" or not 0 <= layer < layers):
+        held = f"0 to {layers - 1}" if row.scope == "layer" else f"none for {name}"
         raise UserError(f"--expect-layer {layer}: layers are {held}")
-    layers = range(count) if row.scope == "layer" and layer is None else [row.layer_of(layer)]
-    keys = {(name, number) for number in layers}
+    numbers = range(layers) if row.scope == "layer" and layer is None else [row.layer_of(layer)]
+    return {(name, number) for number in numbers}
+
+
+def there(report: Localization, keys: set[Key]) -> bool:
+    """Whether error is created at one of these stages.
+
+    A stage that was not dumped is judged together with those around it.
+
+    Raises:
+        Unjudged: one of them could not be measured, and none of the others is wrong.
+    """
     judged = {key for item in report.items for key in (item.key, *item.segment)}
     if any(keys & {f.suspect.key, *f.suspect.item.segment} for f in report.findings):
         return True
     if missing := keys - judged:
-        where = "" if layer is None else f"layer {layer} "
-        raise Unjudged(
-            f"{report.trace.path}: {where}{name} could not be judged"
-            + (f" in {len(missing)} layers" if len(missing) > 1 else "")
-        )
+        of = f" in {len(missing)} layers" if len(missing) > 1 else ""
+        raise Unjudged(f"{report.trace.path}: {min(keys)[0]} could not be judged{of}")
     return False
 
 

@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--overwrite", action="store_true", help="forget the finished points in --out")
     add("--jobs", type=_jobs, metavar="N", help="processes at once; default: cores, at most 4")
+    cli.add_report(result)
     cli.add_json(result)
     return result
 
@@ -123,6 +124,10 @@ def main(argv: list[str]) -> int:
     _summary(show, pairs, failures, kept)
     if not ran and not failures:
         raise NotComparable(f"nothing compared: none of the {len(pairs)} points could be run")
+    if args.report:
+        from tools.report import write
+
+        write.sweep(args.report, data, report.sections(pairs))
     verdict = ("fail", "bold red") if failures else ("pass", "bold green")
     show.print(Text.assemble(verdict, f"; the table is in {out / TABLE}, what it means in --help"))
     return 1 if failures else 0

@@ -1,14 +1,20 @@
 """``--report FILE`` and ``-o FILE``: pages, written whole or not at all."""
 
+import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qwen_jax import cli
 from qwen_jax.weights.base import Weights
 from stages.errors import UserError
 from tools.diff import TraceDifference
 from tools.localize.report import Localization
+
+if TYPE_CHECKING:
+    from tools.parity.report import Section
 
 
 def localizations(
@@ -28,6 +34,25 @@ def comparison(path: Path, found: TraceDifference) -> None:
     from tools.report import page
 
     _whole(path, page.of_difference(found))
+
+
+def sweep(path: Path, data: dict[str, Any], sections: "Iterable[Section]") -> None:
+    """The page of a sweep of ``tools.parity``: what it said, as tables.
+
+    ``data`` is the object of its ``--json``.
+    """
+    from tools.report import page
+
+    counts = Counter(point["verdict"] for point in data["points"])
+    listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+    title = f"{data['verdict']}: {len(data['points'])} points of {data['sweep']}: {listed}"
+    tables = [(s.title, s.names, [row for row, _ in s.rows]) for s in sections]
+    made = {"model": data["model"], "device": data["device"], **data["machine"]}
+    about = [
+        [name, value if isinstance(value, str) else json.dumps(value)]
+        for name, value in made.items()
+    ]
+    _whole(path, page.of_tables(title, [*tables, ("Where this is from", ("", ""), about)]))
 
 
 def said(path: Path) -> str:
