@@ -11,8 +11,8 @@ from nbclient import NotebookClient
 PATH = Path(__file__).parents[2] / "docs" / "example.ipynb"
 
 CELLS = [
-    "# A broken engine, in a notebook\n\nEverything that the commands do is a function. Results show "
-    "themselves.",
+    "# A broken engine, in a notebook\n\nEverything that the commands do is a function. Results "
+    "show themselves.",
     "import qwen_jax\nfrom tools.diff import diff\nfrom tools.localize import localize\n"
     "from tools.numpy_engine import faults\n\n"
     "model = qwen_jax.open_model()  # the demo; or a directory, a hub id, a GGUF\n"
