@@ -35,6 +35,9 @@ def trace_model(
     backend: str = "xla",
     device: Any = "cpu",
     logits: str = "all",
+    generate: int | None = None,
+    prefill_chunk: int | None = None,
+    cache: str | None = None,
     out: str | Path | None = None,
     format: str | None = None,
     overwrite: bool = False,
@@ -50,6 +53,9 @@ def trace_model(
         backend: "xla" compiles a layer once and runs it for every layer; "eager" is un-jitted.
         device: "cpu", "gpu", None for the best, or a ``jax.Device``.
         logits: "all" positions in ``lm_head``, or the "last".
+        generate, prefill_chunk, cache: as ``--generate``, ``--prefill-chunk`` and ``--cache``: the
+            same sequence in several calls, through a key/value cache. ``tokens`` of the trace then
+            has what was generated, but for the last.
         out: a directory to write to, as the stages come; None keeps them in memory.
         format: of the files: "aprt" or "safetensors".
 
@@ -71,9 +77,12 @@ def trace_model(
         dtype=dtype,
         format=format,
         logits=logits,
+        generate=generate,
+        prefill_chunk=prefill_chunk,
+        cache=cache,
     )
     chosen = runtime.pick_device(device) if device is None or isinstance(device, str) else device
-    made = engine.JaxEngine(weights, dtype, backend, chosen)
+    made = engine.JaxEngine(weights, dtype, backend, chosen, keep=plan.cache is not None)
     if out is None:
         return tracing.to_memory(made, plan)
     tracing.check_out(plan, Path(out), overwrite)

@@ -339,29 +339,44 @@ def cache_format(name: str, config: Config) -> str:
 
 def to_memory(engine: Engine, plan: Plan) -> MemoryTrace:
     """Run the engine and keep what was asked for."""
-    values: dict[Key, np.ndarray] = {}
-    dtype = numpy_dtype(plan.dtype)
+    return batch_to_memory(engine, [plan])[0]
 
-    def emit(stage: str, layer: int | None, value: np.ndarray, rows: slice | None) -> None:
-        if not plan.want(stage, layer):
+
+def batch_to_memory(engine: Engine, plans: Sequence[Plan]) -> list[MemoryTrace]:
+    """The same of the sequences of a batch."""
+    values: list[dict[Key, np.ndarray]] = [{} for _ in plans]
+    dtype = numpy_dtype(plans[0].dtype)
+
+    def emit(i: int, stage: str, layer: int | None, value: np.ndarray, rows: slice | None) -> None:
+        key = stage, layer
+        if not plans[i].want(*key):
             return
         if rows is None:
-            values[stage, layer] = value
+            values[i][key] = value
             return
-        row = plan.tables.stage[stage]
-        if (stage, layer) not in values:
-            values[stage, layer] = np.zeros(plan.shape(stage), dtype)
+        row = plans[i].tables.stage[stage]
+        if key not in values[i]:
+            values[i][key] = np.zeros(plans[i].shape(stage), dtype)
         place = [slice(None)] * row.axes.index(row.row_axis) + [rows]
         if "S" in row.axes[len(place) :]:
             place.append(slice(value.shape[-1]))
-        values[stage, layer][tuple(place)] = value
+        values[i][key][tuple(place)] = value
 
-    [picked] = compute(engine, [plan], lambda _, *stage: emit(*stage))
     made = engine.describe()
-    name = f"{made['name']}-{made['backend']}-{plan.model.name}"
-    config = plan.model.config.to_json()
-    tokens = (*plan.tokens, *picked[:-1])
-    return MemoryTrace(name, config, tokens, plan.dtype, values, plan.positions, plan.steps)
+    name = f"{made['name']}-{made['backend']}-{plans[0].model.name}"
+    config = plans[0].model.config.to_json()
+    return [
+        MemoryTrace(
+            name,
+            config,
+            (*plan.tokens, *picked[:-1]),
+            plan.dtype,
+            found,
+            plan.positions,
+            plan.steps,
+        )
+        for plan, picked, found in zip(plans, compute(engine, plans, emit), values, strict=True)
+    ]
 
 
 # sequence, stage, layer, value, its rows where those are not all

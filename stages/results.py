@@ -456,6 +456,30 @@ class ParityResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     points: list[PointResult]
 
 
+class PartingEntry(StageOfLayer, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An operation that made unequal values from bit-equal ones, and the rows where it did."""
+
+    rows: list[int]
+
+
+class Outcome(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One way to compute so many tokens, and where it parts from alone, in one call."""
+
+    length: int
+    way: str
+    partings: list[PartingEntry]
+
+
+class InvarianceResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``tools.parity --invariance --json``."""
+
+    schema: Literal[1]
+    verdict: Literal["identical", "differ"]
+    model: str
+    device: Literal["cpu", "gpu"]
+    outcomes: list[Outcome]
+
+
 # --- bench
 
 
@@ -491,5 +515,6 @@ RESULTS: dict[str, type[Struct]] = {
     "collect": CollectResult,
     "convert": ConvertResult,
     "parity": ParityResult,
+    "invariance": InvarianceResult,
     "bench": BenchResult,
 }

@@ -6,6 +6,7 @@ Finished points are kept in --out; the same command goes on where it was interru
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -65,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
         help="finished points and the table; default: parity-MODEL-SWEEP-DEVICE",
     )
     add("--overwrite", action="store_true", help="forget the finished points in --out")
+    add(
+        "--invariance",
+        action="store_true",
+        help="instead: is a sequence the same alone, in batches, in chunks and decoded?",
+    )
     add("--jobs", type=_jobs, metavar="N", help="processes at once; default: cores, at most 4")
     cli.add_report(result)
     cli.add_json(result)
@@ -81,6 +87,8 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     points = grid.load(args.sweep)
     model = open_model(args.model)
+    if args.invariance:
+        return _invariance(args, model)
     tokens = read_tokens(arguments.prompt_of(args), model)
     job = {"device": args.device, "model": args.model, "tokens": list(tokens)}
     machine = ask_device(job)
@@ -131,6 +139,33 @@ def main(argv: list[str]) -> int:
     verdict = ("fail", "bold red") if failures else ("pass", "bold green")
     show.print(Text.assemble(verdict, f"; the table is in {out / TABLE}, what it means in --help"))
     return 1 if failures else 0
+
+
+def _invariance(args: argparse.Namespace, model: Weights) -> int:
+    from qwen_jax import engine, runtime
+    from tools.parity import invariance
+
+    chosen = runtime.pick_device(args.device)
+    made = engine.JaxEngine(model, "float32", "xla", chosen, keep=True)
+    drawn = itertools.count()  # every sequence is another
+
+    def stream(length: int) -> tuple[int, ...]:
+        first = next(drawn)
+        return random_tokens(first + length, model)[first:]
+
+    with cli.progress() as bar:
+        found = bar.track(invariance.sweep(made, model, stream, "float32"), description="comparing")
+        outcomes = list(found)
+    same = all(not each.partings for each in outcomes)
+    data = {
+        "schema": SCHEMA,
+        "verdict": "identical" if same else "differ",
+        "model": model.name,
+        "device": args.device,
+        "outcomes": [each.to_json() for each in outcomes],
+    }
+    invariance.show(cli.report(args.json, data), outcomes)
+    return 0 if same else 1
 
 
 def _entry(point: Point, row: Row) -> Row:
