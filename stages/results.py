@@ -486,7 +486,7 @@ class InvarianceResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class FigureRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One figure; see ``tools.bench.measure.Figure``. ``reached`` is null without a bar."""
 
-    part: Literal["cold", "warm", "tools", "memory"]
+    part: Literal["cold", "warm", "decode", "tools", "memory"]
     of: str
     what: str
     value: float

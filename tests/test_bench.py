@@ -1,5 +1,6 @@
 """The bench measures what it says, and refuses what it cannot measure."""
 
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,10 @@ def hashes(directory: Path) -> dict[Key, str]:
     return {key: entry.xxh3 for key, entry in open_trace(directory).entries.items()}
 
 
+def _start(name: str, work: Workload) -> subprocess.Popen[str]:
+    return measure._start(name, work, work.arguments)
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     model = write_checkpoint(tmp_path / "model")
@@ -46,7 +51,7 @@ def job(tmp_path: Path) -> Job:
 def test_nnsight_runs(job: Job, tmp_path: Path) -> None:
     """In its own process, as in the bench: it gives every object of a process a method ``save``,
     which breaks PyTorch's ONNX exporter."""
-    process = measure._start("nnsight", Workload(str(job.model), "tiny", 5, tmp_path))
+    process = _start("nnsight", Workload(str(job.model), "tiny", 5, tmp_path))
     process.kill()  # it has said that it is warm: it ran twice
     process.communicate()
 
@@ -82,7 +87,7 @@ def test_weights_that_stay_in_memory_give_the_same_bytes(job: Job, tmp_path: Pat
 
 def test_a_worker_answers_each_line_with_seconds(job: Job, tmp_path: Path) -> None:
     work = Workload(str(job.model), "tiny", 5, tmp_path)
-    process = measure._start("trace", work)
+    process = _start("trace", work)
     try:
         for _ in range(2):
             print("run", file=process.stdin, flush=True)
@@ -92,7 +97,7 @@ def test_a_worker_answers_each_line_with_seconds(job: Job, tmp_path: Path) -> No
         process.kill()
         process.communicate()
     with pytest.raises(UserError, match=r"trace failed: .*no such model"):
-        measure._start("trace", Workload(str(tmp_path / "none"), "none", 5, tmp_path))
+        _start("trace", Workload(str(tmp_path / "none"), "none", 5, tmp_path))
 
 
 def figure(**changed: object) -> Figure:

@@ -20,7 +20,7 @@ from tools.bench.measure import Figure
 
 DEFAULT_MODELS = ("demo", "synthetic:0.5b")
 MEMORY = (("synthetic:7b", 64, 3 << 30), ("synthetic:72b:2", 8, 9 << 30))
-PARTS = ("speed", "tools", "memory")
+PARTS = ("speed", "decode", "tools", "memory")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,10 +61,12 @@ def main(argv: list[str]) -> int:
         for model in (args.model or DEFAULT_MODELS) if args.only != "memory" else ():
             for length in lengths:
                 work = measure.make_workload(model, length, scratch, doing)
-                if args.only != "tools":
+                if args.only in (None, "speed"):
                     figures += measure.cold(work, args.repeat, doing)
                     figures += measure.warm(work, args.repeat, doing)
-                if args.only != "speed":
+                if args.only in (None, "decode") and length == lengths[0]:
+                    figures += measure.decode(work, args.repeat, doing)
+                if args.only in (None, "tools"):
                     figures += measure.tools(work, args.repeat, doing)
                 shutil.rmtree(work.folder)
         if args.only in (None, "memory"):

@@ -22,6 +22,7 @@ from tools.bench.worker import CONTENDERS
 from tools.parity.worker import last_line
 
 Doing = Callable[[str], None]
+DECODED = 256
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -30,7 +31,7 @@ class Figure:
     """One line of a table.
 
     Attributes:
-        part: "cold", "warm", "tools" or "memory".
+        part: "cold", "warm", "decode", "tools" or "memory".
         of: model and prompt length.
         what: what was measured.
         value: the median; ``low`` and ``high`` are the extremes of the runs.
@@ -186,16 +187,46 @@ def cold(work: Workload, repeat: int, doing: Doing) -> list[Figure]:
 
 def warm(work: Workload, repeat: int, doing: Doing) -> list[Figure]:
     """Every contender in its own process, in turn; and the disk's own speed."""
+    found = _in_turn("warm", work, tuple(CONTENDERS), work.arguments, repeat, doing)
+    return [
+        *found,
+        _ratio(found, "oracle", "trace", 2.5),
+        _ratio(found, "nnsight", "trace", 1),
+        _ratio(found, "trace", "bare", 1.4, most=True),
+    ]
+
+
+def decode(work: Workload, repeat: int, doing: Doing) -> list[Figure]:
+    """The prompt and then ``DECODED`` tokens, a call each, through a key/value cache: every stage
+    of every call to disk, and with nothing captured."""
+    arguments = [*work.arguments, "--generate", str(DECODED + 1)]
+    found = _in_turn("decode", work, ("trace", "bare", "oracle"), arguments, repeat, doing)
+    return [
+        *found,
+        _ratio(found, "oracle", "trace", 2),
+        _ratio(found, "trace", "bare", 1.5, most=True),
+    ]
+
+
+def _in_turn(
+    part: str,
+    work: Workload,
+    names: tuple[str, ...],
+    arguments: list[str],
+    repeat: int,
+    doing: Doing,
+) -> list[Figure]:
+    """Seconds of each of the contenders ``names``, and how fast the disk takes what they write."""
     workers = {}
     taken: dict[str, list[float]] = {}
     try:
-        for name in CONTENDERS:
+        for name in names:
             doing(f"{work.of}: loading {name}")
-            workers[name], taken[name] = _start(name, work), []
+            workers[name], taken[name] = _start(name, work, arguments), []
         out = work.folder / "warm-trace"
         for turn in range(repeat):
             for name, worker in workers.items():
-                doing(f"{work.of}: {name}, warm, {turn} of {repeat}")
+                doing(f"{work.of}: {name}, {part}, {turn} of {repeat}")
                 os.sync()  # nobody waits for the disk to take what another has written
                 print("run", file=worker.stdin, flush=True)
                 taken[name].append(float(_reply(name, worker)))
@@ -205,26 +236,19 @@ def warm(work: Workload, repeat: int, doing: Doing) -> list[Figure]:
             worker.kill()
             worker.communicate()
     bytes_ = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    found = _seconds("warm", work, taken)
     ceiling = Figure(
-        part="warm",
+        part=part,
         of=work.of,
         what=f"plain write of the same {bytes_ / 1e9:.2f} GB",
         value=bytes_ / 1e9 / statistics.median(taken["plain write"]),
         unit="GB/s",
     )
-    return [
-        *found,
-        ceiling,
-        _ratio(found, "oracle", "trace", 2.5),
-        _ratio(found, "nnsight", "trace", 1),
-        _ratio(found, "trace", "bare", 1.4, most=True),
-    ]
+    return [*_seconds(part, work, taken), ceiling]
 
 
-def _start(name: str, work: Workload) -> subprocess.Popen[str]:
+def _start(name: str, work: Workload, arguments: list[str]) -> subprocess.Popen[str]:
     out = str(work.folder / f"warm-{name}")
-    job = {"contender": name, "arguments": work.arguments, "out": out}
+    job = {"contender": name, "arguments": arguments, "out": out}
     worker = subprocess.Popen(
         [sys.executable, "-m", "tools.bench.worker"],
         cwd=ROOT,

@@ -10,6 +10,7 @@ from tools.bench.measure import Figure
 TITLES = {
     "cold": "Cold: whole processes",
     "warm": "Warm: everything loaded and compiled",
+    "decode": "Decoding: a prompt, then 256 tokens, a call each, through a key/value cache",
     "tools": "diff and localize",
     "memory": "Memory: a fresh process, all stages of all layers, weights on disk in bfloat16",
 }

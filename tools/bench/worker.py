@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ def trace(plan: Plan, out: Path) -> Run:
 
 def bare(plan: Plan, out: Path) -> Run:
     """The same compiled forward with nothing captured."""
-    engine = _jax_engine(plan)
-    return lambda: engine.run(
-        plan.tokens, plan.positions, plan.logits, lambda *key: False, lambda *stage: None
-    )
+    engine, nothing = _jax_engine(plan), replace(plan, stages=())
+
+    def run() -> None:
+        tracing.compute(engine, [nothing], lambda *stage: None)
+
+    return run
 
 
 def oracle(plan: Plan, out: Path) -> Run:
