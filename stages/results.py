@@ -285,7 +285,11 @@ class Generated(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class TraceResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``qwen_jax.trace --json`` and ``oracle.trace --json``, with and without ``--dry-run``."""
+    """``qwen_jax.trace --json`` and ``oracle.trace --json``, with and without ``--dry-run``.
+
+    Attributes:
+        refused: of a dry run, why the run itself would be; null if it would not.
+    """
 
     schema: Literal[2]
     architecture: str
@@ -305,6 +309,7 @@ class TraceResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     file_bytes: int | UnsetType = UNSET
     top: list[NextToken] | UnsetType = UNSET
     generated: list[Generated] | UnsetType = UNSET
+    refused: str | UnsetType | None = UNSET
     seconds: float | UnsetType = UNSET
 
 
