@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check
 
-.PHONY: help trace test field matrix lock clean
+.PHONY: help trace test field fuzz kill matrix lock clean
 
 help:
 	@echo "make trace   trace the embedded demo model into demo-trace/"

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from stages.disk import check_regular
 from stages.errors import UserError
 
 MAGIC = b"GGUF"
@@ -115,6 +116,7 @@ def _number(metadata: dict[str, Any], key: str) -> int:
 def read_header(path: Path) -> Content:
     """Metadata and tensor directory of one file. A number array is a NumPy array, an array of
     strings a list of bytes."""
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             return _Header(file, path).content()

@@ -1,0 +1,1 @@
+"""A standing campaign: damaged inputs (``fuzz``) and processes that are killed (``kill``)."""
