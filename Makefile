@@ -13,6 +13,8 @@ help:
 	@echo "make test    lint, check types, run all tests; among them, as a gate, the quick parity sweep"
 	@echo "             (installs PyTorch)"
 	@echo "make field   run every engine that is installed, healthy and broken, and write docs/field.md"
+	@echo "make fuzz    20,000 damaged inputs, and what the commands make of them: docs/campaign-fuzz.md"
+	@echo "make kill    200 commands killed at random moments: docs/campaign-kill.md"
 	@echo "make matrix  the tests that need no PyTorch, on every Python that is claimed"
 	@echo "make lock    note down the installed versions in requirements.lock"
 	@echo "make clean   remove everything that these two made"
@@ -30,6 +32,16 @@ test: $(VENV)/test.stamp
 # pip install openvino mlx mlx-lm google-tunix
 field: $(VENV)/test.stamp
 	$(PY) -m tests.field --markdown docs/field.md
+
+# Each ends with 1 where a command did what none may do. CASES and KILLS may be fewer.
+CASES := 20000
+KILLS := 200
+
+fuzz: $(VENV)/test.stamp
+	$(PY) -m tests.campaign.fuzz --cases $(CASES) --markdown docs/campaign-fuzz.md
+
+kill: $(VENV)/test.stamp
+	$(PY) -m tests.campaign.kill --kills $(KILLS) --markdown docs/campaign-kill.md
 
 # Python 3.11 is what `make test` runs. PyTorch's CPU build is not to be had for every Python, so what
 # needs it is left out.

@@ -1,4 +1,4 @@
-"""A short run of the standing campaign (``make fuzz``, ``make kill``), and proof that it can fail."""
+"""A short run of the standing campaign, ``make fuzz`` and ``make kill``, which is seen to fail."""
 
 import os
 from random import Random

@@ -73,21 +73,18 @@ def content(directory: Path) -> dict[str, bytes]:
 
 def start(job: Job, out: Path, *more: str, most: int | None = None) -> subprocess.Popen[str]:
     """``most``: bytes of the largest file that it may write."""
-
-    def limit() -> None:
-        if most is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-
     command = [each.replace("{}", str(out)) for each in job.command]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", *command, *more],
         env=os.environ | {"PYTHONPATH": path},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=limit,
     )
+    if most is not None:  # it has only begun to import
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, most))
+    return process
 
 
 def trial(job: Job, good: dict[str, bytes], random: Random, folder: Path) -> tuple[str, str]:
