@@ -27,7 +27,7 @@ from qwen_jax.config import Config
 from qwen_jax.forward import Parameters
 from qwen_jax.models import FUNCTIONS
 from qwen_jax.models.ops import Positional
-from stages.architecture import Architecture, Stage
+from stages.architecture import SOFTMAX, Architecture, Stage
 
 EXACT = jnp.float64
 
@@ -45,8 +45,16 @@ def stage_value(
     inputs: Sequence[Array],
     weights: Sequence[Array],
 ) -> Array:
-    """A stage by its own function, in whatever precision its arguments have."""
-    return FUNCTIONS[config.architecture][stage.name](config, pos, *inputs, *weights)
+    """A stage by its own function, in whatever precision its arguments have.
+
+    A softmax of scores that are not all finite is NaN: what becomes of an infinity depends on the
+    number that masks.
+    """
+    value = FUNCTIONS[config.architecture][stage.name](config, pos, *inputs, *weights)
+    if stage.kind is not SOFTMAX:
+        return value
+    finite = (jnp.isfinite(inputs[0]) | ~pos.mask[:, None]).all(-1, keepdims=True)
+    return jnp.where(finite, value, jnp.nan)
 
 
 def size_squared(

@@ -40,6 +40,7 @@ class LocalError:
         row: the stage.
         skipped_rows: how many rows of the sequence come before them.
         bits: significant bits of the local error; ``EXACT_BITS`` for none.
+        compared: whether anything could be: not where all of it is NaN.
         exact_bits: the same against exact arithmetic, where the rest is against what the number
             format of the engine would give; None where nothing but exact arithmetic was needed.
         level: the bits with what no fault is needed for taken out (a gap's rounding, angles): what
@@ -63,6 +64,7 @@ class LocalError:
     slices: dict[str, tuple[np.ndarray, int]]
     born_slices: dict[str, np.ndarray]
     dead_slices: dict[str, np.ndarray]
+    compared: bool = True
     exact_bits: float | None = None
     estimated: bool = False
 
@@ -159,12 +161,14 @@ def judge(
         return row.fold(heads, rows, columns)
 
     error, scale, known = folded("error"), folded("scale"), folded("expected")
-    size = len(sums.error_rows) * len(sums.error_columns)
+    # what is NaN anyway makes slices smaller
+    size = int((sums.scale_rows > 0).sum() * (sums.scale_columns > 0).sum())
     slices = {}
     for axis in error:
         used = scale[axis] > 0
         levels = level(error[axis], scale[axis], known[axis])
-        slices[axis] = (np.where(used, levels, EXACT_BITS), size // len(error[axis]))
+        elements = max(size // max(int(used.sum()), 1), 1)
+        slices[axis] = (np.where(used, levels, EXACT_BITS), elements)
     due, lost = folded("due"), folded("lost")
     total, whole = sums.error_rows.sum(), sums.scale_rows.sum()
     return LocalError(
@@ -179,6 +183,7 @@ def judge(
         born_slices={axis: found > 0 for axis, found in folded("born").items()},
         dead_slices={axis: (due[axis] > 0) & (lost[axis] == due[axis]) for axis in due},
         estimated=estimated,
+        compared=bool(whole > 0),
     )
 
 
@@ -312,14 +317,15 @@ def usual_levels(items: list[LocalError], dtype: str) -> dict[str, float]:
     cap = _cap(dtype)
     by_stage: dict[str, list[float]] = {}
     for item in items:
-        by_stage.setdefault(item.stage, []).append(min(item.level, cap))
+        if item.compared:
+            by_stage.setdefault(item.stage, []).append(min(item.level, cap))
     medians = {stage: median(levels) for stage, levels in by_stage.items()}
     rows = {item.stage: item.row for item in items}
     segments = {item.stage: item.segment for item in items}
     sound = {s: m for s, m in medians.items() if class_of(m, rows[s], segments[s])}
     overall = median(sound.values()) if sound else NOMINAL["float32"]
     usual = {}
-    for stage in medians:
+    for stage in rows:
         kin = [m for other, m in sound.items() if rows[other].kind is rows[stage].kind]
         usual[stage] = sound.get(stage, median(kin) if kin else overall)
     return usual

@@ -251,6 +251,43 @@ def test_overflow_of_the_gated_product_in_f16(benches: Callable[..., Bench]) -> 
     assert fault.stage == "ffn_swigl" and fault.first.suspect.why == "nan"
 
 
+def _scores_overflow(c: Context) -> Array:
+    """q·k is held in float16 before it is scaled, of a model with 256 times the scores."""
+    root = np.float32(c.shape.head**0.5)
+    return engine.f16(OPERATIONS["attn_scores"](c) * root * np.float32(256)) / (root * 256)
+
+
+def test_overflow_before_the_scale(benches: Callable[..., Bench]) -> None:
+    """llama.cpp#7805, exllamav2#493, QwenLM#761, QwenLM#826, QwenLM#868, QwenLM#910,
+    transformers#33312: q·k does not fit float16 where the bias of k is large, and "!!!!" is all
+    that comes out."""
+    (fault,) = reported(replaced(benches(), "attn_scores", _scores_overflow))
+    assert fault.stage == "attn_scores" and fault.first.suspect.why == "nan"
+    assert fault.first.suspect.item.layer == 0  # with the large bias
+
+
+def _sums_overflow(c: Context) -> Array:
+    """Q8_1 keeps the sum of each block of 32 in float16, for weights that have a minimum."""
+    x = c["ffn_swigl"].reshape(len(c["tokens"]), -1, 32)
+    sums = engine.f16(x.sum(-1) * np.float32(1e6)).sum(-1, keepdims=True)
+    return OPERATIONS["ffn_out"](c) + 0 * sums
+
+
+def test_overflow_of_the_sums_of_blocks(benches: Callable[..., Bench]) -> None:
+    """llama.cpp#21652, llama.cpp#22571: NaN from quantised weights alone, as Q8_1's sums do not fit
+    float16."""
+    (fault,) = reported(replaced(benches(), "ffn_out", _sums_overflow))
+    assert fault.stage == "ffn_out" and fault.first.suspect.why == "nan"
+
+
+def test_eight_bit_activations_are_no_fault(benches: Callable[..., Bench]) -> None:
+    """aprender#2091, aprender#2210, aprender#2350, mlxcel#1045: a kernel on 8-bit activations, far
+    off in a channel that is hundreds of times the others, and the exact one that wrote worse."""
+    bench = benches("hard", "act8")
+    report = bench.localize(bench.right)
+    assert report.verdict == "precision" and "activations are quantised" in sentence(report)
+
+
 def test_uniform_rounding_is_no_fault(benches: Callable[..., Bench]) -> None:
     """vllm.cpp#269, vllm.cpp#3105, vllm#55944, colibri#100, pegainfer#833: greedy tokens differ
     across boards, at a near tie, by the noise of bfloat16 and nothing else."""

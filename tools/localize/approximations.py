@@ -10,7 +10,8 @@ from jax import Array
 
 def _schraudolph(shift: float, x: Array) -> Array:
     """exp by writing a linear function of its argument into the exponent bits of a float32."""
-    bits = np.clip(np.asarray(x) * (2**23 / np.log(2)) + (127 * 2**23 - shift), 0, 2**31 - 1)
+    linear = np.asarray(x) * (2**23 / np.log(2)) + (127 * 2**23 - shift)
+    bits = np.nan_to_num(np.clip(linear, 0, 2**31 - 1))
     return jnp.asarray(bits.astype(np.int32).view(np.float32), jnp.float64)
 
 
