@@ -98,7 +98,17 @@ def test_the_shipped_grids_load_and_cover_the_axes() -> None:
     assert {"quick", "full", "plants"} <= grid.SHIPPED.keys()
     full = grid.load("full")
     hints = {axis: get_args(hint) for axis, hint in get_type_hints(Point).items()}
-    for axis in ("dtype", "precision", "loop", "attention", "flags", "device", "trial", "plant"):
+    for axis in (
+        "dtype",
+        "precision",
+        "loop",
+        "attention",
+        "products",
+        "flags",
+        "device",
+        "trial",
+        "plant",
+    ):
         choices = hints[axis]
         seen = {getattr(point, axis) for point in full}
         absent = {"dtype": {"float64"}, "device": {"cpu"}, "plant": set(choices[1:])}
@@ -113,13 +123,15 @@ def test_every_impossible_point_has_its_reason(demo: Weights, tiny3: Path) -> No
     for changed, device, reason in [
         ({"device": "gpu"}, "cpu", "needs --device gpu"),
         ({"flags": "no-fma"}, "gpu", "CPU"),
-        ({"dtype": "bfloat16", "precision": "high"}, "cpu", "float32"),
+        ({"dtype": "bfloat16", "precision": "default"}, "cpu", "float32"),
         ({"length": 4096}, "cpu", "2048 positions"),
         ({"loop": "scan", "plant": "bf16_stage"}, "cpu", "per-layer"),
         ({"loop": "scan", "trial": "captured"}, "cpu", "another program"),
         ({"trial": "unobserved"}, "cpu", "loop = program"),
         ({"dtype": "float16", "attention": "fused"}, "cpu", "F16"),
         ({"trial": "threads", "flags": "default"}, "gpu", "CPU"),
+        ({"products": "tf32", "flags": "default"}, "gpu", "on the CPU"),
+        ({"products": "tf32", "attention": "online"}, "cpu", "emulated"),
     ]:
         assert reason in (grid.impossible(Point(**changed), demo.config, device) or "")
     assert grid.impossible(Point(), demo.config, "cpu") is None
@@ -142,7 +154,7 @@ def row(**changed: object) -> dict:
         "argmax_equal": 1,
         "positions": 1,
         "kl_max": 0.0,
-        "local_bits": {"worst": 21.0, **first},
+        "local_bits": {"worst": 21.0, "unadjusted": 21.0, **first},
     }
     return base | changed
 
@@ -183,7 +195,7 @@ def test_the_table_says_what_is_required_and_what_fails() -> None:
     assert last == ["precision: fails", "identical", "precision: fails", "precision", "identical"]
     assert "second run" in found[3].names and "second run" not in found[0].names
     assert found[4].names == ["dtype", "T", "B", "program", "flags"]
-    assert report.markdown(pairs).count("### ") == 5
+    assert report.markdown(found).count("### ") == 5
 
 
 # --- the command
@@ -342,14 +354,16 @@ def test_other_programs_compute_the_same_model(which: str, request: pytest.Fixtu
     batch = programs.make_batch(TOKENS, 6, 2)
     theirs = sequences(layers(model).values(batch), batch, model, "float32")
     count = len(theirs[0].entries)
+    fused = count - 2 * model.config.num_hidden_layers
     for form, stages in [
         ("program", count),
         ("scan", count),
         ("unobserved", 1),
-        ("fused", count - 2 * model.config.num_hidden_layers),
+        ("fused", fused),
+        ("online", fused),
     ]:
-        if form == "fused":
-            program = layers(model, "fused")
+        if form in variants.ATTENTION:
+            program = layers(model, form)
         else:
             program = programs.Whole(model, "float32", jax.devices("cpu")[0], form)
         ours = sequences(program.values(batch), batch, model, "float32")
@@ -372,6 +386,18 @@ def test_a_sweep_of_a_qwen3_is_identical_too(tiny3: Path, tmp_path: Path) -> Non
     code, data = run(file, tiny3, tmp_path / "out")
     assert (code, data["verdict"]) == (0, "pass")
     assert {point["verdict"] for point in data["points"]} == {"identical"}
+
+
+def test_emulated_products_lose_what_they_must(demo: Weights, tmp_path: Path) -> None:
+    """Bits that the formats leave: TF32 has 11, two bfloat16 numbers 16, each a sign more."""
+    file = sweep_file(tmp_path, '[[grid]]\nproducts = ["tf32", "bf16x3", "split-k"]\nlength = 9\n')
+    code, data = run(file, demo.name, tmp_path / "out")
+    assert (code, data["verdict"]) == (0, "pass")
+    for point, (least, most) in zip(data["points"], [(11.5, 13), (17, 20), (22, 24)], strict=True):
+        assert point["verdict"] == "precision"
+        assert point["first_difference"] == {"stage": "qkv_matmul", "layer": 0}
+        assert least < point["local_bits"]["worst"] < most
+        assert point["classes"]["norm"] == "f32"
 
 
 # --- for other people's tests

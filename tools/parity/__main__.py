@@ -31,6 +31,8 @@ from qwen_jax.weights.base import Weights
 from stages.errors import NotComparable, UserError
 from stages.lock import lock
 from tools.parity import grid, report
+from tools.parity.gpu import TARGETS
+from tools.parity.gpu import report as gpu_report
 from tools.parity.grid import Point
 from tools.parity.worker import environment, last_line
 
@@ -45,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     result = cli.Parser(
         prog="tools.parity",
         description=__doc__,
-        epilog=report.LEGEND,
+        epilog=f"{report.LEGEND}\n\n{gpu_report.LEGEND}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments.add_model_arguments(result)
@@ -59,6 +61,17 @@ def parser() -> argparse.ArgumentParser:
         "default: quick",
     )
     add("--device", default="cpu", choices=("cpu", "gpu"), help="of the candidate; default: cpu")
+    add(
+        "--aot",
+        choices=TARGETS,
+        help="compile the sweep's programs for that GPU, with none at hand, and check what the "
+        "compiler made; needs the extra qwen-jax-stages[aot]",
+    )
+    add(
+        "--execute",
+        action="store_true",
+        help="with --aot: execute the layer-wise programs too, by an interpreter on the CPU",
+    )
     add(
         "--out",
         type=Path,
@@ -85,20 +98,29 @@ def _jobs(text: str) -> int:
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
+    if args.execute and not args.aot:
+        raise UserError("--execute: what is executed is compiled for a device; add --aot h100")
+    if args.aot and args.device != "cpu":
+        raise UserError("--aot compiles with no GPU at hand; leave --device out")
     points = grid.load(args.sweep)
+    device, sheet = (args.device, report) if not args.aot else ("gpu", gpu_report)
+    if args.aot:
+        points = grid.programs(points)
     model = open_model(args.model)
     if args.invariance:
         return _invariance(args, model)
     tokens = read_tokens(arguments.prompt_of(args), model)
     job = {"device": args.device, "model": args.model, "tokens": list(tokens)}
+    job |= {"aot": args.aot, "execute": args.execute}
     machine = ask_device(job)
-    out = args.out or Path(f"parity-{model.name}-{Path(args.sweep).stem}-{args.device}")
+    where = args.aot or args.device
+    out = args.out or Path(f"parity-{model.name}-{Path(args.sweep).stem}-{where}")
     began = time.perf_counter()
     with _locked(out):
         stamp = _stamp(job, model, machine)
         rows = finished(out, stamp, args.overwrite)
         for point in points:
-            if why := grid.impossible(point, model.config, args.device):
+            if why := grid.impossible(point, model.config, device):
                 rows[point.key] = {"key": point.key, "verdict": "not run", "why": why}
         left = [point for point in points if point.key not in rows]
         kept = sum(row["verdict"] != "not run" for row in rows.values())
@@ -114,8 +136,9 @@ def main(argv: list[str]) -> int:
             (out / STAMP).unlink()  # a point in between may be half of one model, half of another
             raise UserError("the model's files changed during the sweep; start it again")
         pairs = [(point, rows[point.key]) for point in points]
-        (out / TABLE).write_text(report.markdown(pairs), encoding="utf-8")
-    failures = [(p, why) for p, row in pairs if (why := report.failure(p, row))]
+        sections = list(sheet.sections(pairs))
+        (out / TABLE).write_text(report.markdown(sections), encoding="utf-8")
+    failures = [(p, why) for p, row in pairs if (why := sheet.failure(p, row))]
     ran = sum(row["verdict"] != "not run" for _, row in pairs)
     data = {
         "schema": SCHEMA,
@@ -123,19 +146,20 @@ def main(argv: list[str]) -> int:
         "sweep": args.sweep,
         "model": model.name,
         "device": args.device,
+        "compiled_for": args.aot,
         "machine": machine,
         "seconds": round(time.perf_counter() - began, 1),
-        "points": [_entry(point, row) for point, row in pairs],
+        "points": [_entry(point, row, sheet.failure(point, row)) for point, row in pairs],
     }
     show = cli.report(args.json, data)
-    report.show(show, pairs)
+    report.show(show, sections)
     _summary(show, pairs, failures, kept)
     if not ran and not failures:
         raise NotComparable(f"nothing compared: none of the {len(pairs)} points could be run")
     if args.report:
         from tools.report import write
 
-        write.sweep(args.report, data, report.sections(pairs))
+        write.sweep(args.report, data, sections)
     verdict = ("fail", "bold red") if failures else ("pass", "bold green")
     show.print(Text.assemble(verdict, f"; the table is in {out / TABLE}, what it means in --help"))
     return 1 if failures else 0
@@ -168,10 +192,10 @@ def _invariance(args: argparse.Namespace, model: Weights) -> int:
     return 0 if same else 1
 
 
-def _entry(point: Point, row: Row) -> Row:
+def _entry(point: Point, row: Row, failure: str | None) -> Row:
     """A point and its row as ``--json`` has them."""
     row = {name: value for name, value in row.items() if name != "key"}
-    return {"point": point.to_json(), "failure": report.failure(point, row)} | row
+    return {"point": point.to_json(), "failure": failure} | row
 
 
 def _summary(

@@ -28,14 +28,18 @@ class Point(Struct, frozen=True, kw_only=True):
 
     Attributes:
         dtype: of the model.
-        precision: of float32 matrix products, as in ``jax_default_matmul_precision``.
+        precision: of float32 matrix products, as in ``jax_default_matmul_precision``. "high" is
+            none: a Triton kernel then has float32 products, and cuBLAS TF32.
         length: tokens of the first sequence.
         batch: sequences; every second one is half as long and padded on the left.
         excess: whether XLA may keep more precision than the dtype has.
         loop: "layer" compiles one layer and runs it for each (what traces), "program" compiles
             the whole model at once, "scan" one layer inside a loop over stacked weights.
-        attention: "stages", or "fused" for ``jax.nn.dot_product_attention``, which leaves
-            ``attn_scores`` and ``attn_softmax`` out.
+        attention: "stages"; "fused" for ``jax.nn.dot_product_attention`` or "online" for the
+            online softmax of flash attention, which leave ``attn_scores`` and ``attn_softmax`` out.
+        products: of float32, in an arithmetic that a GPU may use, emulated on the CPU: operands
+            rounded to TF32, or split into bfloat16 numbers ("bf16x3"), or sums in four parts
+            ("split-k").
         flags: of XLA on the CPU. "reference": no fused multiply-add and no YNNPACK; "no-fma" and
             "no-ynn": one of the two; "default": neither.
         device: where the point has a meaning.
@@ -49,12 +53,13 @@ class Point(Struct, frozen=True, kw_only=True):
     """
 
     dtype: DType = "float32"
-    precision: Literal["highest", "high", "default"] = "highest"
+    precision: Literal["highest", "default"] = "highest"
     length: Count = 17
     batch: Count = 1
     excess: bool = False
     loop: Literal["layer", "program", "scan"] = "layer"
-    attention: Literal["stages", "fused"] = "stages"
+    attention: Literal["stages", "fused", "online"] = "stages"
+    products: Literal["", "tf32", "bf16x3", "split-k"] = ""
     flags: Literal["reference", "no-fma", "no-ynn", "default"] = "reference"
     device: Literal["any", "cpu", "gpu"] = "any"
     trial: Literal[
@@ -88,8 +93,10 @@ class Point(Struct, frozen=True, kw_only=True):
     def says(self) -> str:
         """One line for people."""
         parts = [self.dtype, f"T {self.length}", f"B {self.batch}", self.loop]
-        if self.attention == "fused":
-            parts.append("fused attention")
+        if self.attention != "stages":
+            parts.append(f"{self.attention} attention")
+        if self.products:
+            parts.append(f"products {self.products}")
         if self.precision != "highest":
             parts.append(f"matmul {self.precision}")
         parts.append(f"flags {self.flags}" + (", excess precision" if self.excess else ""))
@@ -158,6 +165,18 @@ def _check(name: str, value: Any, kind: Any, path: Path) -> None:
         raise UserError(f"--sweep {path}: {name} = {value!r}; {expected}") from None
 
 
+def programs(points: list[Point]) -> list[Point]:
+    """What there is to compile for a GPU: a point's program alone, without what is of the CPU and
+    without second runs of the same program; each once."""
+
+    def program(point: Point) -> Point:
+        changes = {"flags": "default", "device": "gpu", "require": None}
+        trial = "unobserved" if point.trial == "unobserved" else "reference"
+        return msgspec.structs.replace(point, trial=trial, **changes)
+
+    return list(dict.fromkeys(map(program, points)))
+
+
 def impossible(point: Point, config: Config, device: str) -> str | None:
     """Why a point cannot be run on this model and device; None if it can."""
     if point.device not in ("any", device):
@@ -170,16 +189,20 @@ def impossible(point: Point, config: Config, device: str) -> str | None:
         return f"matmul precision concerns float32 products, not {point.dtype}"
     if point.attention == "fused" and point.dtype == "float16" and device == "cpu":
         return "dot_product_attention asks for F16_F16_F32 products, which XLA's CPU backend lacks"
+    if point.products and (device == "gpu" or point.dtype != "float32" or point.loop != "layer"):
+        return "products are emulated for float32, layer by layer, on the CPU"
+    if point.products and point.attention != "stages":
+        return "products are emulated where a stage is one"
     if point.length > config.max_position_embeddings:
         return f"the model has {config.max_position_embeddings} positions"
     if point.loop == "scan" and len(set(config.sliding_layers)) > 1:
         return "a scan runs one program for every layer; some layers here have a sliding window"
-    if point.loop != "layer" and (point.attention == "fused" or point.plant):
+    if point.loop != "layer" and (point.attention != "stages" or point.plant):
         return "replaced stages are tried in the per-layer program only"
     if point.plant == "scaled_bias" and "qkv_bias" not in config.tables.stage:
         return f"{config.architecture} has no qkv_bias"
     if point.loop != "layer" and point.trial in ("captured", "stages"):
         return "a whole program always returns every stage; with fewer it is another program"
-    if point.trial == "unobserved" and (point.loop != "program" or point.attention == "fused"):
+    if point.trial == "unobserved" and (point.loop != "program" or point.attention != "stages"):
         return "the unobserved program is one program; use loop = program"
     return None

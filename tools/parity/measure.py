@@ -180,11 +180,9 @@ def local(traces: Iterable[MemoryTrace], model: Weights, point: Point, device: s
 
 def expected_class(point: Point, row: Stage, device: str) -> str:
     """The coarsest arithmetic that the point asked for: a fault is what lies below."""
-    if (
-        row.kind.sums_products
-        and point.dtype == "float32"
-        and point.precision != "highest"
-        and device == "gpu"
-    ):
+    lower = point.products in ("tf32", "bf16x3") or (
+        point.precision != "highest" and device == "gpu"
+    )
+    if row.kind.sums_products and point.dtype == "float32" and lower:
         return "tf32/f16"
     return CLASS[point.dtype]

@@ -3,22 +3,24 @@
 Each gives every stage with its batch axis: ``{(stage, layer): [B, ...]}``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array, lax
+from jax.tree_util import tree_leaves_with_path
 
 from qwen_jax import runtime
 from qwen_jax.config import Config
 from qwen_jax.engine import JaxEngine, Want
 from qwen_jax.forward import Params, forward, load, run_stages
+from qwen_jax.models import FUNCTIONS
 from qwen_jax.models.ops import positional_by_layer
 from qwen_jax.weights.base import Weights
-from stages.architecture import LAYER_INPUT, TOKENS, Key, Stage
+from stages.architecture import LAYER_INPUT, TOKENS, Key, Scope, Stage
 from stages.trace import numpy_dtype
 from tools.parity.variants import Variant
 
@@ -59,6 +61,40 @@ def make_batch(tokens: tuple[int, ...], length: int, batch: int) -> Batch:
     return Batch(ids, valid)
 
 
+@dataclass(frozen=True)
+class Part:
+    """One program as it is compiled.
+
+    Attributes:
+        name: "start", "layer", "norm" or "head" of the layer-wise engine, else the whole's form.
+        function: of ``jax.jit``.
+        arguments: pytrees of ``jax.ShapeDtypeStruct``.
+        stages: what it is to return.
+    """
+
+    name: str
+    function: Any
+    arguments: tuple[Any, ...]
+    stages: tuple[str, ...]
+
+    @cached_property
+    def returns(self) -> list[tuple[Any, jax.ShapeDtypeStruct]]:
+        """(path in the pytree, shape) of every array, in the order of the compiled outputs."""
+        with runtime.numerics(None):
+            return tree_leaves_with_path(jax.eval_shape(self.function, *self.arguments))
+
+
+def shapes_of(tree: Any) -> Any:
+    """A pytree of arrays as one of ``jax.ShapeDtypeStruct``."""
+    return jax.tree.map(lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype), tree)
+
+
+def stored(model: Weights, scope: Scope, layer: int | None = None) -> dict[str, Any]:
+    """Weights as shapes: parameter -> ``jax.ShapeDtypeStruct`` in the dtype of the checkpoint."""
+    names = model.config.tensor_names(scope, layer)
+    return {p: jax.ShapeDtypeStruct(model.shapes[n], model.dtype(n)) for p, n in names.items()}
+
+
 class Layers(JaxEngine):
     """The engine that traces, with stages replaced as ``variant`` says."""
 
@@ -72,13 +108,68 @@ class Layers(JaxEngine):
     def _compiled(
         self, rows: tuple[Stage, ...], how: Callable[..., Any] = run_stages
     ) -> Callable[..., Any]:
-        if rows != self.tables.layer_stages:
+        functions, usual = self.variant.functions, FUNCTIONS[self.tables.name]
+        if rows == self.tables.layer_stages:
+            rows = self.variant.rows
+        elif all(functions[stage.name] is usual[stage.name] for stage in rows):
             return super()._compiled(rows, how)
-        rows, functions = self.variant.rows, self.variant.functions
         own = partial(run_stages, rows, self.model.config, dtype=self.dtype, functions=functions)
         if self.backend == "eager":
             return own
         return jax.jit(own, compiler_options=runtime.compiler_options())
+
+    def programs(self, batch: Batch) -> Iterator[Part]:
+        """Its programs, with weights in the dtype that they are stored in."""
+        config, tables = self.model.config, self.tables
+        struct, (rows, length) = jax.ShapeDtypeStruct, batch.tokens.shape
+        pos = shapes_of(positional_by_layer(config, batch.positions, batch.valid))
+        weights = partial(stored, self.model)
+        x = struct((rows, length, config.hidden_size), self.dtype)
+
+        def part(name: str, function: Any, *arguments: Any, rows: tuple[Stage, ...]) -> Part:
+            return Part(name, function, arguments, tuple(stage.name for stage in rows))
+
+        table = weights("start")
+        used = struct(
+            (len(np.unique(batch.tokens)), config.hidden_size), table[tables.table.name].dtype
+        )
+        ids = {TOKENS: struct((rows, length), np.int32)}
+        yield part(
+            "start",
+            self._start,
+            {tables.table.name: used},
+            pos[False],
+            ids,
+            rows=tables.start_stages,
+        )
+        for sliding in sorted(pos):
+            layer = config.sliding_layers.index(sliding)
+            yield part(
+                "layer, sliding" if sliding else "layer",
+                self._layer,
+                weights("layer", layer),
+                pos[sliding],
+                {LAYER_INPUT: x},
+                rows=self.variant.rows,
+            )
+        end = weights("end")
+        norm, head = tables.end_stages[:-1], tables.head
+        yield part(
+            "norm",
+            self._norm,
+            {p: end[p] for stage in norm for p in stage.parameters},
+            pos[False],
+            {tables.layer_output.name: x},
+            rows=norm,
+        )
+        yield part(
+            "head",
+            self._head,
+            {p: end[p] for p in head.parameters},
+            pos[False],
+            {head.inputs[0]: x},
+            rows=(head,),
+        )
 
     def values(self, batch: Batch, want: Want = lambda stage, layer: True) -> Values:
         """Every wanted stage, and always the logits of all positions."""
@@ -113,6 +204,21 @@ class Whole:
             partial(forms[form], model.config, dtype=numpy_dtype(dtype)),
             compiler_options=runtime.compiler_options(),
         )
+
+    def programs(self, batch: Batch) -> Iterator[Part]:
+        """Its one program, with weights in the dtype that they are stored in."""
+        config, tables = self.model.config, self.model.config.tables
+        weights = partial(stored, self.model)
+        layers = tuple(weights("layer", n) for n in range(config.num_hidden_layers))
+        if self.form == "scan":
+            count = len(layers)
+            layers = jax.tree.map(
+                lambda each: jax.ShapeDtypeStruct((count, *each.shape), each.dtype), layers[0]
+            )
+        params = Params(start=weights("start"), layers=layers, end=weights("end"))
+        pos = shapes_of(positional_by_layer(config, batch.positions, batch.valid))
+        stages = (tables.head.name,) if self.form == "unobserved" else tables.names
+        yield Part(self.form, self.program, (params, shapes_of(batch.tokens), pos), stages)
 
     def values(self, batch: Batch) -> Values:
         with runtime.numerics(None):

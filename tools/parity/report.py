@@ -16,7 +16,15 @@ Pair = tuple[Point, Row]
 POINT = ("dtype", "T", "B", "program", "flags", "second run")
 FOUND = ("differ", "first", "rel. L2", "local bits", "class", "arg-max", "KL", "verdict")
 SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-COLOURS = {"identical": "green", "precision": "cyan", "fault": "bold red", "not run": "dim"}
+COLOURS = {
+    "identical": "green",
+    "checked": "green",
+    "executed": "green",
+    "precision": "cyan",
+    "fault": "bold red",
+    "violation": "bold red",
+    "not run": "dim",
+}
 SECOND = {
     "reference": "",
     "captured": "nothing captured",
@@ -31,7 +39,8 @@ LEGEND = """\
 columns:
   T, B        T tokens in each of B sequences; every second sequence is half as long, and padded
   program     layer: one layer compiled, and run for each. program, scan: the whole model as one
-              program. fused: attention by jax.nn.dot_product_attention
+              program. fused: attention by jax.nn.dot_product_attention; online: by the online
+              softmax of flash attention. products: float32 products as a GPU may have them
   flags       of XLA on the CPU: reference (no fused multiply-add, no YNNPACK) or its default;
               excess: XLA may keep more precision than the dtype has
   second run  what differs from the first; logits alone: a program that returns nothing else
@@ -115,7 +124,7 @@ def sections(pairs: list[Pair]) -> Iterator[Section]:
         held.setdefault(key, []).append((point, row))
     for key in sorted(held, key=lambda key: key[:2]):
         names = POINT if key[0] == 2 else POINT + FOUND
-        cells = [_point(point) + _found(point, row) for point, row in held[key]]
+        cells = [point_cells(point) + _found(point, row) for point, row in held[key]]
         used = [n for n in range(len(names)) if any(row[n] for row in cells)]
         rows = [
             ([row[n] for n in used], pair[1]["verdict"])
@@ -137,11 +146,13 @@ def _required(point: Point) -> str:
     return "required: no fault"
 
 
-def _point(point: Point) -> list[str]:
+def point_cells(point: Point) -> list[str]:
     """The cells of ``POINT``."""
     program: list[str] = [point.loop]
-    if point.attention == "fused":
-        program.append("fused")
+    if point.attention != "stages":
+        program.append(point.attention)
+    if point.products:
+        program.append(f"products {point.products}")
     if point.precision != "highest":
         program.append(f"matmul {point.precision}")
     if point.plant:
@@ -203,10 +214,10 @@ def _classes(found: dict[str, str]) -> str:
     return "; ".join([usual, *rest])
 
 
-def show(console: Console, pairs: list[Pair]) -> None:
+def show(console: Console, sections: list[Section]) -> None:
     """The sections, in a terminal. One that is narrower wraps lines; rich would cut words."""
     console.width = 200
-    for section in sections(pairs):
+    for section in sections:
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
         for name in section.names:
             right = name in ("T", "B", "differ", "arg-max")
@@ -219,10 +230,10 @@ def show(console: Console, pairs: list[Pair]) -> None:
         console.print()
 
 
-def markdown(pairs: list[Pair]) -> str:
+def markdown(sections: list[Section]) -> str:
     """The same, a Markdown table for each section."""
     parts = []
-    for section in sections(pairs):
+    for section in sections:
         title = section.title[0].upper() + section.title[1:]
         lines = [section.names, ["---"] * len(section.names), *(row for row, _ in section.rows)]
         cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)

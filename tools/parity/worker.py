@@ -67,31 +67,45 @@ class Worker:
 
             self.cpu = jax.devices("cpu")[0]
         self.model = open_model(job["model"])
+        if job.get("aot"):
+            from tools.parity.gpu.compile import device
+
+            self.target = device(job["aot"])
         self.kept: tuple[Any, Any] = (None, None)
         self.local: dict[tuple[str, str], dict[str, Any]] = {}
 
     def describe(self) -> dict[str, Any]:
         from qwen_jax import runtime
 
-        return runtime.describe(self.device)
+        found = runtime.describe(self.device)
+        if self.job.get("aot"):
+            from tools.parity.gpu.compile import versions
+
+            found |= {"compiled_for": self.job["aot"]}
+            found["versions"] |= versions()
+        return found
 
     def batch(self, point: Point) -> Any:
         from tools.parity.programs import make_batch
 
         return make_batch(tuple(self.job["tokens"]), point.length, point.batch)
 
+    def engine(self, point: Point) -> Any:
+        """Fresh programs for a point."""
+        from tools.parity import programs, variants
+
+        if point.loop == "layer":
+            tables = self.model.config.tables
+            variant = variants.variant(tables, point.attention, point.plant, point.products)
+            return programs.Layers(self.model, point.dtype, "xla", self.device, variant)
+        form = "unobserved" if point.trial == "unobserved" else point.loop
+        return programs.Whole(self.model, point.dtype, self.device, form)
+
     def candidate(self, point: Point) -> Callable[..., Any]:
         """A fresh program for a point; called with a batch it gives the values."""
         import jax
 
-        from tools.parity import programs, variants
-
-        if point.loop == "layer":
-            variant = variants.variant(self.model.config.tables, point.attention, point.plant)
-            made: Any = programs.Layers(self.model, point.dtype, "xla", self.device, variant)
-        else:
-            form = "unobserved" if point.trial == "unobserved" else point.loop
-            made = programs.Whole(self.model, point.dtype, self.device, form)
+        made = self.engine(point)
 
         def run(*args: Any) -> Any:
             with jax.default_matmul_precision(point.precision):
@@ -130,6 +144,8 @@ class Worker:
 
     def row(self, point: Point) -> dict[str, Any]:
         """What is found out about one point."""
+        if self.job.get("aot"):
+            return self.compiled(point)
         if point.trial != "reference":
             return getattr(self, f"trial_{point.trial}")(point)
         from tools.parity.measure import agreement, hashes
@@ -144,6 +160,25 @@ class Worker:
         else:
             verdict = "identical" if result["identical"] else "precision"
         return {"verdict": verdict} | result
+
+    def compiled(self, point: Point) -> dict[str, Any]:
+        """The programs of a point, compiled for a GPU and checked."""
+        import jax
+
+        from tools.parity.gpu.check import check
+        from tools.parity.gpu.compile import compiled
+
+        tables, programs, violations = self.model.config.tables, [], []
+        for part in self.engine(point).programs(self.batch(point)):
+            summed = any(tables.stage[name].kind.sums_products for name in part.stages)
+            for by in ("Triton", "cuBLAS") if summed else ("Triton",):
+                with jax.default_matmul_precision(point.precision):
+                    made = compiled(part, self.target, triton=by == "Triton")
+                found = check(part, made, tables, (point.dtype, point.precision)).to_json()
+                violations += [each | {"products": by} for each in found.pop("violations")]
+                programs.append({"program": part.name, "products_by": by} | found)
+        verdict = "violation" if violations else "checked"
+        return {"verdict": verdict, "violations": violations, "programs": programs}
 
     def against(self, first: Any, second: Any, point: Point) -> dict[str, Any]:
         """Two runs of a trial compared; the first is the reference."""
