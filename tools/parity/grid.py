@@ -167,14 +167,14 @@ def _check(name: str, value: Any, kind: Any, path: Path) -> None:
 
 def programs(points: list[Point]) -> list[Point]:
     """What there is to compile for a GPU: a point's program alone, without what is of the CPU and
-    without second runs of the same program; each once."""
+    without second runs of the same program or emulations; each once."""
 
     def program(point: Point) -> Point:
         changes = {"flags": "default", "device": "gpu", "require": None}
         trial = "unobserved" if point.trial == "unobserved" else "reference"
         return msgspec.structs.replace(point, trial=trial, **changes)
 
-    return list(dict.fromkeys(map(program, points)))
+    return list(dict.fromkeys(program(point) for point in points if not point.products))
 
 
 def impossible(point: Point, config: Config, device: str) -> str | None:

@@ -65,7 +65,7 @@ def failure(point: Point, row: Row) -> str | None:
     if row["verdict"] == "not run":
         return row["why"] if row.get("failed") else None
     if row["verdict"] == "fault":
-        return _fault(row)
+        return fault_says(row)
     if point.require == REQUIRE and not row["identical"]:
         first = row["first_difference"]
         return f"required identical; {_place(first)} is the first of {row['stages_differing']} " \
@@ -76,7 +76,7 @@ def failure(point: Point, row: Row) -> str | None:
     return None
 
 
-def _fault(row: Row) -> str:
+def fault_says(row: Row) -> str:
     if not row.get("faults"):
         where = row["relative_l2"]
         return f"relative L2 {_number(where['worst'])} at {_place(where)}"
@@ -124,7 +124,7 @@ def sections(pairs: list[Pair]) -> Iterator[Section]:
         held.setdefault(key, []).append((point, row))
     for key in sorted(held, key=lambda key: key[:2]):
         names = POINT if key[0] == 2 else POINT + FOUND
-        cells = [point_cells(point) + _found(point, row) for point, row in held[key]]
+        cells = [point_cells(point) + found_cells(point, row) for point, row in held[key]]
         used = [n for n in range(len(names)) if any(row[n] for row in cells)]
         rows = [
             ([row[n] for n in used], pair[1]["verdict"])
@@ -169,7 +169,7 @@ def point_cells(point: Point) -> list[str]:
     ]
 
 
-def _found(point: Point, row: Row) -> list[str]:
+def found_cells(point: Point, row: Row) -> list[str]:
     """The cells of ``FOUND``."""
     if row["verdict"] == "not run":
         return []

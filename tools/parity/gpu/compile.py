@@ -28,6 +28,8 @@ LAUNCH = re.compile(
     r"(?: grid: \[(?P<grid>[\d, ]+)\] threads: \[(?P<threads>[\d, ]+)\]"
     r"\s+shared_memory: (?P<shared>\d+) bytes)?"
 )
+ALLOCATION = re.compile(r"allocation (\d+): size (\d+)")
+VALUE = re.compile(r" value: <\d+ ([\w.\-]+(?:\{\d*\})?) @\d+> \(size=\d+,offset=(\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,20 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program as XLA compiled it."""
+    """A program as XLA compiled it.
+
+    Attributes:
+        launches: its steps, in the order in which they run.
+        allocations: bytes of each.
+        buffers: what an HLO instruction computes, "name" or of a tuple "name{0}" -> (allocation,
+            offset in it).
+    """
 
     module: hlo.Module
     kernels: Mapping[str, ptx.Kernel]
     launches: tuple[Launch, ...]
+    allocations: Mapping[int, int]
+    buffers: Mapping[str, tuple[int, int]]
 
     @classmethod
     def read(cls, folder: Path) -> "Compiled":
@@ -62,10 +73,12 @@ class Compiled:
         files = sorted(folder.glob("*.ptx"))
         kernels = (kernel for file in files for kernel in ptx.kernels(file.read_text("utf-8")))
         (sequence,) = folder.glob("*.thunk_sequence.txt")
+        (assignment,) = folder.glob("*-buffer-assignment.txt")
         return cls(
             hlo.Module(module.read_text("utf-8")),
             {kernel.name: kernel for kernel in kernels},
             tuple(launches(sequence.read_text("utf-8"))),
+            *buffers(assignment.read_text("utf-8")),
         )
 
 
@@ -82,6 +95,20 @@ def launches(text: str) -> list[Launch]:
         for m in map(LAUNCH.search, text.splitlines())
         if m
     ]
+
+
+def buffers(text: str) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
+    """XLA's buffer assignment: the size of each allocation, and what lies where."""
+    allocations, found, number = dict[int, int](), dict[str, tuple[int, int]](), 0
+    for line in text.splitlines():
+        if head := ALLOCATION.match(line):
+            number = int(head[1])
+            allocations[number] = int(head[2])
+        elif value := VALUE.match(line):
+            found[value[1]] = number, int(value[2])
+        elif not line.strip():
+            break  # what follows says the same in another order
+    return allocations, found
 
 
 def versions() -> dict[str, str]:

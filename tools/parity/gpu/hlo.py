@@ -78,6 +78,18 @@ class Instruction:
         parts = found.group(1).split("/") if found else []
         return next((part for part in reversed(parts) if part in ALL_NAMES), None)
 
+    @property
+    def traced(self) -> str:
+        """Of a parameter: the argument, and where in its pytree."""
+        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
+        return found.group(1).replace("\\'", "'") if found else ""
+
+    @property
+    def number(self) -> int:
+        """Of an element of a tuple: which."""
+        found = re.search(r"index=(\d+)", self.rest)
+        return int(found.group(1)) if found else 0
+
     @cached_property
     def calls(self) -> str | None:
         found = re.search(r"calls=%([\w.\-]+)", self.rest)
