@@ -126,11 +126,12 @@ def sanitised(name: str) -> str:
 def _operations(part: Part, tables: Architecture) -> dict[str, set[str]]:
     """Stage -> the HLO that it may have. A stage that the program leaves out leaves its own to the
     next: fused attention has the softmax inside."""
-    allowed, carried = dict[str, set[str]](), set[str]()
-    for stage, _ in tables.computation_order(1):
-        carried |= set(OPERATIONS.get(stage.kind, ()))
-        allowed[stage.name] = carried
-        carried = set() if stage.name in part.stages else set(carried)
+    allowed: dict[str, set[str]] = {}
+    for rows in (tables.start_stages, tables.layer_stages, tables.end_stages):
+        here, carried = any(row.name in part.stages for row in rows), set[str]()
+        for row in rows:
+            allowed[row.name] = carried | set(OPERATIONS.get(row.kind, ()))
+            carried = allowed[row.name] if here and row.name not in part.stages else set()
     return allowed
 
 
@@ -203,9 +204,7 @@ def _kernel(
     stages = sorted({each.stage for each in inside if each.stage})
     stage = "+".join(stages) or None
     has = {each.opcode for each in inside}
-    constants = {
-        each.operands[0]: each.operands[1] for each in kernel.instructions if each.parts[0] == "mov"
-    }
+    known = constants(kernel)
     seen: set[str] = set()
 
     def violation(rule: str, stage: str | None = stage) -> Violation:
@@ -224,7 +223,7 @@ def _kernel(
             yield violation("atomics")
         elif name == "call":
             yield violation("calls")
-        elif name in ROUNDS and not _nearest(each, asked[0], constants):
+        elif name in ROUNDS and not nearest(each, asked[0], known):
             operations, ulp = ALLOWED.get(each.opcode, ((), 0))
             if ulp:
                 result.approximate[each.opcode] = result.approximate.get(each.opcode, 0) + 1
@@ -251,8 +250,15 @@ def _formats(parts: list[str]) -> list[str]:
     return [part for part in parts if part in FLOATS]
 
 
-def _nearest(each: ptx.Instruction, dtype: str, constants: Mapping[str, str]) -> bool:
-    """Whether an operation rounds to nearest, once, in a format that is no surprise."""
+def constants(kernel: ptx.Kernel) -> dict[str, str]:
+    """Register -> what is moved into it."""
+    moves = (each.operands for each in kernel.instructions if each.parts[0] == "mov")
+    return {target: source for target, source, *_ in moves}
+
+
+def nearest(each: ptx.Instruction, dtype: str, known: Mapping[str, str]) -> bool:
+    """Whether an operation rounds to nearest, once, in a format that is no surprise in a program
+    of ``dtype``. ``known`` is of ``constants``."""
     formats = _formats(each.parts)
     if not formats:  # of whole numbers
         return True
@@ -263,7 +269,7 @@ def _nearest(each: ptx.Instruction, dtype: str, constants: Mapping[str, str]) ->
         if target not in FLOATS:
             return False
     elif FLOATS[formats[-1]] == 16:
-        values = [constants.get(name, "").lower() for name in each.operands[1:]]
+        values = [known.get(name, "").lower() for name in each.operands[1:]]
         # Before sm_90 a sum of bfloat16 is written x * 1 + y, and a product x * y + -0.
         plain = each.opcode in ("fma.rn.bf16", "fma.rn.bf16x2") and (
             ONE & set(values[:2]) or values[2] in MINUS_ZERO

@@ -23,6 +23,12 @@ from tools.parity.programs import Part
 
 EXTRA = ("jax-cuda12-plugin", "jax-cuda12-pjrt")
 
+FILES = (
+    "*_gpu_after_optimizations.txt",
+    "*.thunk_sequence.txt",
+    "*-buffer-assignment.txt",
+    "*.ptx",
+)
 LAUNCH = re.compile(
     r"\d+: (?P<kind>k\w+)\s+\[.*?\] (?P<kernel>[\w.\-]+)"
     r"(?: grid: \[(?P<grid>[\d, ]+)\] threads: \[(?P<threads>[\d, ]+)\]"
@@ -69,17 +75,11 @@ class Compiled:
     @classmethod
     def read(cls, folder: Path) -> "Compiled":
         """What XLA leaves in ``xla_dump_to``; only those files are needed."""
-        (module,) = folder.glob("*_gpu_after_optimizations.txt")
-        files = sorted(folder.glob("*.ptx"))
-        kernels = (kernel for file in files for kernel in ptx.kernels(file.read_text("utf-8")))
-        (sequence,) = folder.glob("*.thunk_sequence.txt")
-        (assignment,) = folder.glob("*-buffer-assignment.txt")
-        return cls(
-            hlo.Module(module.read_text("utf-8")),
-            {kernel.name: kernel for kernel in kernels},
-            tuple(launches(sequence.read_text("utf-8"))),
-            *buffers(assignment.read_text("utf-8")),
+        (module,), (sequence,), (assignment,), files = (
+            [file.read_text("utf-8") for file in sorted(folder.glob(name))] for name in FILES
         )
+        kernels = {kernel.name: kernel for file in files for kernel in ptx.kernels(file)}
+        return cls(hlo.Module(module), kernels, tuple(launches(sequence)), *buffers(assignment))
 
 
 def launches(text: str) -> list[Launch]:
@@ -140,25 +140,30 @@ def device(target: str) -> jax.Device:
     return topology.devices[0]
 
 
-def compiled(part: Part, where: jax.Device, triton: bool = True) -> Compiled:
+def compiled(
+    part: Part, where: jax.Device, triton: bool = True, dump: Path | None = None
+) -> Compiled:
     """Compile one program for a device.
 
     Arguments:
         where: of ``device``.
         triton: whether products may be Triton kernels, or else calls of cuBLAS.
+        dump: an empty directory that XLA's own files are left in.
     """
+    if dump is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return compiled(part, where, triton, Path(folder))
     placed = SingleDeviceSharding(where)
     arguments = jax.tree.map(
         lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=placed), part.arguments
     )
-    with tempfile.TemporaryDirectory() as folder:
-        options = {
-            "xla_dump_to": folder,
-            "xla_dump_hlo_as_text": True,
-            "xla_gpu_autotune_level": 0,
-            "xla_gpu_enable_triton_gemm": triton,
-        }
-        with runtime.numerics(None):
-            lowered = part.function.trace(*arguments).lower(lowering_platforms=("cuda",))
-            lowered.compile(compiler_options=options)
-        return Compiled.read(Path(folder))
+    options = {
+        "xla_dump_to": str(dump),
+        "xla_dump_hlo_as_text": True,
+        "xla_gpu_autotune_level": 0,
+        "xla_gpu_enable_triton_gemm": triton,
+    }
+    with runtime.numerics(None):
+        lowered = part.function.trace(*arguments).lower(lowering_platforms=("cuda",))
+        lowered.compile(compiler_options=options)
+    return Compiled.read(dump)

@@ -1,7 +1,7 @@
 """Programs that were compiled for a GPU, executed on the CPU: XLA's plan of a program, and each of
 its kernels by the interpreter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -131,12 +131,10 @@ def created(found: Values, variant: Variant, model: Weights, batch: Batch, dtype
         return count + sum(stage(row, None, last) for row in tables.end_stages)
 
 
-def named(arguments: tuple[Any, ...]) -> dict[str, np.ndarray]:
+def named(arguments: tuple[Any, ...]) -> dict[str, Any]:
     """Arrays by the names that XLA keeps of the arguments of ``forward.run_stages``."""
-
-    def leaves() -> Iterator[tuple[str, np.ndarray]]:
-        for name, tree in zip(ARGUMENTS, arguments, strict=True):
-            for path, leaf in tree_leaves_with_path(tree):
-                yield name + keystr(path), np.asarray(leaf)
-
-    return dict(leaves())
+    return {
+        name + keystr(path): leaf
+        for name, tree in zip(ARGUMENTS, arguments, strict=True)
+        for path, leaf in tree_leaves_with_path(tree)
+    }
