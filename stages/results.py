@@ -416,6 +416,54 @@ class ParityFault(StageOfLayer, frozen=True, kw_only=True, forbid_unknown_fields
     why: str
 
 
+class ViolationRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a rule for compiled programs does not hold; see ``tools.parity.gpu.check``."""
+
+    rule: Literal["products", "rounding", "outputs", "atomics", "calls"]
+    program: str
+    stage: str | None
+    instruction: str
+    products: str
+
+
+class ProgramRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was found in one program that was compiled for a GPU; see ``check.Checked``."""
+
+    program: str
+    products_by: Literal["Triton", "cuBLAS"]
+    kernels: int
+    instructions: int
+    products: list[str]
+    approximate: dict[str, int]
+    contracted: int
+
+
+class ExecutedRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Programs that an interpreter executed, against un-jitted: as ``PointResult``, and
+
+    Attributes:
+        local_bits_moved: with approximate results moved at random within their errors.
+        values_differing: of all ``values``, how many differ from un-jitted.
+        values_created: how many differ from the un-jitted stage on the same inputs.
+    """
+
+    identical: bool
+    stages: int
+    stages_differing: int
+    first_difference: StageOfLayer | None
+    relative_l2: WorstDifference
+    argmax_equal: int
+    positions: int
+    kl_max: float | None
+    local_bits: LocalBits
+    local_bits_moved: LocalBits
+    classes: dict[str, str]
+    faults: list[ParityFault]
+    values: int
+    values_differing: int
+    values_created: int
+
+
 class PointResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One point of a sweep.
 
@@ -425,11 +473,14 @@ class PointResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         why: it was not run; ``failed``: because something went wrong.
         captured: of the trial "stages", the stage whose capture changed something.
         threads: of the trial "threads", how many each side had.
+        violations, programs, executed: of ``--aot``.
     """
 
     point: dict[str, str | int | float | bool | None]
     failure: str | None
-    verdict: Literal["identical", "precision", "fault", "not run"]
+    verdict: Literal[
+        "identical", "precision", "fault", "not run", "checked", "executed", "violation"
+    ]
     why: str | UnsetType = UNSET
     failed: bool | UnsetType = UNSET
     seconds: float | UnsetType = UNSET
@@ -446,16 +497,20 @@ class PointResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     faults: list[ParityFault] | UnsetType = UNSET
     captured: str | UnsetType = UNSET
     threads: tuple[int, int] | UnsetType = UNSET
+    violations: list[ViolationRow] | UnsetType = UNSET
+    programs: list[ProgramRow] | UnsetType = UNSET
+    executed: ExecutedRow | UnsetType = UNSET
 
 
 class ParityResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``tools.parity --json``."""
+    """``tools.parity --json``; ``compiled_for`` is the GPU of ``--aot``."""
 
     schema: Literal[1]
     verdict: Literal["pass", "fail", "not_comparable"]
     sweep: str
     model: str
     device: Literal["cpu", "gpu"]
+    compiled_for: str | None
     machine: dict[str, Any]
     seconds: float
     points: list[PointResult]

@@ -23,6 +23,7 @@ from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages.errors import UserError
 from tests.conftest import user_environment
+from tests.described import as_described
 from tests.gpu.programs import BATCH, DTYPES, layers, planted, read
 from tests.tiny import write_checkpoint
 from tools.parity import __main__ as parity
@@ -360,6 +361,7 @@ def test_compiled_checked_and_executed(model: Weights, tmp_path: Path) -> None:
     }
     given |= {"tokens": ",".join(map(str, BATCH.tokens[0])), "aot": "l4"}
     code = parity.main([*(f"--{name}={value}" for name, value in given.items()), "--execute"])
+    as_described("parity", target.read_bytes())
     data = json.loads(target.read_text())
     assert (code, data["verdict"], data["compiled_for"]) == (0, "pass", "l4")
     assert [point["verdict"] for point in data["points"]] == ["executed", "checked"]

@@ -111,7 +111,7 @@ class Layers(JaxEngine):
         functions, usual = self.variant.functions, FUNCTIONS[self.tables.name]
         if rows == self.tables.layer_stages:
             rows = self.variant.rows
-        elif all(functions[stage.name] is usual[stage.name] for stage in rows):
+        elif all(functions.get(row.name) is usual.get(row.name) for row in rows):
             return super()._compiled(rows, how)
         own = partial(run_stages, rows, self.model.config, dtype=self.dtype, functions=functions)
         if self.backend == "eager":
