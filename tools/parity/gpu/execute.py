@@ -1,6 +1,7 @@
 """Programs that were compiled for a GPU, executed on the CPU: XLA's plan of a program, and each of
 its kernels by the interpreter."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,6 +61,8 @@ def execute(
                 raise Unsupported(f"{each.opcode} {each.name}: {launch.kind} {launch.kernel}")
             given = [address for name in (*each.operands, each.name) for address in at[name]]
             run(kernel, launch, given, memory, **how)
+        elif each.opcode == "constant":
+            memory.write(at[each.name][0], _constant(each.argument, shapes[0]))
         elif each.opcode not in ("bitcast", "get-tuple-element", "tuple"):
             raise Unsupported(f"{each.opcode} {each.name}")
         if each.root:
@@ -68,6 +71,15 @@ def execute(
                 for address, shape in zip(at[each.name], shapes, strict=True)
             ]
     raise Unsupported("no instruction is the root")
+
+
+def _constant(text: str, shape: hlo.Shape) -> np.ndarray:
+    """The numbers of an HLO constant."""
+    if "..." in text:
+        raise Unsupported("a constant that XLA does not print")
+    words = {"true": "1", "false": "0"}
+    numbers = [words.get(word, word) for word in re.findall(r"[\w.+-]+", text)]
+    return np.array(numbers, np.float64).astype(shape.dtype).reshape(shape.sizes)
 
 
 def values(
