@@ -264,6 +264,7 @@ def _stamp(job: Row, model: Weights, machine: Row) -> Row:
         "model": [model.name, states],
         "config": model.config.to_json(),
         "tokens": tokens,
+        "execute": job["execute"],
         "machine": machine,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "code": code.hexdigest()[:16],
