@@ -99,6 +99,8 @@ class ShareEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the error created at a stage does to the margin and to the log-probability, in nats.
 
     Attributes:
+        patched: how much of the margin goes when this stage alone is made exact, and whether the
+            share told it (linear).
         where: of the largest shares, the slices that have most of them.
     """
 
@@ -106,6 +108,8 @@ class ShareEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     layer: int | None
     share: float
     logprob: float
+    patched: float | UnsetType = UNSET
+    linear: bool | UnsetType = UNSET
     where: dict[Literal["heads", "positions", "channels"], list[SliceShare]] | UnsetType = UNSET
 
 
@@ -116,8 +120,9 @@ class HarmEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         position: the row of the sequence after which the token comes.
         token, against: the chosen one, and its rival.
         margin: of the two logits in the dump, in nats.
-        exact_margin: the margin that exact arithmetic has, as the shares predict it.
-        sum_of_shares: how far the error moves the margin, to first order.
+        exact_margin: the margin that exact arithmetic has: computed in float64 if ``checked``, else
+            as the shares predict it.
+        sum_of_shares: how far the error moves the margin, as the shares tell it.
         flips: exact arithmetic puts the other of the two first.
         logprob, logprob_change: the log-probability of the token, and how far the error moves it.
         shares: of every stage, the largest first.
@@ -133,6 +138,7 @@ class HarmEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     flips: bool
     logprob: float
     logprob_change: float
+    checked: bool
     shares: list[ShareEntry]
     lost_before: StageOfLayer | UnsetType = UNSET
 

@@ -32,7 +32,7 @@ def bench_of(directory: Path, mode: str, name: str = "small", length: int = 24, 
 
 def worst(found, true: tuple[float, float], floor: float = 0.0) -> float:
     """How far the two sums are from the truth, relative to it or to the largest share."""
-    sums, largest = (found.change, found.logprob_change), abs(found.largest[0][1].margin)
+    sums, largest = (found.sum, found.logprob_sum), abs(found.largest[0][1].margin)
     scale = max(*map(abs, true), largest, floor)
     return max(abs(s - t) for s, t in zip(sums, true, strict=True)) / scale
 
@@ -52,8 +52,8 @@ def test_pytorch_has_the_same_truth(directory: Path) -> None:
     found = measured(bench, bench.right)
     exact = torch_trace(bench.model.directory, tuple(bench.tokens), "float64")["lm_head", None]
     changed = log_softmax(bench.right.stages[None, "lm_head"][-1]) - log_softmax(exact[-1])
-    assert found.logprob_change == pytest.approx(changed[found.token], rel=0.02)
-    assert found.change == pytest.approx(changed[found.token] - changed[found.against], rel=0.02)
+    assert found.logprob_sum == pytest.approx(changed[found.token], rel=0.02)
+    assert found.sum == pytest.approx(changed[found.token] - changed[found.against], rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_missing_stages_leave_the_sum_as_it_is(directory: Path, omit: tuple[str,
     assert len(found.shares) == len(whole.shares) - sum(s in omit for s, _ in whole.shares)
     # without the logits those that follow from the rest are looked at
     head = whole.shares["lm_head", None].logprob if "lm_head" in omit else 0.0
-    assert found.logprob_change == pytest.approx(whole.logprob_change - head, rel=0.02, abs=2e-5)
+    assert found.logprob_sum == pytest.approx(whole.logprob_sum - head, rel=0.02, abs=2e-5)
 
 
 def test_a_last_layer_of_one_row_and_prompts_that_begin_anywhere(directory: Path) -> None:
@@ -100,8 +100,8 @@ def test_a_mistake_has_all_of_the_change(directory: Path) -> None:
     found = measured(bench, run)
     key, share = found.largest[0]
     assert key == ("attn_out", 1)
-    assert abs(found.change - share.margin) < 1e-4 * abs(share.margin)
-    assert found.change == pytest.approx(true_changes(bench, run, found)[0], rel=0.1)
+    assert abs(found.sum - share.margin) < 1e-4 * abs(share.margin)
+    assert found.sum == pytest.approx(true_changes(bench, run, found)[0], rel=0.1)
 
 
 def test_slices_add_up(directory: Path) -> None:

@@ -77,7 +77,7 @@ def table(names: tuple[str, ...], lengths: tuple[int, ...]) -> str:
                     bench = make_bench(name, mode, Path(scratch), length)
                     found = measured(bench, bench.right)
                     _, true = true_changes(bench, bench.right, found)
-                    cells.append(f"{found.logprob_change:+.3e} for {true:+.3e}")
+                    cells.append(f"{found.logprob_sum:+.3e} for {true:+.3e}")
                 lines.append(f"| {name}, {length} | " + " | ".join(cells) + " |")
                 print(lines[-1], flush=True)
     return "\n".join(lines)

@@ -7,11 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.architecture import Key
-from tools.localize.harm import Harm, Share
+from tools.localize.harm import PATCHED, SEEN, Harm, Share
 from tools.localize.report import Localization
-
-SEEN = 0.001  # nats: shares below that change nothing that anybody can see
-NAMED = 3  # shares that are told in words
 
 
 def show_harm(show: Console, report: Localization) -> None:
@@ -20,27 +17,37 @@ def show_harm(show: Console, report: Localization) -> None:
     if harm is None:
         return
     show.print(f"\n{summary(harm)}", soft_wrap=True)
-    largest = [pair for pair in harm.largest if abs(pair[1].margin) >= SEEN]
+    largest = [pair for pair in harm.largest if abs(pair[1].size) >= SEEN]
     if not largest:
         return
     unit = 10.0 ** (math.floor(math.log10(abs(largest[0][1].margin))) - 1)
     show.print(f"\nshares of that margin, in {unit:g} nats\n")
     show.print(_table(report, harm, unit))
-    for key, share in largest[:NAMED]:
-        show.print(f"{_place(key)} {share.margin:+.2g} nats{_where(share)}")
+    for key, share in largest[:PATCHED]:
+        show.print(f"{_place(key)} {_told(share)}{_where(share)}")
 
 
 def summary(harm: Harm) -> str:
     """What it costs, in one sentence."""
     token, rival = _name(harm.token, harm.text), _name(harm.against, harm.against_text)
-    exact = harm.margin - harm.change
+    told = "" if harm.truth else "as far as its shares tell "
     fate = "exact arithmetic puts the other one first" if harm.flips else "the token stands"
     lost = f"; nothing is known of what comes before {_place(harm.lost)}" if harm.lost else ""
+    change = harm.margin - harm.exact_margin
+    sum = f" (sum of shares {harm.sum:+.2g})" if harm.truth and abs(change) >= SEEN else ""
     return (
-        f"after row {harm.row}: the error moves log p({token}) by {harm.logprob_change:+.2g} nats "
-        f"to {harm.logprob:.3g}, and its margin over {rival} by {harm.change:+.2g} from "
-        f"{exact:.4g} to {harm.margin:.4g}: {fate}{lost}"
+        f"after row {harm.row}: {told}the error moves log p({token}) by {harm.logprob_change:+.2g} "
+        f"nats to {harm.logprob:.3g}, and its margin over {rival} by {change:+.2g} from "
+        f"{harm.exact_margin:.4g} to {harm.margin:.4g}{sum}: {fate}{lost}"
     )
+
+
+def _told(share: Share) -> str:
+    """A share in words: what it comes to where it was tried, if that is another."""
+    if share.patched is None:
+        return f"{share.margin:+.2g} nats"
+    tried = f"made exact {share.patched:+.2g}"
+    return f"{share.margin:+.2g} nats, {tried}{'' if share.linear else ': not linear'}"
 
 
 def _name(token: int, text: str | None) -> str:

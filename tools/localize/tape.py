@@ -1,0 +1,261 @@
+"""The stage table as a tape: slopes carried back through some of its rows, changes carried forward.
+
+All values are in float64 with a batch axis in front, of 1 where nothing else is said. Stages that
+are not dumped are computed from what is.
+
+Axis letters as in ``qwen_jax.models.ops``; Q quantities whose slopes are carried, P patches.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from qwen_jax import runtime
+from qwen_jax.config import Config
+from qwen_jax.forward import Parameters
+from qwen_jax.local_error import EXACT, FRUGAL, cut_inputs, last_rows, stage_value
+from qwen_jax.models.ops import Positional
+from stages.architecture import TOKENS, Architecture, Stage
+
+Values = Mapping[str, Array | None]  # by name; None for what is not known
+
+
+def _floats(stage: Stage) -> list[str]:
+    return [name for name in stage.inputs if name != TOKENS]
+
+
+class Layer:
+    """The values of some rows of the table, in float64: dumps, and what is missing computed."""
+
+    def __init__(
+        self,
+        rows: Sequence[Stage],
+        config: Config,
+        parameters: Parameters,
+        pos: Positional,
+        dumps: Mapping[str, Array],
+        given: Values,
+    ) -> None:
+        self.config, self.pos = config, pos
+        self.tables, self.length = config.tables.cached, pos.mask.shape[-1]
+        self.weights = {name: weight.astype(EXACT) for name, weight in parameters.items()}
+        as_float = {n: x if n == TOKENS else x.astype(EXACT) for n, x in dumps.items()}
+        self.values: dict[str, Array | None] = {**given, **as_float}
+        for stage in rows:
+            if stage.name not in self.values:
+                ready = self.ready(stage)
+                self.values[stage.name] = None if ready is None else self.run(stage, *ready)
+
+    def ready(self, stage: Stage) -> tuple[int, list[Array]] | None:
+        """How many rows the stage can be computed for, and its inputs for them."""
+        values = [self.values[name] for name in stage.inputs]
+        return cut_inputs(self.tables, stage, values, self.length)
+
+    def run(self, stage: Stage, count: int, inputs: Sequence[Array]) -> Array:
+        weights = [self.weights[name] for name in stage.parameters]
+        return stage_value(stage, self.config, self.pos.last(count), inputs, weights)
+
+    def value(self, stage: Stage) -> Array:
+        """The stage's value, which is known."""
+        value = self.values[stage.name]
+        assert value is not None
+        return value
+
+    def like(self, stage: Stage, count: int, values: Values) -> list[Array]:
+        """Other values of the stage's inputs, with the rows that its own have for ``count``."""
+        found = []
+        for name in stage.inputs:
+            value = values[name]
+            assert value is not None
+            whole = name in stage.keys
+            found.append(value if whole else last_rows(self.tables, name, value, count))
+        return found
+
+    def created(self, stage: Stage, count: int, inputs: Sequence[Array], rows: int) -> Array:
+        """The error that the stage created, in its last rows."""
+        exact = last_rows(self.tables, stage.name, self.run(stage, count, inputs), rows)
+        error = last_rows(self.tables, stage.name, self.value(stage), rows) - exact
+        if stage.kind.masked:
+            error = jnp.where(self.pos.last(rows).mask[:, None], error, 0)
+        return error
+
+    def rows_of(self, stage: Stage, count: int) -> int:
+        """How many of its last rows both the value and what it is computed from have."""
+        return min(count, self.value(stage).shape[1 + stage.axes.index(stage.row_axis)])
+
+    def pulled(
+        self, stage: Stage, count: int, inputs: Sequence[Array], slope: Array
+    ) -> dict[str, Array]:
+        """What the inputs have of a ``slope`` [Q, ...] of the stage's value, each with as many rows
+        as the layer has of it."""
+        names = _floats(stage)
+        place = dict(zip(stage.inputs, inputs, strict=True))
+
+        def function(*floats: Array) -> Array:
+            changed = place | dict(zip(names, floats, strict=True))
+            return self.run(stage, count, [changed[name] for name in stage.inputs])
+
+        _, pull = jax.vjp(function, *(place[name] for name in names))
+        found = jax.vmap(pull)(slope)
+        whole = [self.values[name] for name in names]
+        return {
+            name: _padded(self.tables, name, each, value.shape)  # type: ignore[union-attr]
+            for name, each, value in zip(names, found, whole, strict=True)
+        }
+
+
+def _axis(tables: Architecture, name: str) -> int:
+    """The axis of the rows of a slope [Q, B, ...] of a value."""
+    axes = tables.axes_of(name)
+    return 2 + axes.index("T" if "T" in axes else "S")
+
+
+def _padded(tables: Architecture, name: str, slope: Array, shape: tuple[int, ...]) -> Array:
+    """A slope of the last rows of a value of ``shape``: of all of them, or of fewer."""
+    axis = _axis(tables, name)
+    rows = shape[axis - 1]
+    if slope.shape[axis] >= rows:
+        return jax.lax.slice_in_dim(slope, slope.shape[axis] - rows, slope.shape[axis], axis=axis)
+    before = [(0, 0)] * slope.ndim
+    before[axis] = (rows - slope.shape[axis], 0)
+    return jnp.pad(slope, before)
+
+
+def _by_rows(stage: Stage, slope: Array, value: Array) -> tuple[Array, Array]:
+    """<slope, value> of every row and of every column of the stage's matrix: [Q, ...] each."""
+    matrix = jax.vmap(lambda each: stage.matrix(each * value))(slope)
+    return matrix.sum(2), matrix.sum(1)
+
+
+def backward(
+    rows: Sequence[Stage],
+    config: Config,
+    parameters: Parameters,
+    pos: Positional,
+    dumps: Mapping[str, Array],
+    given: Values,
+    slopes: Mapping[str, Array],
+    right: Values,
+) -> tuple[dict[str, Any], dict[str, Array], dict[str, Array]]:
+    """Carry slopes back through some rows of the table, and measure the dumped stages' shares.
+
+    A slope taken half-way between the dump and exact arithmetic gives what a product or a square
+    changes exactly, and anything else to third order (the midpoint rule).
+
+    Arguments:
+        dumps: stage name -> dump.
+        given: values from before ``rows`` that are not in ``dumps``.
+        slopes: of the values that later stages read: [Q, 1, ...] each.
+        right: what exact arithmetic has for the values from before ``rows``; empty where that is
+            not known, and slopes are those at the dump.
+
+    Returns:
+        (shares by stage: (rows [Q, rows], columns [Q, columns], or None where those would take a
+        product of their own), the slopes of the values from before ``rows``, those of the values
+        that cannot be computed from others).
+    """
+    here = Layer(rows, config, parameters, pos, dumps, given)
+    exact = Layer(rows, config, parameters, pos, {}, right) if right else None
+    tables = here.tables
+    slopes, shares, lost = dict(slopes), {}, {}
+    for stage in reversed(rows):
+        if stage.name not in slopes:
+            continue
+        slope = slopes.pop(stage.name)
+        ready = here.ready(stage)
+        if ready is None:
+            lost[stage.name] = slope
+            continue
+        count, inputs = ready
+        # y* has ``count`` rows, the dump maybe others; none but the last of both are compared.
+        common = here.rows_of(stage, count)
+        axis = _axis(tables, stage.name)
+        slope = _padded(tables, stage.name, slope, (*slope.shape[1:axis], count))
+        at = inputs
+        if exact is not None:
+            at = [
+                (a + b) / 2
+                for a, b in zip(inputs, exact.like(stage, count, exact.values), strict=True)
+            ]
+        found = here.pulled(stage, count, at, slope)
+        if stage.name in dumps:
+            value = last_rows(tables, stage.name, here.value(stage), common)
+            kept = _padded(tables, stage.name, slope, value.shape)
+            if stage.linear:
+                # <slope, x W'> = <slope W, x>, and slope W is there already
+                ours, columns = _by_rows(stage, kept, value)[0], None
+                (source,) = _floats(stage)
+                x = last_rows(tables, source, inputs[0], common)
+                back = _padded(tables, source, found[source], x.shape)
+                ours -= _by_rows(tables.layer_output, back, x)[0]
+            else:
+                ours, columns = _by_rows(stage, kept, here.created(stage, count, inputs, common))
+            shares[stage.name] = ours, columns
+        for name, each in found.items():
+            slopes[name] = slopes[name] + each if name in slopes else each
+    return shares, slopes, lost
+
+
+def forward(
+    rows: Sequence[Stage],
+    config: Config,
+    parameters: Parameters,
+    pos: Positional,
+    dumps: Mapping[str, Array],
+    given: Values,
+    moved: Values,
+    keep: Mapping[str, Array],
+) -> Array | None:
+    """The last of ``rows`` where values from before, or some stages, are other than in the dump.
+
+    Every stage is computed anew, and keeps the error that it created in the dump.
+
+    Arguments:
+        moved: the changed values from before ``rows``, [P, ...] each.
+        keep: stage name -> [P], how much of its error it keeps: 0 is exact.
+    """
+    here = Layer(rows, config, parameters, pos, dumps, given)
+    values = dict(here.values) | dict(moved)
+    for stage in rows:
+        value, ready = here.values[stage.name], here.ready(stage)
+        if value is None or ready is None:
+            continue
+        count, inputs = ready
+        common = here.rows_of(stage, count)
+        now = here.run(stage, count, here.like(stage, count, values))
+        now = last_rows(here.tables, stage.name, now, common)
+        if stage.name in dumps:
+            kept = keep[stage.name].reshape(-1, *[1] * (value.ndim - 1))
+            now = now + kept * here.created(stage, count, inputs, common)
+        axis = _axis(here.tables, stage.name) - 1
+        before = jax.lax.slice_in_dim(value, 0, value.shape[axis] - common, axis=axis)
+        before = jnp.broadcast_to(before, (now.shape[0], *before.shape[1:]))
+        values[stage.name] = jnp.concatenate([before, now], axis)
+    return values[rows[-1].name]
+
+
+def complete(
+    rows: Sequence[Stage],
+    config: Config,
+    parameters: Parameters,
+    pos: Positional,
+    dumps: Mapping[str, Array],
+    given: Values,
+) -> Array | None:
+    """The value of the last of ``rows``, computed from what is there."""
+    return Layer(rows, config, parameters, pos, dumps, given).values[rows[-1].name]
+
+
+@cache
+def compiled(function: Callable[..., Any], rows: tuple[Stage, ...], config: Config) -> Any:
+    """One of the above under jit: called with what follows ``config``. Always optimised: without,
+    XLA's exponential made NaN of the lowest float64, which stands for a masked score."""
+
+    def program(*arguments: Any) -> Any:
+        return function(rows, config, *arguments)
+
+    return jax.jit(program, compiler_options=runtime.compiler_options() | FRUGAL)
