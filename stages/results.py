@@ -163,6 +163,7 @@ class LocalizeResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     trace: str | UnsetType = UNSET
     model: str | UnsetType = UNSET
     dtype: str | UnsetType = UNSET
+    costs: bool | UnsetType = UNSET
     nats: list[NatsRow] | UnsetType = UNSET
     harm: HarmEntry | UnsetType = UNSET
     why: str | UnsetType = UNSET

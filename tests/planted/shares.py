@@ -1,7 +1,8 @@
 """``python -m tests.planted.shares``: does the sum of the shares tell what the error does?
 
 A row is a checkpoint and a length, a column an engine's arithmetic; a cell has the sum of all
-shares of the log-probability, and the true change: the engine's own against a forward in float64.
+shares of the log-probability, in brackets that of slopes at the dump alone, and the true change:
+the engine's own against a forward in float64.
 """
 
 import argparse
@@ -76,8 +77,10 @@ def table(names: tuple[str, ...], lengths: tuple[int, ...]) -> str:
                 for mode in MODES:
                     bench = make_bench(name, mode, Path(scratch), length)
                     found = measured(bench, bench.right)
+                    alone = measured(bench, bench.right, checked=False)
                     _, true = true_changes(bench, bench.right, found)
-                    cells.append(f"{found.logprob_sum:+.3e} for {true:+.3e}")
+                    sums = f"{found.logprob_sum:+.3e} ({alone.logprob_sum:+.3e})"
+                    cells.append(f"{sums} for {true:+.3e}")
                 lines.append(f"| {name}, {length} | " + " | ".join(cells) + " |")
                 print(lines[-1], flush=True)
     return "\n".join(lines)

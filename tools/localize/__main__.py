@@ -5,6 +5,7 @@ dump was created at that stage; what arrived there from before cannot show.
 """
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages.errors import NotComparable, UserError
+from stages.trace import Trace
 from tools.localize import expectation
 from tools.localize.core import check_model, localize
-from tools.localize.question import Question
+from tools.localize.question import HOW, Question, affordable
 from tools.localize.report import SCHEMA, Localization, to_json
 
 
@@ -50,44 +52,79 @@ def parser() -> argparse.ArgumentParser:
         "--expect-layer", type=int, metavar="N", help="its layer; default: any of them"
     )
     harm = result.add_argument_group("what the error costs the next token, in nats")
-    help = "leave it out: one backward pass over the dump"
-    harm.add_argument("--no-harm", action="store_true", help=help)
+    help = "shares of every stage, by one backward pass; checked by a forward in float64 and by "
+    help += "making the largest exact; default: what takes no more than about a minute"
+    harm.add_argument("--harm", choices=HOW, help=help)
     help = "the row of the sequence after which the token comes; default: the last"
     harm.add_argument("--position", type=int, metavar="ROW", help=help)
     help = "its id; default: the one that the trace puts first"
     harm.add_argument("--token", type=int, metavar="ID", help=help)
     help = "the token that it is compared with; default: the best of the others"
     harm.add_argument("--rival", type=int, metavar="ID", help=help)
+    help = "exit with 1 if the error moves the log-probability of the token by more"
+    harm.add_argument("--max-nats", type=_nats, metavar="X", help=help)
     cli.add_json(result)
     return result
 
 
-def question_of(args: argparse.Namespace) -> Question | None:
+def _nats(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected nats, 0 or more")
+    return value
+
+
+def question_of(args: argparse.Namespace, trace: Trace, model: Weights) -> Question | None:
     """Of which token the command line asks what the error costs.
 
     Raises:
         UserError: of one, and of none.
     """
     asked = {"row": args.position, "token": args.token, "against": args.rival}
-    if not args.no_harm:
-        return Question(**asked)
-    if any(value is not None for value in asked.values()):
-        raise UserError("--no-harm measures nothing: drop it, or --position, --token and --rival")
+    wanted = [*asked.values(), args.max_nats]
+    if args.expect_stage:
+        return None
+    how = args.harm or affordable(model.config, len(trace.tokens))
+    if how != "none":
+        return Question(**asked, checked=how == "checked")
+    if not args.harm and any(value is not None for value in wanted):
+        return Question(**asked, checked=False)
+    if any(value is not None for value in wanted):
+        raise UserError(
+            "--harm none measures nothing: drop it, or --position, --token, --rival and --max-nats"
+        )
     return None
 
 
-def run(
-    path: Path, model: Weights, prompt: Prompt, harm: Question | None, exact: bool = False
-) -> Localization:
+def run(path: Path, model: Weights, prompt: Prompt, args: argparse.Namespace) -> Localization:
     """Localize one trace with a progress bar."""
     trace = arguments.open_given(path, prompt, model)
     arguments.check_tokens(prompt, trace, model)
     check_model(trace, model)
+    harm = question_of(args, trace, model)
     with cli.progress() as bar:
         task = bar.add_task(f"replaying {trace.name}", total=len(trace.entries))
         return localize(
-            trace, model, harm=harm, exact=exact, advance=lambda measured: bar.advance(task)
+            trace, model, harm=harm, exact=args.exact, advance=lambda measured: bar.advance(task)
         )
+
+
+def _costly(reports: list[Localization], most: float) -> bool:
+    """Whether the error of one of them moves the log-probability by more than ``most``.
+
+    Raises:
+        NotComparable: that cannot be told.
+    """
+    sound = [report for report in reports if report.verdict != "fault"]
+    if untold := [report.trace.path for report in sound if report.harm is None]:
+        raise NotComparable(
+            f"not comparable: {untold[0]} has no finite logits, nor what they are computed from; "
+            "--max-nats cannot be told"
+        )
+    return any(abs(report.harm.logprob_change) > most for report in sound if report.harm)
 
 
 def main(argv: list[str]) -> int:
@@ -105,7 +142,6 @@ def _main(argv: list[str]) -> int:
         raise UserError("--expect-layer is the layer of --expect-stage; give that too")
     if args.repro and not args.repro.parent.is_dir():
         raise UserError(f"--repro {args.repro}: no such directory: {args.repro.parent}")
-    harm = None if args.expect_stage else question_of(args)
     model, prompt = open_model(args.model), arguments.prompt_of(args)
     if args.expect_stage:
         tables, layers = model.config.tables.cached, model.config.num_hidden_layers
@@ -117,10 +153,10 @@ def _main(argv: list[str]) -> int:
     runtime.for_a_command("cpu")
     try:
         with compile_cache.use("localize", model.config, os.environ.get("XLA_FLAGS")):
-            reports = [run(args.trace, model, prompt, harm, args.exact)]
+            reports = [run(args.trace, model, prompt, args)]
             if args.against:
                 other = open_model(args.against_model) if args.against_model else model
-                reports.append(run(args.against, other, prompt, harm, args.exact))
+                reports.append(run(args.against, other, prompt, args))
     except NotComparable as error:
         if args.json:
             nothing: dict[str, Any] = {"faults": [], "precision": {}, "skipped": []}
@@ -155,7 +191,9 @@ def _main(argv: list[str]) -> int:
         there = expectation.there(reports[0], expected)
         show.print(f"\n{expectation.says(there, args.expect_stage, args.expect_layer)}")
         return int(there)
-    return 1 if any(report.verdict == "fault" for report in reports) else 0
+    if any(report.verdict == "fault" for report in reports):
+        return 1
+    return int(args.max_nats is not None and _costly(reports, args.max_nats))
 
 
 if __name__ == "__main__":

@@ -279,8 +279,7 @@ class _Measuring:
                 yield layer, parameters, dumps, given
 
     def _head_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        for first, rows in self.replay.weights.blocks(head_tensor(self.config), HEAD_ROWS):
-            yield first, rows.astype(np.float64)
+        return self.replay.weights.blocks(head_tensor(self.config), HEAD_ROWS)
 
     # Computing
 
@@ -331,7 +330,7 @@ class _Measuring:
         inputs = np.stack([x[0, after]] + ([] if right is None else [right[0, after]]), 1)
         products = np.empty((size, inputs.shape[1]))
         for first, weight in self._head_blocks():
-            products[first : first + len(weight)] = weight @ inputs
+            products[first : first + len(weight)] = tape.times(weight, inputs)
         logits = products[:, 0] if dump is None else dump[0, after].astype(np.float64)
         exact = products[:, 1] if right is not None else logits
         if not (np.isfinite(logits).all() and np.isfinite(exact).all()):
@@ -343,7 +342,8 @@ class _Measuring:
         slope[1, token] += 1
         back = np.zeros((2, 1, x.shape[1], x.shape[2]))
         for first, weight in self._head_blocks():
-            back[:, 0, after] += slope[:, first : first + len(weight)] @ weight
+            part = np.ascontiguousarray(slope[:, first : first + len(weight)])
+            back[:, 0, after] += np.asarray(tape.times(part, weight))
         if dump is not None:
             by_token = slope * (logits - products[:, 0])
             self._keep(self.head, None, (by_token.sum(1, keepdims=True), by_token), ends=row + 1)

@@ -1,6 +1,14 @@
 """Of which token ``localize`` says what error costs it."""
 
+import math
 from dataclasses import dataclass
+
+from qwen_jax.config import Config
+
+HOW = ("checked", "shares", "none")
+# Multiplications of weights with rows up to which a command does as much by itself. The shares take
+# the products of one forward in float64, what is checked those of six: a minute of two cores each.
+CHECKED, SHARES = 2e11, 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,3 +28,10 @@ class Question:
     token: int | None = None
     against: int | None = None
     checked: bool = True
+
+
+def affordable(config: Config, length: int) -> str:
+    """Which of ``HOW`` takes no longer than about a minute."""
+    shapes = [config.shapes[name] for name in config.tensor_names("layer", 0).values()]
+    work = length * config.num_hidden_layers * sum(math.prod(shape) for shape in shapes)
+    return "checked" if work <= CHECKED else "shares" if work <= SHARES else "none"

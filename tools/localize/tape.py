@@ -259,3 +259,9 @@ def compiled(function: Callable[..., Any], rows: tuple[Stage, ...], config: Conf
         return function(rows, config, *arguments)
 
     return jax.jit(program, compiler_options=runtime.compiler_options() | FRUGAL)
+
+
+@jax.jit
+def times(a: Array, b: Array) -> Array:
+    """The product of two matrices in float64."""
+    return a.astype(EXACT) @ b.astype(EXACT)
