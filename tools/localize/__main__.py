@@ -7,19 +7,23 @@ dump was created at that stage; what arrived there from before cannot show.
 import argparse
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qwen_jax import arguments, cli
+from qwen_jax.config import Config
 from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages.errors import NotComparable, UserError
-from stages.trace import Trace
 from tools.localize import expectation
 from tools.localize.core import check_model, localize
-from tools.localize.question import HOW, Question, affordable
+from tools.localize.question import HOW, Question, affordable, usual
 from tools.localize.report import SCHEMA, Localization, to_json
+
+Ask = Callable[[Config, int], Question | None]  # of which token to ask, for a number of rows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,8 +81,8 @@ def _nats(text: str) -> float:
     return value
 
 
-def question_of(args: argparse.Namespace, trace: Trace, model: Weights) -> Question | None:
-    """Of which token the command line asks what the error costs.
+def question_of(args: argparse.Namespace, config: Config, length: int) -> Question | None:
+    """Of which token the command line asks what the error of so many rows costs.
 
     Raises:
         UserError: of one, and of none.
@@ -87,7 +91,7 @@ def question_of(args: argparse.Namespace, trace: Trace, model: Weights) -> Quest
     wanted = [*asked.values(), args.max_nats]
     if args.expect_stage:
         return None
-    how = args.harm or affordable(model.config, len(trace.tokens))
+    how = args.harm or affordable(config, length)
     if how != "none":
         return Question(**asked, checked=how == "checked")
     if not args.harm and any(value is not None for value in wanted):
@@ -99,16 +103,18 @@ def question_of(args: argparse.Namespace, trace: Trace, model: Weights) -> Quest
     return None
 
 
-def run(path: Path, model: Weights, prompt: Prompt, args: argparse.Namespace) -> Localization:
+def run(
+    path: Path, model: Weights, prompt: Prompt, ask: Ask = usual, exact: bool = False
+) -> Localization:
     """Localize one trace with a progress bar."""
     trace = arguments.open_given(path, prompt, model)
     arguments.check_tokens(prompt, trace, model)
     check_model(trace, model)
-    harm = question_of(args, trace, model)
+    harm = ask(model.config, len(trace.tokens))
     with cli.progress() as bar:
         task = bar.add_task(f"replaying {trace.name}", total=len(trace.entries))
         return localize(
-            trace, model, harm=harm, exact=args.exact, advance=lambda measured: bar.advance(task)
+            trace, model, harm=harm, exact=exact, advance=lambda measured: bar.advance(task)
         )
 
 
@@ -147,16 +153,18 @@ def _main(argv: list[str]) -> int:
         tables, layers = model.config.tables.cached, model.config.num_hidden_layers
         expected = expectation.asked(tables, layers, args.expect_stage, args.expect_layer)
 
+    ask = partial(question_of, args)
+
     from qwen_jax import compile_cache, runtime
     from tools.localize.show import show_localization
 
     runtime.for_a_command("cpu")
     try:
         with compile_cache.use("localize", model.config, os.environ.get("XLA_FLAGS")):
-            reports = [run(args.trace, model, prompt, args)]
+            reports = [run(args.trace, model, prompt, ask, args.exact)]
             if args.against:
                 other = open_model(args.against_model) if args.against_model else model
-                reports.append(run(args.against, other, prompt, args))
+                reports.append(run(args.against, other, prompt, ask, args.exact))
     except NotComparable as error:
         if args.json:
             nothing: dict[str, Any] = {"faults": [], "precision": {}, "skipped": []}

@@ -35,3 +35,9 @@ def affordable(config: Config, length: int) -> str:
     shapes = [config.shapes[name] for name in config.tensor_names("layer", 0).values()]
     work = length * config.num_hidden_layers * sum(math.prod(shape) for shape in shapes)
     return "checked" if work <= CHECKED else "shares" if work <= SHARES else "none"
+
+
+def usual(config: Config, length: int) -> Question | None:
+    """What a command asks by itself."""
+    how = affordable(config, length)
+    return None if how == "none" else Question(checked=how == "checked")

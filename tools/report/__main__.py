@@ -13,7 +13,6 @@ from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages.errors import NotComparable, UserError
 from tools.diff import diff
-from tools.localize.question import Question
 from tools.localize.report import Localization, sentence
 from tools.report import explorer, write
 
@@ -60,7 +59,7 @@ def main(argv: list[str]) -> int:
     runtime.for_a_command("cpu")
     paths = [args.a, args.b] if args.b else [args.a]
     with compile_cache.use("localize", models[0].config, os.environ.get("XLA_FLAGS")):
-        reports = [run(p, m, prompt, Question()) for p, m in zip(paths, models, strict=True)]
+        reports = [run(p, m, prompt) for p, m in zip(paths, models, strict=True)]
         code = _write(args.out, reports, models)
     if args.model_explorer:
         files = [path.name for path in explorer.write(reports[0], args.model_explorer)]
