@@ -7,10 +7,11 @@ is captured is derived from the stage table: see ``Recorder``.
 
 import importlib
 import importlib.metadata
+import inspect
 import os
 import platform
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -19,9 +20,12 @@ import numpy as np
 import torch
 import transformers
 from torch.nn import functional
+from transformers import Cache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
+from oracle.cache import make
+from qwen_jax.tracing import EmitRows
 from qwen_jax.weights.base import Weights
 from qwen_jax.weights.huggingface import HuggingFaceWeights
 from stages.architecture import Architecture, Key, Stage
@@ -45,8 +49,10 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 class Recorder(ExitStack):
     """Hooks on one model until the ``with`` block ends. ``record(stage, layer, tensor)`` is called
-    as each stage is computed; tensors come as one sequence, without the batch axis, in the axes of
-    the stage table.
+    as each stage is computed; tensors have a batch axis before those of the stage table.
+
+    ``call`` is where there is a cache: the first row that the model computes now, and the one after
+    the last. Scores have a column for every row by then.
 
     Where a stage is found follows from its row, see ``stages.places``. What lies between q, k, v
     and ``attention`` goes through the attention interface.
@@ -57,6 +63,7 @@ class Recorder(ExitStack):
     ) -> None:
         super().__init__()
         self.record = record
+        self.call: tuple[int, int] | None = None
         self.code = modeling(tables)
         self._parts: dict[Key, dict[str, torch.Tensor]] = {}  # q, k, v on their way to one tensor
         for path, module in model.named_modules():
@@ -79,13 +86,13 @@ class Recorder(ExitStack):
     def _output(self, module: torch.nn.Module, stage: str, layer: int | None) -> None:
         def hook(module: Any, args: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
-            self.record(stage, layer, tensor[0])
+            self.record(stage, layer, tensor)
 
         self.enter_context(module.register_forward_hook(hook))
 
     def _input(self, module: torch.nn.Module, stage: str, layer: int | None) -> None:
         def hook(module: Any, args: Any) -> None:
-            self.record(stage, layer, args[0][0])
+            self.record(stage, layer, args[0])
 
         self.enter_context(module.register_forward_pre_hook(hook))
 
@@ -102,7 +109,7 @@ class Recorder(ExitStack):
                 values = {"qkv_matmul": product, "qkv_bias": output}
             for stage, value in values.items():
                 found = self._parts.setdefault((stage, layer), {})
-                found[part] = value[0]
+                found[part] = value
                 if len(found) == len(parts):
                     self.record(stage, layer, torch.cat([found[name] for name in parts], -1))
                     del self._parts[stage, layer]
@@ -125,19 +132,32 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The stock eager attention, with its arguments and results recorded.
 
-    query, key: [B, heads, T, H] after RoPE. The scores before the mask exist only inside the
+    query, key: [B, heads, T or S, H] after RoPE. The scores before the mask exist only inside the
     stock function, so they are computed once more by its own expression.
     """
-    record, code, layer = module.recorder.record, module.recorder.code, module.layer_idx
-    record("q_post_rope", layer, query[0].transpose(0, 1))
-    record("k_post_rope", layer, key[0].transpose(0, 1))
+    recorder, layer = module.recorder, module.layer_idx
+    record, code = recorder.record, recorder.code
+    first, end = recorder.call or (0, key.shape[2])
+
+    def columns(x: torch.Tensor) -> torch.Tensor:
+        """One for each row by now: a cache may have free rows, or have let some go that are
+        masked by a sliding window."""
+        return functional.pad(x, (max(0, end - x.shape[-1]), 0))[..., :end]
+
+    record("q_post_rope", layer, query.transpose(1, 2))
+    if recorder.call:
+        gone = max(0, end - key.shape[2])
+        for stage, kept in (("k_cache", key), ("v_cache", value)):
+            record(stage, layer, kept[:, :, first - gone : end - gone].transpose(1, 2))
+    else:
+        record("k_post_rope", layer, key.transpose(1, 2))
     keys = code.repeat_kv(key, module.num_key_value_groups)
-    record("attn_scores", layer, (torch.matmul(query, keys.transpose(2, 3)) * scaling)[0])
+    record("attn_scores", layer, columns(torch.matmul(query, keys.transpose(2, 3)) * scaling))
     output, weights = code.eager_attention_forward(
         module, query, key, value, mask, scaling=scaling, **rest
     )
-    record("attn_softmax", layer, weights[0])
-    record("attention", layer, output[0].flatten(1))
+    record("attn_softmax", layer, columns(weights))
+    record("attention", layer, output.flatten(2))
     return output, weights
 
 
@@ -148,9 +168,14 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
 class TorchEngine:
-    """The Hugging Face forward over a checkpoint, with the interface of ``JaxEngine``."""
+    """The Hugging Face forward over a checkpoint, with the interface of ``JaxEngine``.
 
-    def __init__(self, model: Weights, dtype: str, device: str | None) -> None:
+    ``static_cache``: a cache is transformers' ``StaticCache``, else its ``DynamicCache``.
+    """
+
+    def __init__(
+        self, model: Weights, dtype: str, device: str | None, static_cache: bool = False
+    ) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         if device == "gpu" and not torch.cuda.is_available():
@@ -164,7 +189,10 @@ class TorchEngine:
         torch.set_float32_matmul_precision("highest")
         self.model = model
         self.dtype = dtype
+        self.static_cache = static_cache
         self.network = load(model, dtype, ATTENTION).to(self.device)
+        names = inspect.signature(self.network.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"  # before 5.20
 
     def describe(self) -> dict[str, Any]:
         name = torch.cuda.get_device_name() if self.device == "cuda" else platform.machine()
@@ -178,7 +206,7 @@ class TorchEngine:
             "matmul_precision": torch.get_float32_matmul_precision(),
             "versions": {name: importlib.metadata.version(name) for name in packages}
             | {"python": platform.python_version(), NAME: version()},
-        }
+        } | ({"static_cache": True} if self.static_cache else {})
 
     def run(
         self,
@@ -194,16 +222,118 @@ class TorchEngine:
         ``resume`` is there for the interface: Hugging Face runs a model from its start.
 
         Raises:
+            UserError: as of ``run_batch``.
+        """
+        valid = np.ones((1, len(tokens)), bool)
+        self.run_batch(
+            np.array([tokens]),
+            np.array([positions]),
+            valid,
+            logits,
+            want,
+            lambda stage, layer, value: emit(stage, layer, value[0]),
+        )
+
+    def run_batch(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        valid: np.ndarray,
+        logits: str,
+        want: Want,
+        emit: Emit,
+        resume: tuple[int, np.ndarray] | None = None,
+    ) -> None:
+        """Compute several sequences at once, [B, T] each; ``valid`` is False for padding, which is
+        on the left. Values have a batch axis.
+
+        Raises:
             UserError: a capture point did not fire, so this transformers works differently; or
                 positions have gaps, which transformers takes for several sequences in one.
         """
-        if positions[-1] - positions[0] != len(positions) - 1:
+        if valid.all() and (np.diff(positions) != 1).any():
             raise UserError(
                 "positions have gaps, and transformers would take each for the start of another "
                 "sequence; the JAX trace reads them as one"
             )
+        tables = self.model.config.tables
+        with self._recording(tables, want, emit) as recorder:
+            found = self._forward(tokens, positions, valid, logits == "last")
+            recorder.record(tables.head.name, None, found[:, -1] if logits == "last" else found)
+
+    def run_calls(
+        self,
+        prompts: np.ndarray,
+        positions: np.ndarray,
+        valid: np.ndarray,
+        steps: tuple[int, ...],
+        cache: str,
+        logits: str,
+        want: Want,
+        emit: EmitRows,
+    ) -> np.ndarray:
+        """Compute sequences of one length in several calls, through transformers' own cache; see
+        ``JaxEngine.run_calls``.
+
+        Raises:
+            UserError: a capture point did not fire.
+        """
+        tables = self.model.config.tables.cached
+        kept = make(self.network.config, cache, positions.shape[1], self.static_cache)
+        tokens, end = prompts, 0
+
+        def place(stage: str, layer: int | None, value: np.ndarray) -> None:
+            row = tables.stage[stage]
+            emit(stage, layer, value, end - value.shape[1 + row.axes.index(row.row_axis)])
+
+        with self._recording(tables, want, place) as recorder:
+            kept.show = lambda layer, keys: recorder.record(
+                "k_post_rope", layer, keys.transpose(1, 2)
+            )
+            for count in steps:
+                first, end = end, end + count
+                recorder.call = first, end
+                picks = end >= prompts.shape[1]
+                found = self._forward(
+                    tokens[:, first:end],
+                    positions[:, first:end],
+                    valid[:, :end],
+                    logits == "last",
+                    kept,
+                )
+                if picks or logits == "all":
+                    recorder.record(tables.head.name, None, found)
+                if picks:
+                    best = to_numpy(found[:, -1:]).argmax(-1).astype(np.int32)
+                    tokens = np.concatenate([tokens, best], 1)
+        return tokens[:, prompts.shape[1] :]
+
+    def _forward(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        valid: np.ndarray,
+        last: bool,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """The logits, [B, rows, V], of all rows or of the last alone."""
+        padded = None if valid.all() else torch.tensor(valid, device=self.device)
+        with torch.inference_mode():
+            logits: torch.Tensor = self.network(
+                input_ids=torch.tensor(tokens, device=self.device, dtype=torch.long),
+                position_ids=torch.tensor(positions, device=self.device, dtype=torch.long),
+                attention_mask=padded,
+                use_cache=cache is not None,
+                logits_to_keep=1 if last else 0,
+                **{self._cache_name: cache},
+            ).logits
+        return logits
+
+    @contextmanager
+    def _recording(self, tables: Architecture, want: Want, emit: Emit) -> Iterator[Recorder]:
+        """Hooks that ``emit`` the wanted stages of ``tables``; all of them must have fired at the
+        end."""
         fired: set[Key] = set()
-        tables, layers = self.model.config.tables, self.model.config.num_hidden_layers
         head = tables.head.name
 
         def record(stage: str, layer: int | None, tensor: torch.Tensor) -> None:
@@ -211,21 +341,16 @@ class TorchEngine:
             if stage == head or want(stage, layer):
                 emit(stage, layer, to_numpy(tensor))
 
-        ids = torch.tensor([tokens], device=self.device)
-        places = torch.tensor([positions], device=self.device)
-        keep = 1 if logits == "last" else 0
-        with Recorder(self.network, tables, record), torch.inference_mode():
-            result = self.network(
-                input_ids=ids, position_ids=places, use_cache=False, logits_to_keep=keep
-            )
+        with Recorder(self.network, tables, record) as recorder:
+            yield recorder
+        layers = self.model.config.num_hidden_layers
         expected = [(s.name, layer) for s, layer in tables.computation_order(layers)]
-        if silent := [each for each in expected if each not in fired and each[0] != head]:
+        if silent := [each for each in expected if each not in fired]:
             stage, layer = silent[0]
             raise UserError(
                 f"{len(silent)} capture points never fired, first {stage} of layer {layer}; "
                 f"transformers {transformers.__version__} is not understood, nothing was kept"
             )
-        record(head, None, result.logits[0, -1] if logits == "last" else result.logits[0])
         for name in self.model.shapes:
             self.model.hash(name)  # for the manifest
 
