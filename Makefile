@@ -28,10 +28,11 @@ test: $(VENV)/test.stamp
 	$(PY) -m mypy
 	$(PY) -m pytest --durations=15 # tests/test_gate.py: python -m tools.parity --sweep quick must exit with 0
 
-# The engines that `make test` does not install, where they are to be had:
+# Goes on where it was stopped. Engines that `make test` does not install, where they are to be had:
 # pip install openvino mlx mlx-lm google-tunix
 field: $(VENV)/test.stamp
-	$(PY) -m tests.field --markdown docs/field.md
+	mkdir -p build
+	$(PY) -m tests.field --jobs 2 --rows build/field.jsonl --markdown docs/field.md
 
 # Each ends with 1 where a command did what none may do. CASES and KILLS may be fewer.
 CASES := 20000
