@@ -369,6 +369,14 @@ def _norm_reversed(weights: engine.Weights) -> None:
     weights[name] = weights[name][::-1].copy()
 
 
+def _in_q3_k(weights: engine.Weights) -> None:
+    pytest.importorskip("xllamacpp")
+    from tests import ggml
+
+    name = "model.layers.2.mlp.gate_proj.weight"
+    weights[name] = ggml.dequantize(ggml.quantize(weights[name], "Q3_K"), "Q3_K")
+
+
 @dataclass(frozen=True)
 class File:
     """A wrong file of weights: how it was made wrong, and what is to be said of it."""
@@ -393,6 +401,7 @@ FILES = [
     File(_columns_by_place, "attn_out", 1, "columns_permuted", "heads by their place in a group"),
     File(_written_in_the_other_order, "ffn_out", 1, "weight_transposed", "read transposed"),
     File(_norm_reversed, "ffn_norm", 2, "norm_weight_permuted", "in another order: reversed"),
+    File(_in_q3_k, "ffn_gate", 2, "weight_requantised", "Q3_K"),
     File(_two_of_another_type, "qkv_matmul", "1-2", "weight_requantised", "Q8_0", ("ffn_up",)),
 ]  # fmt: skip
 

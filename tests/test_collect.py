@@ -18,8 +18,9 @@ from tests import test_readme, tiny
 from tests.conftest import ROOT
 from tests.described import as_described
 from tests.traces import visible
-from tools.collect import Recorder, engines
+from tools.collect import Recorder, engines, ggml
 from tools.collect.__main__ import main
+from tools.localize.rearranged import BY_GGML
 
 RANDOM = np.random.default_rng(0)
 # llama.cpp wants D = N*H of a Qwen2, and so does mlx-lm.
@@ -436,6 +437,21 @@ def test_onnxruntime_quantised(exported: Trace, qwen2: Path, tmp_path: Path) -> 
         right = x @ theirs.read(f"model.layers.1.{parameter}.weight").T
         error = trace.read(stage, 1) - right
         assert 1e-4 < np.sqrt((error**2).mean() / (right**2).mean()) < 0.05
+
+
+@pytest.mark.parametrize("kind", BY_GGML)
+def test_rows_are_quantised_as_by_llama_cpp(kind: str) -> None:
+    """And what its search for scales would abort on is taken for zero."""
+    need("llama.cpp")
+    from tests import ggml as theirs
+
+    x = value(3, 5, 512)
+    flat = theirs.dequantize(theirs.quantize(x.reshape(15, 512), kind), kind)
+    library = ggml.installed()
+    assert library is not None
+    assert library.quantised(x, kind).tobytes() == flat.tobytes()
+    for odd in (np.nan, 1e-40, np.inf):
+        library.quantised(np.full((1, 256), odd, np.float32), kind)
 
 
 # --- the command
