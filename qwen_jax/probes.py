@@ -110,8 +110,9 @@ def measure_rows(
 
     Returns:
         stage -> name -> sums: ``*_rows`` and ``*_columns`` as of ``ErrorSums``, those of the error
-        of a product aside; for these ``left`` [k, columns], signs times the dump, ``inputs`` and
-        ``input_squares``, signs times the first input and ones times its square.
+        of a product aside; for these ``error_probes`` [k], what each of the signs makes of the
+        whole; ``left`` [k, columns], signs times the dump; ``inputs`` and ``input_squares``, signs
+        times the first input and ones times its square.
     """
     found = {}
     for stage in rows:
@@ -163,6 +164,7 @@ def _probe_rows(
     found["scale_rows"] += terms
     return found | {
         "error_rows": jnp.square(probed).mean(1),
+        "error_probes": counted @ jnp.square(probed),
         "left": left @ y,
         "inputs": jnp.tensordot(left, x, 1),
         "input_squares": jnp.tensordot(counted.astype(jnp.float32), x2, 1),
@@ -190,6 +192,7 @@ def _probe_scores(
     found["scale_rows"] += terms.reshape(-1)
     return found | {
         "error_rows": jnp.square(probed).mean(-1).reshape(-1),
+        "error_probes": jnp.tensordot(counted, jnp.square(probed).sum(0), 1),
         "left": left @ y.reshape(-1, y.shape[-1]),
     }
 
@@ -485,7 +488,7 @@ class _Group:
                 rows[:, chunk.counted : chunk.stop] = grid[:, new:]
                 continue
             of = stage.inputs[0] if name.startswith("input") else stage.name
-            if "S" in self.tables.axes_of(of) and self.at_keys:
+            if name != "error_probes" and "S" in self.tables.axes_of(of) and self.at_keys:
                 whole = total.setdefault(name, np.zeros((*value.shape[:-1], length)))
                 whole[..., chunk.keys] += value
             else:
@@ -584,10 +587,10 @@ class _Group:
             found["error_columns"] = error.sum(0) if exact else error.mean(0)
             if exact and not np.isnan(found["error_rows"]).any():
                 found["error_rows"] = error.sum(1)
-            # two estimates of the whole, which is read off the rows
-            by_row, by_column = found["error_rows"].sum(), found["error_columns"].sum()
-            if by_row > 0 and np.isfinite(by_column / by_row):
-                found["error_rows"] = found["error_rows"] * (0.5 + 0.5 * by_column / by_row)
+            else:
+                found["error_rows"] = found["error_rows"] * _better(
+                    found["error_probes"], error.sum(1)
+                )
             found["scale_columns"] = found["scale_columns"] + sizes
         rows = {
             name: found[f"{name}_rows"].reshape(-1)
@@ -615,6 +618,17 @@ def even_step(count: int, most: int) -> int:
     as many if a step not under half of that does it: another length is another program."""
     steps = -(-count // max(1, most))
     return -(-count // next((n for n in range(steps, 2 * steps + 1) if count % n == 0), steps))
+
+
+def _better(by_row: np.ndarray, by_column: np.ndarray) -> float:
+    """By what an estimate of the whole, a mean of squares from the right, has to be multiplied to
+    be the mean of it and of that from the left, weighted by how far the squares of each agree."""
+    means = by_row.mean(), by_column.mean()
+    variances = by_row.var(), by_column.var()
+    total = sum(variances)
+    if not np.isfinite(total) or min(total, *means) <= 0:
+        return 1.0
+    return float((means[0] * variances[1] + means[1] * variances[0]) / total / means[0])
 
 
 def _cut(value: np.ndarray, axis: int, start: int | None, stop: int | None) -> np.ndarray:

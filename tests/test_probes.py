@@ -16,7 +16,7 @@ from stages.trace import MemoryTrace
 from tests.planted.matrix import make_bench
 from tests.tiny import write_checkpoint
 from tests.traces import jax_trace
-from tools.localize import screening
+from tools.localize import nats, screening
 
 QKV = ("T", "(N+2K)*H")
 
@@ -170,6 +170,15 @@ def test_nothing_of_a_sound_trace_is_doubtful(sound):
     r = changed(sound, {("attn_scores", 0): scores})
     items = [screening.judged(r, m, "float32") for m in r.probed()]
     assert screening.doubtful(items, "float32") == set()
+
+
+def test_nats_of_sound_scores_are_those_of_a_sample(sound, monkeypatch):
+    whole = nats.measure(sound)
+    monkeypatch.setattr(nats, "SAMPLE", 20)
+    for a, b in zip(whole, nats.measure(sound, {0, 1}), strict=True):
+        assert a.rms / 1.5 < b.rms < a.rms * 1.5
+        assert a.max / 4 < b.max <= a.max * 1.0001
+        assert 0 <= b.position < LENGTH
 
 
 def test_intervals():

@@ -9,6 +9,7 @@ import numpy as np
 from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
+from stages.architecture import SCORES
 from stages.errors import NotComparable
 from stages.manifest import NAME
 from stages.trace import Trace, coarsest_dtype, numpy_dtype, open_trace
@@ -70,7 +71,8 @@ def localize(
         items, fitted = fitting.fit(replay, [*measured.values()], [*held.values()], dtype)
         findings = with_changes(trace, diagnose.findings(replay, items, dtype, fitted))
     skipped = _skipped(trace, weights.config.num_hidden_layers, items)
-    felt, costs = nats.measure(replay), None if harm is None else measure(replay, harm)
+    sound = {item.layer for item in items if item.row.kind is SCORES and item.estimated}
+    felt, costs = nats.measure(replay, sound), None if harm is None else measure(replay, harm)
     return Localization(trace, weights.name, dtype, items, findings, skipped, fitted, felt, costs)
 
 

@@ -6,7 +6,7 @@ dumped scores against those of the dumped q and k, as they were before any cache
 a query sees.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -27,7 +27,7 @@ from tools.localize.stage_replay import StageReplay
 
 @dataclass(frozen=True, kw_only=True)
 class Nats:
-    """The error of one layer's scores.
+    """The error of one layer's scores; of plainly sound ones, in ``SAMPLE`` rows of them.
 
     Attributes:
         rms, max: in nats.
@@ -71,9 +71,12 @@ def _compiled(scores: Stage, config: Config, unoptimised: bool) -> Any:
     return jax.jit(program, compiler_options=runtime.compiler_options() | FRUGAL | fast)
 
 
-def measure(replay: Replay) -> list[Nats]:
+SAMPLE = 64  # query rows
+
+
+def measure(replay: Replay, sound: Collection[int | None] = ()) -> list[Nats]:
     """Every layer whose scores are dumped and finite, and whose inputs are there or can be
-    computed."""
+    computed. sound: layers whose scores are plainly sound as a stage."""
     found = []
     # the row of the table without a cache: what a cache rounds is to be seen
     scores = next(s for s in replay.config.tables.layer_stages if s.kind is SCORES)
@@ -81,20 +84,48 @@ def measure(replay: Replay) -> list[Nats]:
         for layer in range(replay.config.num_hidden_layers):
             if (scores.name, layer) not in replay.trace.entries:
                 continue
-            case = StageReplay(replay, scores, layer)
-            if not case.replayable:
+            # a cache is part of the error here, but not of the stage's
+            sampled = layer in sound and scores in replay.tables.stages
+            given = _sample(replay, scores, layer) if sampled else _all(replay, scores, layer)
+            if given is None:
                 continue
+            positions, pos, inputs, dump = given
             program = _compiled(scores, replay.config, replay.unoptimised)
-            rms, most, place, mean, largest = program(case.pos, list(case.inputs), case.dump)
+            rms, most, place, mean, largest = program(pos, inputs, dump)
             if not np.isfinite([rms, largest]).all():
                 continue
-            head, row, _ = np.unravel_index(int(place), case.dump.shape[1:])
-            before = len(replay.trace.tokens) - case.rows
+            head, row, _ = np.unravel_index(int(place), dump.shape[1:])
             found.append(
                 Nats(
                     layer=layer, rms=float(rms), max=float(most), head=int(head),
-                    position=before + int(row), variation=float(mean),
+                    position=int(positions[row]), variation=float(mean),
                     variation_max=float(largest),
                 )
             )  # fmt: skip
     return found
+
+
+# row numbers, and of these rows what positions decide, the inputs and the dump
+Given = tuple[np.ndarray, Positional, list[Array], Array]
+
+
+def _all(replay: Replay, scores: Stage, layer: int) -> Given | None:
+    case = StageReplay(replay, scores, layer)
+    if not case.replayable:
+        return None
+    rows = len(replay.trace.tokens) - case.rows + np.arange(case.rows)
+    return rows, case.pos, list(case.inputs), case.dump
+
+
+def _sample(replay: Replay, scores: Stage, layer: int) -> Given:
+    """Rows spread evenly, the last one among them. The inputs are dumped: what is plainly sound
+    was measured by them."""
+    q, k, dump = (replay.load(name, layer) for name in (*scores.inputs, scores.name))
+    assert q is not None and k is not None and dump is not None
+    count = min(q.shape[1], dump.shape[2])
+    chosen = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).round().astype(int)) - count
+    pos = replay.pos[replay.config.sliding_layers[layer]]
+    some = Positional(pos.cos[:, chosen], pos.sin[:, chosen], pos.mask[:, chosen])
+    inputs = [jnp.asarray(q[:, chosen], jnp.float64), jnp.asarray(k, jnp.float64)]
+    rows = len(replay.trace.tokens) + chosen
+    return rows, some, inputs, jnp.asarray(dump[:, :, chosen], jnp.float64)
