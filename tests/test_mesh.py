@@ -36,7 +36,7 @@ from stages.trace import numpy_dtype, open_trace
 from tests.conftest import user_environment
 from tests.test_config import PUBLISHED, PUBLISHED_3
 from tests.tiny import hf_config, write_checkpoint
-from tests.traces import check_stages
+from tests.traces import check_stages, relative_l2
 
 # Eight key/value heads, four layers, one kind of attention each way; sizes that are all different.
 HEADS = {
@@ -49,6 +49,7 @@ HEADS = {
 }
 IDS = ",".join(map(str, np.random.default_rng(0).integers(0, 48, 19)))
 DTYPES = ("float32", "bfloat16")
+DECODE = ("--generate", "4", "--prefill-chunk", "8", "--cache", "float16")
 MESHES = [("heads", "float32", size) for size in (1, 2, 4, 8)]  # model, dtype, devices
 MESHES += [("heads", "bfloat16", 8), *(("demo", dtype, 2) for dtype in DTYPES)]
 MESHES += [("qwen3", "float32", 4), ("qwen3", "bfloat16", 8)]
@@ -148,6 +149,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     few = ["--stages", "attn_scores,lm_head", "--layers", "1"]
     lines["few"] = arguments("heads", "bfloat16", 8, *few)
     lines["none"] = arguments("heads", "bfloat16", 8, "--stages", "lm_head")
+    lines |= {f"decode-{size}": arguments("heads", "float32", size, *DECODE) for size in (4, None)}
     done = subprocess.run(
         [sys.executable, "-c", WORKER],
         input=json.dumps(lines),
@@ -228,7 +230,20 @@ def test_what_is_captured_changes_no_byte(world: World) -> None:
 
 def test_two_layers_of_weights_at_a_time(world: World) -> None:
     for name, noted in world.notes.items():
-        assert noted["alive"] <= 2, name
+        if not name.startswith("decode"):  # which reads them once, and keeps them
+            assert noted["alive"] <= 2, name
+
+
+def test_a_mesh_decodes_through_a_cache_that_is_split(world: World) -> None:
+    split, alone = (open_trace(world.folder / f"decode-{size}") for size in (4, None))
+    assert split.tokens == alone.tokens and split.steps == alone.steps == (8, 8, 3, 1, 1, 1)
+    assert world.notes["decode-4"]["lies"]["k_cache"] == [None, None, "tp", None]
+    for key in alone.entries:
+        if "cache" in key[0]:  # a value may lie between two of float16
+            error = relative_l2(split.read(*key), alone.read(*key))
+            assert error <= 1e-4, key
+    both = ({k: t.read(*k) for k in t.entries if "cache" not in k[0]} for t in (split, alone))
+    check_stages(world.model("heads").config, *both, 1e-4)
 
 
 def test_the_manifest_says_which_mesh(world: World) -> None:

@@ -20,6 +20,7 @@ from stages.architectures import ALL_NAMES, ARCHITECTURES
 from stages.errors import UserError
 from stages.trace import numpy_dtype, open_trace
 from tests.conftest import Result, user_environment
+from tests.described import as_described
 from tests.tiny import hf_config, write_checkpoint, write_json
 
 NAMES = ARCHITECTURES["qwen2"].names
@@ -63,6 +64,8 @@ def world(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"mine")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "gap.txt").write_text("the cat\n\nthe dog\n")
+    (tmp_path / "two.txt").write_text("the cat sat on the mat\nthe dog\n")
     return tmp_path
 
 
@@ -149,6 +152,22 @@ BAD = [
     (("--prompt-file", "latin.txt"), "latin.txt: not UTF-8"),
     (("--prompt-file", "strangers"), "strangers: Is a directory"),
     (("--prompt", "the", "--tokens", "1"), "not allowed with"),
+    # in several calls, and several at once
+    (("--generate", "0"), "--generate 0: expected 1 or more tokens"),
+    (("--generate", "300"), "tokens needs position 301, and model has positions 0 to 255"),
+    (("--prefill-chunk", "4"), "--prefill-chunk 4: the prompt has 3 tokens; give 1 to 3"),
+    (("--prefill-chunk", "0"), "the prompt has 3 tokens; give 1 to 3"),
+    (("--cache", "q5"), "no cache format 'q5'; choose one of float32, "),
+    (("--cache", "q8_0"), "blocks of 32, which do not divide this model's head size 8"),
+    (("--stages", "k_cache"), "unknown stage 'k_cache'"),
+    (("--prompts", "empty.txt"), "empty.txt: is empty; expected a prompt a line"),
+    (("--prompts", "gap.txt"), "gap.txt: line 2 is empty"),
+    (("--prompts", "absent.txt"), "absent.txt: No such file"),
+    (("--prompts", "two.txt", "--prompt", "the"), "not allowed with"),
+    (("--prompts", "two.txt", "--out", "a-trace", "--overwrite"), "no sequence of a batch"),
+    (("--prompts", "two.txt", "--resume"), "use --overwrite with --prompts"),
+    (("--prompt", "the", "--chat"), "model has no chat template"),
+    (("--chat",), "--tokens are ids already"),
     # models
     (("--model", "absent", *TOKENS), "no such model directory: absent"),
     (("--model", "file", *TOKENS), "file is a file; expected a model directory or FILE.gguf"),
@@ -195,7 +214,9 @@ def test_bad_input(world, run, monkeypatch, args, says):
     given = set(args)
     if "--model" not in given:
         args = ("--model", "model", *args)
-        if not given & {"--prompt", "--prompt-file"} and not args[2].startswith("--tokens"):
+        if not given & {"--prompt", "--prompt-file", "--prompts"} and not args[2].startswith(
+            "--tokens"
+        ):
             args = (*MODEL, *args[2:])
 
     def make_engine(*_):
@@ -335,6 +356,18 @@ def test_where_it_goes_by_default(world, run, fake):
     data = strict_json(run("--dry-run", "--json", "-").stdout)
     assert (data["model"], data["out"]) == ("demo", "demo-trace")
     assert not (world / "demo-trace").exists()
+
+
+def test_a_batch_is_a_directory_of_traces(world, run):
+    asked = ("--prompts", "two.txt", "--generate", "2", "--json", "-", "--out", "batch")
+    data = strict_json(run("--model", "model", *asked).stdout)
+    as_described("batch", json.dumps(data).encode())
+    first, second = (open_trace(world / f"batch/sequence-{i}") for i in (0, 1))
+    assert [len(t.tokens) for t in (first, second)] == [7, 3]
+    assert second.manifest.batch == manifest.Batch(row=1, size=2, padding=4)
+    for each, trace_ in zip(data["sequences"], (first, second), strict=True):
+        assert each["tokens"] == list(trace_.tokens)
+        assert each["tokens"][-1] == each["generated"][0]["token"] and len(each["generated"]) == 2
 
 
 def test_overwrite(world, run, fake):
