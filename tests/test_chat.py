@@ -12,8 +12,8 @@ from qwen_jax.weights import open_model
 from stages.errors import UserError
 from tests.tiny import write_checkpoint, write_json
 
-# What published Qwen templates use: whitespace control, a namespace, a default system prompt, tests,
-# a filter of their own, and loop controls.
+# What published Qwen templates use: whitespace control, a namespace, a default system prompt,
+# tests, a filter of their own, and loop controls.
 TEMPLATE = """{%- set ns = namespace(first=true) %}
 {%- if messages[0]['role'] != 'system' %}
     {{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}
