@@ -130,6 +130,8 @@ def _summed(function: StageFunction, size: int) -> StageFunction:
 def _functions(tables: Architecture, size: int) -> dict[str, StageFunction]:
     """The stage functions, with a sum where a product is over an axis that is split."""
 
+    tables = tables.cached
+
     def contracts(stage: Stage) -> bool:
         split = any(AXIS in spec(tables.axes_of(name)) for name in stage.inputs)
         return stage.linear and split and AXIS not in spec(stage.axes)
