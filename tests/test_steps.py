@@ -195,7 +195,9 @@ def test_a_row_that_changed_is_a_finding(checkpoint, whole, tmp_path, capsys):
 
     tokens = ",".join(map(str, TOKENS))
     given = [str(directory), "--model", str(checkpoint), "--tokens", tokens]
-    assert __main__.main([*given, "--json", str(tmp_path / "found.json")]) == 1
+    page = tmp_path / "page.html"
+    assert __main__.main([*given, "--json", str(tmp_path / "found.json"), "--report", str(page)])
+    assert page.read_text("utf-8").count("row 2 changed in step 3") >= 2
     told = capsys.readouterr().out
     assert "fault: layer 0 k_cache and attn_scores: row 2 changed in step 3" in told
     fault = json.loads((tmp_path / "found.json").read_text())["faults"][0]

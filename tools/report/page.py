@@ -7,7 +7,7 @@ with tables; with it, the cells open.
 import gzip
 import json
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -194,14 +194,16 @@ def _faults(side: str, report: Localization, several: bool) -> str:
     found = faults(report)
     if not found:
         return ""
-    entries = "".join(_fault(side, fault) for fault in found)
+    stages = {stage for stage, _ in report.trace.entries}
+    entries = "".join(_fault(side, fault, stages) for fault in found)
     of = f" of {side}" if several else ""
     return f'<section class="faults"><h2>Faults{of}</h2><ol>{entries}</ol></section>'
 
 
-def _fault(side: str, fault: Fault) -> str:
+def _fault(side: str, fault: Fault, stages: Collection[str]) -> str:
     key = fault.first.suspect.key
     link = f'<a href="#{side}-{_id(key)}">{escape(place(fault))}</a>'
+    link = link if key[0] in stages else escape(place(fault))
     said = "".join(f"<li>{escape(line)}</li>" for line in fault_lines(fault))
     return f"<li>{link}<ul>{said}</ul></li>"
 
@@ -279,14 +281,12 @@ def _made(trace: Trace, model: str | None) -> Iterator[tuple[str, str]]:
     yield "architecture", trace.tables.name
     yield "dtype", trace.dtype or "not said"
     yield "tokens", f"{len(trace.tokens)}, positions {trace.positions[0]} to {trace.positions[-1]}"
+    more = ", ..." if len(trace.steps) > 12 else ""
+    yield "rows of each call of the engine", ", ".join(map(str, trace.steps[:12])) + more
     if trace.manifest is None:
         yield "manifest", "none: tokens and weights are taken on trust"
         return
     manifest = trace.manifest
-    yield (
-        "calls of the engine",
-        ", ".join(map(str, manifest.steps[:12])) + (", ..." if len(manifest.steps) > 12 else ""),
-    )
     yield "cache", manifest.cache or "none"
     hashes = sorted(w.xxh3 for w in manifest.model.weights.values())
     yield "weights", f"{manifest.model.name}, {len(hashes)} tensors, {_digest(hashes)}"
@@ -314,8 +314,8 @@ def _behind(
             lines = [f"fault {number}: {place(fault)}", *fault_lines(fault)]
             said.setdefault(finding.suspect.key, []).extend(lines)
     precision, found = report.precision, {}
-    manifest = report.trace.manifest
-    ends = np.cumsum(manifest.steps) if manifest and len(manifest.steps) > 1 else None
+    steps = report.trace.steps
+    ends = np.cumsum(steps) if len(steps) > 1 else None
     for item in report.items:
         more = details.get(item.key, {})
         number_class = verdict.class_of(item.level, item.row, item.segment) or "lower"
@@ -340,6 +340,8 @@ def _behind(
             "calls": None if ends is None or "position" not in item.slices
             else cells.by_call(item, ends),
         }  # fmt: skip
+    for key in said.keys() - {item.key for item in report.items}:  # of no stage alone
+        found[_id(key)] = {"facts": [], "fault": said[key]}
     return found
 
 
@@ -372,7 +374,7 @@ def _apart(row: Any) -> list[list[str]]:
 
 def _calls(trace: Trace) -> list[str]:
     """What each call of the engine computed, for people."""
-    steps = trace.manifest.steps if trace.manifest else ()
+    steps = trace.steps
     if len(steps) < 2:
         return []
     ends = np.cumsum(steps)
