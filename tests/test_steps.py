@@ -205,7 +205,7 @@ def test_a_row_that_changed_is_a_finding(checkpoint, whole, tmp_path, capsys):
     assert fault["where"] == {"positions": "2"} and fault["bits"] < 3
     assert fault["diagnosis"][0]["name"] == "cache_row_changed"
     with pytest.raises(UserError, match="row 2 changed in step 3; that is between two calls"):
-        __main__.main([*given, "--no-harm", "--repro", str(tmp_path / "repro")])
+        __main__.main([*given, "--harm", "none", "--repro", str(tmp_path / "repro")])
 
 
 def test_changes_by_layer_cache_and_call(checkpoint, whole, tmp_path):

@@ -72,7 +72,7 @@ def make(folder: Path) -> list[Subject]:
         Subject(
             "trace, localize",
             localize.main,
-            ("{}", "--model", str(model), "--no-harm", "--json={json}"),
+            ("{}", "--model", str(model), "--harm", "none", "--json={json}"),
             traces["aprt"],
             _clean,
             1,
