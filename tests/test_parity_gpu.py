@@ -28,7 +28,7 @@ from tests.gpu.programs import BATCH, DTYPES, layers, planted, read
 from tests.tiny import write_checkpoint
 from tools.parity import __main__ as parity
 from tools.parity import grid, measure, programs, variants
-from tools.parity.gpu import TARGETS, check, compile, execute, interpreter, ptx, report
+from tools.parity.gpu import TARGETS, check, compile, execute, hlo, interpreter, ptx, report
 from tools.parity.gpu.compile import Compiled, Launch
 from tools.parity.gpu.interpreter import Memory, Unsupported
 from tools.parity.grid import Point
@@ -308,6 +308,23 @@ def test_a_corrupted_input_first_shows_where_it_is_used(
         differ = [n for n, value in zip(names, found, strict=True) if (value != plain[n]).any()]
         assert min(differ, key=order.index) == stage
         assert order[-1] in differ
+
+
+def test_constants_of_a_program_are_its_numbers() -> None:
+    text = """
+ENTRY %main (x: f32[]) -> (f32[2,2], s32[3]) {
+  %a = f32[2,2]{1,0} constant({ { 1.5, -inf }, { 2e-3, -0 } })
+  %b = s32[3]{0} constant({7, -1, 0})
+  ROOT %t = (f32[2,2]{1,0}, s32[3]{0}) tuple(%a, %b)
+}"""
+    buffers = {"a": (0, 0), "b": (0, 256)}
+    program = Compiled(hlo.Module(text), {}, (), {0: 512}, buffers)
+    first, second = execute.execute(program, {})
+    assert first.tolist() == [[1.5, -np.inf], [np.float32(2e-3), 0]] and np.signbit(first[1, 1])
+    assert second.tolist() == [7, -1, 0] and second.dtype == np.int32
+    cut = text.replace("7, -1, 0", "...")
+    with pytest.raises(Unsupported, match="print"):
+        execute.execute(Compiled(hlo.Module(cut), {}, (), {0: 512}, buffers), {})
 
 
 # --- the command
