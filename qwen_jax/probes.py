@@ -49,7 +49,7 @@ from stages.architecture import SCORES, Stage
 PROBES = 8  # vectors from each side
 BLOCK = 1 << 19  # values of a weight that are probed at once, about
 CHUNK = 1 << 19  # values of a stage that are measured at once, about: what a cache holds
-FEWEST = 32  # rows of a chunk
+FEWEST = 16  # rows of a chunk
 LONG = 1024  # key positions from which on those that no query of a chunk sees are left out
 
 Jit = Callable[..., Any]  # of a function of arrays
@@ -176,7 +176,8 @@ def _probe_scores(
     counted: Array,
 ) -> dict[str, Array]:  # fmt: skip
     """Scores: every row is a product with the keys that it sees."""
-    y = jnp.where(pos.mask[0], dump[0].astype(EXACT), 0)  # [N, T, S]
+    narrow = jnp.where(pos.mask[0], dump[0].astype(jnp.float32), 0)  # [N, T, S]
+    y = narrow.astype(EXACT)
     q = inputs[0][0].astype(EXACT)
 
     def scores(q: Array, keys: Array) -> Array:
@@ -188,7 +189,7 @@ def _probe_scores(
     probed = y @ part.signs.T - by_row(q, part.right)
     terms = by_row(jnp.square(q), part.squares[..., None])[..., 0] * over_root(stage, config)
     left = (part.left * counted).reshape(len(part.left), -1)
-    found = _summed("scale", jnp.square(y).reshape(-1, y.shape[-1]), counted)
+    found = _summed("scale", jnp.square(narrow).reshape(-1, y.shape[-1]), counted)
     found["scale_rows"] += terms.reshape(-1)
     return found | {
         "error_rows": jnp.square(probed).mean(-1).reshape(-1),
@@ -406,6 +407,7 @@ class _Group:
                 last = dump if name in self.keyed else _cut(dump, axis, -count, None)
                 self.dumps[name] = last
         self.found: dict[str, dict[str, np.ndarray]] = {stage.name: {} for stage in rows}
+        self.odd: dict[tuple[str, int], bool] = {}  # dump, first row -> see _nonzero_outside
         self.parts: dict[str, Part] = {}
         self.products: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -504,10 +506,14 @@ class _Group:
                 or self.tables.stage[name].kind.masked
             ):
                 continue
-            row = _cut(self.dumps[name], row_axis(self.tables, name), chunk.counted, chunk.stop)
-            for outside in (row[..., : chunk.keys.start], row[..., chunk.keys.stop :]):
-                if outside.size and not (outside.max() == outside.min() == 0):
-                    return True
+            key = name, chunk.counted
+            if key not in self.odd:
+                axis = row_axis(self.tables, name)
+                row = _cut(self.dumps[name], axis, chunk.counted, chunk.stop)
+                outside = row[..., : chunk.keys.start], row[..., chunk.keys.stop :]
+                self.odd[key] = any(x.size and not (x.max() == x.min() == 0) for x in outside)
+            if self.odd[key]:
+                return True
         return False
 
     # --- products
