@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ import qwen_jax
 from stages import aprt
 from stages.architecture import Key
 from stages.errors import UserError
+from stages.manifest import Changed
 from stages.trace import MemoryTrace, Trace, open_trace
 from tests.tiny import write_checkpoint
 from tools.diff import diff
 from tools.localize import __main__, localize
+from tools.localize.causes import faults
+from tools.localize.changed import with_changes
 
 TOKENS = (5, 3, 9, 1, 0, 7, 2, 8, 4, 6)
 STEPS = (4, 3, 1, 1, 1)
@@ -234,6 +238,28 @@ def test_changes_by_layer_cache_and_call(checkpoint, whole, tmp_path):
         ("all", "v_cache", "rows 1,6 changed, first in step 2"),
         (1, "k_cache", "row 0 changed in step 1"),
     ]
+
+
+def test_changes_of_a_cache_that_is_no_stage_of_the_trace(whole):
+    """As an engine's recorder tells them; alone, or beside what else was measured."""
+    places = [(0, "K", 2, 3), (1, "K", 2, 3), (0, "V", 2, 3), (1, "V", 2, 3), (1, "V", 5, 4)]
+    values = {key: whole.read(*key) for key in whole.entries if not key[0].endswith("_cache")}
+    trace = MemoryTrace("told", whole.config, TOKENS, "float32", values)
+    for alone in (True, False):
+        told = [dict(zip(("layer", "cache", "row", "step"), each, strict=True)) for each in places]
+        given = SimpleNamespace(
+            changed=[Changed(**each, bits=0.5) for each in told],
+            tables=trace.tables,
+            config={"num_hidden_layers": 3},
+            tokens=TOKENS,
+        )
+        items = [SimpleNamespace(stage="ffn_up", layer=n, key=("ffn_up", n)) for n in range(3)]
+        found = faults(with_changes(given, []), [] if alone else items)
+        assert [(f.layer, f.stage, f.diagnosis[0].says) for f in found] == [
+            ("all" if alone else "0-1", "k_cache", "row 2 changed in step 3"),
+            (0, "v_cache", "row 2 changed in step 3"),
+            (1, "v_cache", "rows 2,5 changed, first in step 3"),
+        ]
 
 
 # --- what is no sequence

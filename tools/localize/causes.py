@@ -103,7 +103,7 @@ def faults(findings: list[Finding], items: Sequence[LocalError]) -> list[Fault]:
         order[item.key] = len(order)
     for finding in findings:  # of a cache that is no stage of the trace
         every = set().union(*measured.values()) - {None}
-        measured.setdefault(finding.suspect.item.stage, every)
+        measured.setdefault(finding.suspect.item.stage, every).add(finding.suspect.item.layer)
         order.setdefault(finding.suspect.key, len(order))
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
