@@ -34,6 +34,8 @@ def test_every_stage_is_a_node_and_every_input_an_edge(written: dict[str, Any]) 
     layers = len({node["namespace"] for node in graph["nodes"] if node.get("namespace")})
     expected = list(tables.computation_order(layers))
     assert len(nodes) == len(graph["nodes"]) == len(expected) + 1
+    # without these its page waits for ever, though its own types give them a default
+    assert all({"namespace", "incomingEdges"} <= set(node) for node in graph["nodes"])
     for row, layer in expected:
         node = nodes[explorer.node((row.name, layer))]
         assert len(node["incomingEdges"]) == len(row.inputs)

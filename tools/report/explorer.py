@@ -41,7 +41,8 @@ def graph(tables: Architecture, layers: int, dims: dict[str, int]) -> Data:
 
     ``dims`` maps axis letters to sizes.
     """
-    nodes: list[Data] = [{"id": TOKENS, "label": TOKENS}]
+    # what its types give a default, its pages do not
+    nodes: list[Data] = [{"id": TOKENS, "label": TOKENS, "namespace": "", "incomingEdges": []}]
     for row, layer in tables.computation_order(layers):
         sources = [
             TOKENS if name == TOKENS else node(tables.stored_as(name, layer, layers))
@@ -97,7 +98,7 @@ def _numbers(view: views.View, report: Localization, cells: Any) -> Data:
     for key, value in cells.items():
         known = value is not None and math.isfinite(value)
         ground, ink = (FAULT, "#111") if key in faulty else colours(view.shade(value))
-        held = value if known else 0.0
+        held = float(f"{value:.4g}") if known else 0.0
         results[node(key)] = {"value": held, "bgColor": ground, "textColor": ink}
     return {report.trace.tables.name: {"name": view.label, "results": results}}
 
