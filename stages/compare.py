@@ -5,6 +5,7 @@ are channels (or heads x channels), and is read in blocks that fit into a core's
 """
 
 import math
+import threading
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -117,6 +118,9 @@ def _kept(values: np.ndarray, keep: np.ndarray) -> np.ndarray:
     return (values.view(bits) * keep).view(values.dtype)
 
 
+_ROOM = threading.local()  # of some megabytes: a block is never larger than ``BLOCK`` or a row
+
+
 class _Running:
     """What is added up over the blocks of one comparison."""
 
@@ -129,14 +133,14 @@ class _Running:
         self.count = self.ulp_max = self.ulp_0 = self.ulp_1 = 0
         self.nonfinite_a = self.nonfinite_b = self.unmatched = 0
         self.row_unmatched = np.zeros(rows)
-        self._room: dict[tuple[str, np.dtype], np.ndarray] = {}
 
     def _scratch(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Memory that every block uses again: fresh memory costs more than the arithmetic."""
-        count = math.prod(shape)
-        if self._room.get((name, dtype), np.empty(0)).size < count:
-            self._room[name, dtype] = np.empty(count, dtype)
-        return self._room[name, dtype][:count].reshape(shape)
+        """Memory of this thread that every block of every stage uses again: fresh memory costs more
+        than the arithmetic."""
+        count, room = math.prod(shape), _ROOM.__dict__
+        if (held := room.get(name + dtype.char)) is None or held.size < count:
+            held = room[name + dtype.char] = np.empty(count, dtype)
+        return held[:count].reshape(shape)
 
     def add(self, start: int, a: np.ndarray, b: np.ndarray, left_out: int, dtype: str) -> None:
         """Add a block of rows; ``left_out`` elements of it are zero on both sides and no part of
