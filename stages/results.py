@@ -562,6 +562,7 @@ class FigureRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     high: float | None
     bar: float | None
     most: bool
+    floor: float | None
     reached: bool | None
 
 

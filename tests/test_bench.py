@@ -1,5 +1,6 @@
 """The bench measures what it says, and refuses what it cannot measure."""
 
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from stages.trace import open_trace
 from tests.described import as_described
 from tests.tiny import write_checkpoint
 from tools.bench import __main__ as bench
-from tools.bench import measure, report, worker
+from tools.bench import floor, measure, report, worker
 from tools.bench.measure import Figure, Workload
 from tools.diff import diff
 
@@ -63,7 +64,24 @@ def test_a_contender_runs_and_writes_what_it_should(job: Job, name: str) -> None
     if name == "bare":
         assert not job.out.exists()
     else:
-        assert len(open_trace(job.out).entries) == len(job.plan.stored)
+        found = open_trace(job.out)
+        outputs = {key for key in job.plan.stored if key[0] == "post_ffn_residual"}
+        assert found.entries.keys() == (outputs if name == "outputs" else set(job.plan.stored))
+        assert found.manifest and (name == "one_file") == (found.manifest.format == "safetensors")
+
+
+def test_a_floor_is_of_the_products_the_bytes_and_the_rates(job: Job) -> None:
+    """By hand, for the tiny model: D 24, N*H 32, N+2K 8 heads of 8, F 40, V 48, 2 layers."""
+    layer = 24 * 64 + 32 * 24 + 3 * 24 * 40
+    products = 2 * 10 * 2 * layer + 4 * 2 * 10**2 * 32 + 2 * 48 * 24
+    slow = floor.seconds(str(job.model), 10, floor.Rates(1.0, 1e30, 1e30))
+    assert slow["bare"] == slow["trace"] == products
+    plan = tracing.make_plan(open_model(job.model), tuple(range(10)))
+    found = floor.seconds(str(job.model), 10, floor.Rates(1e30, 1e30, 1.0))
+    assert found["trace"] * (os.cpu_count() or 1) == pytest.approx(plan.total)
+    found = floor.seconds(str(job.model), 10, floor.Rates(1e30, 1.0, 1e30))
+    assert found["diff"] == 2 * plan.total
+    assert found["bare"] == pytest.approx(4 * (2 * layer + 48 * 24))
 
 
 def test_ours_and_the_oracle_write_the_same_stages(job: Job, tmp_path: Path) -> None:
@@ -91,7 +109,8 @@ def test_a_worker_answers_each_line_with_seconds(job: Job, tmp_path: Path) -> No
     try:
         for _ in range(2):
             print("run", file=process.stdin, flush=True)
-            assert 0 < float(measure._reply("trace", process)) < 60
+            seconds, used = map(float, measure._reply("trace", process).split())
+            assert 0 < seconds < 60 and 0 < used < 60
         assert len(open_trace(tmp_path / "warm-trace").entries) == len(job.plan.stored)
     finally:
         process.kill()
@@ -110,7 +129,7 @@ def test_a_bar_is_reached_or_not_and_the_table_says_so() -> None:
     assert figure(bar=2.0).reached and not figure(bar=2.1).reached
     assert figure(bar=2.0, most=True).reached and not figure(bar=1.9, most=True).reached
     text = report.markdown([figure(bar=2.1), figure(part="memory")], measure.machine(), 3)
-    assert "| m, 5 tokens | x | 2.00 x |  | >= 2.1 x | no |" in text
+    assert "| m, 5 tokens | x | 2.00 x |  |  | >= 2.1 x | no |" in text
     assert "## Memory" in text and "## Cold" not in text
 
 

@@ -7,6 +7,7 @@ as they are. What a GGUF file has quantised becomes float32.
 """
 
 import argparse
+import logging
 import math
 import os
 import shutil
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     began = time.perf_counter()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's, with a stack for a full disk
     refuse_existing(args.destination)
     model = open_model(args.source)
     to = args.to or ("orbax" if isinstance(model, huggingface.HuggingFaceWeights) else "hf")

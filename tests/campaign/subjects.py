@@ -131,22 +131,28 @@ def _same_rows(good: Path, copy: Path, told: dict[str, Any]) -> str:
 
 def _close(good: Path, copy: Path, told: dict[str, Any]) -> str:
     """A dump has none: what agrees is close to what was written, as NumPy sees it."""
-    for file in sorted(good.rglob("*.bin")):
-        other = copy / file.relative_to(good)
-        named = {(row["stage"], row["layer"]) for row in told["rows"]}
+    named = {(row["stage"], row["layer"]) for row in told["rows"]}
+    stages: dict[tuple[str, int | None], list[Path]] = {}
+    for file in sorted(good.rglob("*.bin")):  # of a dump of calls in their order
         layer = next((int(p[6:]) for p in file.parts if p.startswith("layer-")), None)
-        if not other.is_file() or (file.stem, layer) not in named:
+        stages.setdefault((file.stem, layer), []).append(file)
+    for key, files in stages.items():
+        others = [copy / file.relative_to(good) for file in files]
+        if key not in named or not all(other.is_file() for other in others):
             continue
-        x, y = (np.frombuffer(each.read_bytes()[12:], "<f4") for each in (other, file))
+        x, y = (
+            np.frombuffer(b"".join(file.read_bytes()[12:] for file in each), "<f4")
+            for each in (others, files)
+        )
         if x.shape != y.shape:
-            return f"{file.name} has another size, and agrees"
-        if "attn_scores" in file.name or "attn_softmax" in file.name:
+            return f"{key} has another size, and agrees"
+        if key[0] in ("attn_scores", "attn_softmax"):
             continue  # masked values are no part of it
         x, y = x.astype(np.float64), y.astype(np.float64)
         with np.errstate(all="ignore"):
             apart = np.linalg.norm(x - y) / np.linalg.norm(y)
         if not apart <= 1.01e-5:
-            return f"{file.name} is {apart:.1e} off, and agrees"
+            return f"{key} is {apart:.1e} off, and agrees"
     return ""
 
 

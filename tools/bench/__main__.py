@@ -15,7 +15,7 @@ from typing import Any
 
 from qwen_jax import cli
 from stages.errors import UserError
-from tools.bench import measure, report
+from tools.bench import floor, measure, report
 from tools.bench.measure import Figure
 
 DEFAULT_MODELS = ("demo", "synthetic:0.5b")
@@ -53,6 +53,8 @@ def main(argv: list[str]) -> int:
     before = measure.machine()
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder, cli.progress() as bar:
         scratch = Path(folder)
+        rates = floor.measure(scratch)
+        before |= {"rates": asdict(rates)}
         task = bar.add_task("", total=None)
 
         def doing(what: str) -> None:
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> int:
 
         for model in (args.model or DEFAULT_MODELS) if args.only != "memory" else ():
             for length in lengths:
-                work = measure.make_workload(model, length, scratch, doing)
+                work = measure.make_workload(model, length, scratch, rates, doing)
                 if args.only in (None, "speed"):
                     figures += measure.cold(work, args.repeat, doing)
                     figures += measure.warm(work, args.repeat, doing)

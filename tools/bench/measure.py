@@ -10,18 +10,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.weights import open_model
 from stages.errors import UserError
 from stages.trace import open_trace
+from tools.bench import floor
 from tools.bench.worker import CONTENDERS
 from tools.parity.worker import last_line
 
 Doing = Callable[[str], None]
+OF_CPU = ", CPU time"  # of all threads: what a busy machine does not change as much
 DECODED = 256
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +39,7 @@ class Figure:
         value: the median; ``low`` and ``high`` are the extremes of the runs.
         unit: "s", "x" (a ratio of medians), "GB/s" or "GiB".
         bar: what the ratio or the memory should be: at least, or with ``most`` at most.
+        floor: the seconds that it takes at best: see ``tools.bench.floor``.
     """
 
     part: str
@@ -48,6 +51,7 @@ class Figure:
     high: float | None = None
     bar: float | None = None
     most: bool = False
+    floor: float | None = None
 
     @property
     def reached(self) -> bool | None:
@@ -58,12 +62,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Workload:
-    """One model on disk, one prompt, and a folder for what comes of it."""
+    """One model on disk, one prompt, a folder for what comes of it, and what it takes at best."""
 
     model: str | None
     name: str
     length: int
     folder: Path
+    floors: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def of(self) -> str:
@@ -75,7 +80,9 @@ class Workload:
         return [*model, "--tokens", f"random:{self.length}"]
 
 
-def make_workload(model: str, length: int, scratch: Path, doing: Doing) -> Workload:
+def make_workload(
+    model: str, length: int, scratch: Path, rates: floor.Rates, doing: Doing
+) -> Workload:
     """The model as a Hugging Face directory (a synthetic one is written first), and tokens."""
     given = None if model == "demo" else model
     if model.startswith("synthetic:"):
@@ -87,7 +94,7 @@ def make_workload(model: str, length: int, scratch: Path, doing: Doing) -> Workl
         raise UserError(f"--lengths {length}: {model} has fewer positions")
     folder = scratch / f"{opened.name}-{length}"
     folder.mkdir(exist_ok=True)
-    return Workload(given, model, length, folder)
+    return Workload(given, model, length, folder, floor.seconds(given, length, rates))
 
 
 def on_disk(model: str, scratch: Path, doing: Doing) -> Path:
@@ -132,6 +139,9 @@ def _usage(arguments: list[str], folder: Path) -> tuple[float, int]:
 
 
 def _seconds(part: str, work: Workload, taken: dict[str, list[float]]) -> list[Figure]:
+    floors = work.floors if part != "decode" else {}
+    if part == "cold":
+        floors = dict.fromkeys(taken, floors.get("cold"))
     return [
         Figure(
             part=part,
@@ -141,6 +151,7 @@ def _seconds(part: str, work: Workload, taken: dict[str, list[float]]) -> list[F
             unit="s",
             low=min(each),
             high=max(each),
+            floor=floors.get(what),
         )
         for what, each in taken.items()
     ]
@@ -193,6 +204,12 @@ def warm(work: Workload, repeat: int, doing: Doing) -> list[Figure]:
         _ratio(found, "oracle", "trace", 2.5),
         _ratio(found, "nnsight", "trace", 1),
         _ratio(found, "trace", "bare", 1.4, most=True),
+        _ratio(found, "one_file", "bare", 1.3, most=True),
+        _ratio(found, "outputs", "bare", 1.05, most=True),
+        *(
+            _ratio(found, f"{name}{OF_CPU}", f"bare{OF_CPU}", bar, most=True)
+            for name, bar in {"trace": 1.4, "one_file": 1.3, "outputs": 1.05}.items()
+        ),
     ]
 
 
@@ -229,7 +246,9 @@ def _in_turn(
                 doing(f"{work.of}: {name}, {part}, {turn} of {repeat}")
                 os.sync()  # nobody waits for the disk to take what another has written
                 print("run", file=worker.stdin, flush=True)
-                taken[name].append(float(_reply(name, worker)))
+                seconds, used = map(float, _reply(name, worker).split())
+                taken[name].append(seconds)
+                taken.setdefault(name + OF_CPU, []).append(used)
             taken.setdefault("plain write", []).append(_plain_write(out, work.folder))
     finally:
         for worker in workers.values():

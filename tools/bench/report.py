@@ -14,7 +14,7 @@ TITLES = {
     "tools": "diff and localize",
     "memory": "Memory: a fresh process, all stages of all layers, weights on disk in bfloat16",
 }
-HEADINGS = ("model", "measured", "median", "range", "wanted", "reached")
+HEADINGS = ("model", "measured", "median", "range", "floor", "wanted", "reached")
 
 
 def _cells(figure: Figure) -> tuple[str, ...]:
@@ -23,7 +23,9 @@ def _cells(figure: Figure) -> tuple[str, ...]:
     spread = "" if figure.low is None else f"{figure.low:.{digits}f} - {figure.high:.{digits}f}"
     wanted = "" if figure.bar is None else f"{'<=' if figure.most else '>='} {figure.bar:g} {unit}"
     reached = {None: "", True: "yes", False: "no"}[figure.reached]
-    return figure.of, figure.what, f"{figure.value:.{digits}f} {unit}", spread, wanted, reached
+    value = f"{figure.value:.{digits}f} {unit}"
+    least = "" if figure.floor is None else f"{figure.floor:.3f} s"
+    return figure.of, figure.what, value, spread, least, wanted, reached
 
 
 def tables(figures: list[Figure]) -> Iterator[tuple[str, Table]]:
@@ -49,9 +51,22 @@ def markdown(figures: list[Figure], machine: dict[str, Any], repeat: int) -> str
         f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']} when it began; "
         f"{versions}. Medians of {repeat} runs, contenders in turn."
     ]
+    if rates := machine.get("rates"):
+        lines += [
+            "",
+            f"Floors are at this machine's rates: {rates['products'] / 1e9:.0f} GFLOP/s of float32 "
+            f"products, {rates['memory'] / 1e9:.1f} GB/s of memory, {rates['disk'] / 1e9:.1f} GB/s "
+            "into a file of the page cache.",
+        ]
     for part, title in TITLES.items():
         rows = [_cells(figure) for figure in figures if figure.part == part]
         if rows:
-            lines += ["", f"## {title}", "", "| " + " | ".join(HEADINGS) + " |", "|---" * 6 + "|"]
+            lines += [
+                "",
+                f"## {title}",
+                "",
+                "| " + " | ".join(HEADINGS) + " |",
+                "|---" * len(HEADINGS) + "|",
+            ]
             lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
