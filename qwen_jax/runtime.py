@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import jax
@@ -97,6 +98,9 @@ def cpu_count() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
+_version = cache(importlib.metadata.version)  # which looks through every installed package
+
+
 def describe(device: jax.Device, precision: str = "highest") -> dict[str, Any]:
     """What a manifest says about the machine and the libraries."""
     packages = ("jax", "jaxlib", "numpy")
@@ -107,6 +111,6 @@ def describe(device: jax.Device, precision: str = "highest") -> dict[str, Any]:
         "cpu_count": cpu_count(),
         "flags": " ".join(flags),
         "matmul_precision": precision,
-        "versions": {name: importlib.metadata.version(name) for name in packages}
+        "versions": {name: _version(name) for name in packages}
         | {"python": platform.python_version(), NAME: version()},
     }

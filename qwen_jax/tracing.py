@@ -149,7 +149,8 @@ class Plan:
 
     @property
     def planned(self) -> Planned:
-        return {key: (self.shape(key[0]), self.dtype) for key in self.stored}
+        shapes = {name: self.shape(name) for name in dict.fromkeys(name for name, _ in self.stored)}
+        return {key: (shapes[key[0]], self.dtype) for key in self.stored}
 
     def bytes(self, stage: str) -> int:
         """Tensor bytes of this stage, of one layer."""

@@ -1,10 +1,12 @@
 """The project's own version, as installed."""
 
 import importlib.metadata
+from functools import cache
 
 NAME = "qwen-jax-stages"
 
 
+@cache
 def version() -> str:
     """Of the installed distribution; a checkout that is not installed has none."""
     try:
