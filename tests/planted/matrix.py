@@ -102,6 +102,9 @@ class Bench:
         empty if it is the same, but for bits of sound stages that are estimated."""
         run = self.plant(fault, which)
         found, exact = (to_json(self.localize(run, exact=exact)) for exact in (False, True))
+        for one, other in zip(found["faults"], exact["faults"], strict=False):
+            if abs(one["expected_bits"] - other["expected_bits"]) < 0.15:
+                one["expected_bits"] = other["expected_bits"]  # of other stages, which are estimated
         for name in ("verdict", "faults"):
             if found[name] != exact[name]:
                 return f"{name}: {found[name]}, exactly {exact[name]}"
