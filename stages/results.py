@@ -143,6 +143,14 @@ class HarmEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     lost_before: StageOfLayer | UnsetType = UNSET
 
 
+class RoundingEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the error costs against the weights of another model, of which the engine's are a
+    rounding: a linear stage's share has that of its weights in it."""
+
+    model: str
+    harm: HarmEntry
+
+
 class Judgement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A stage of two engines, and which of them is right there."""
 
@@ -166,6 +174,7 @@ class LocalizeResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     costs: bool | UnsetType = UNSET
     nats: list[NatsRow] | UnsetType = UNSET
     harm: HarmEntry | UnsetType = UNSET
+    rounding: RoundingEntry | UnsetType = UNSET
     why: str | UnsetType = UNSET
     against: dict[str, Any] | UnsetType = UNSET
     right: list[Judgement] | UnsetType = UNSET

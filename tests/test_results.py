@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     diff.main([str(at / "a"), str(at / "a"), "--json", str(at / "diff.json")])
     broken = [str(at / "broken"), "--model", "demo", *common]
     localize([*broken, str(at / "localize.json")])
-    localize([str(at / "a"), "--json", str(at / "clean-localize.json")])
+    localize([str(at / "a"), "--against-model", "demo", "--json", str(at / "clean-localize.json")])
     against = [str(at / "a"), "--against", str(at / "broken"), "--tokens", TOKENS]
     localize([*against, "--json", str(at / "against-localize.json")])
     convert.main([demo, str(at / "hf"), "--to", "hf", "--json", str(at / "convert.json")])

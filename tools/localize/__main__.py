@@ -34,7 +34,10 @@ def parser() -> argparse.ArgumentParser:
         "--against", type=Path, metavar="OTHER", help="a second trace, judged side by side"
     )
     result.add_argument(
-        "--against-model", metavar="DIR|HUB_ID", help="the weights of OTHER; default: --model"
+        "--against-model",
+        metavar="DIR|HUB_ID",
+        help="the weights of OTHER, by default --model; without "
+        "OTHER, those that the trace's own are a rounding of",
     )
     cli.add_report(result)
     result.add_argument(
@@ -104,7 +107,12 @@ def question_of(args: argparse.Namespace, config: Config, length: int) -> Questi
 
 
 def run(
-    path: Path, model: Weights, prompt: Prompt, ask: Ask = usual, exact: bool = False
+    path: Path,
+    model: Weights,
+    prompt: Prompt,
+    ask: Ask = usual,
+    exact: bool = False,
+    right: Weights | None = None,
 ) -> Localization:
     """Localize one trace with a progress bar."""
     trace = arguments.open_given(path, prompt, model)
@@ -113,9 +121,8 @@ def run(
     harm = ask(model.config, len(trace.tokens))
     with cli.progress() as bar:
         task = bar.add_task(f"replaying {trace.name}", total=len(trace.entries))
-        return localize(
-            trace, model, harm=harm, exact=exact, advance=lambda measured: bar.advance(task)
-        )
+        more = {"harm": harm, "right": right, "exact": exact}
+        return localize(trace, model, **more, advance=lambda measured: bar.advance(task))  # type: ignore[arg-type]
 
 
 def _costly(reports: list[Localization], most: float) -> bool:
@@ -142,8 +149,6 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    if args.against_model and not args.against:
-        raise UserError("--against-model is the model of --against; give that too")
     if args.expect_layer is not None and not args.expect_stage:
         raise UserError("--expect-layer is the layer of --expect-stage; give that too")
     if args.repro and not args.repro.parent.is_dir():
@@ -161,9 +166,10 @@ def _main(argv: list[str]) -> int:
     runtime.for_a_command("cpu")
     try:
         with compile_cache.use("localize", model.config, os.environ.get("XLA_FLAGS")):
-            reports = [run(args.trace, model, prompt, ask, args.exact)]
+            other = open_model(args.against_model) if args.against_model else model
+            right = other if args.against_model and not args.against else None
+            reports = [run(args.trace, model, prompt, ask, args.exact, right)]
             if args.against:
-                other = open_model(args.against_model) if args.against_model else model
                 reports.append(run(args.against, other, prompt, ask, args.exact))
     except NotComparable as error:
         if args.json:

@@ -27,6 +27,7 @@ def localize(
     prompt: str | None = None,
     first_position: int = 0,
     harm: Question | None = None,
+    right: Weights | None = None,
     exact: bool = False,
     advance: Callable[[LocalError], None] = lambda measured: None,
 ) -> Localization:
@@ -39,6 +40,8 @@ def localize(
         model: the weights that made it, or what ``open_model`` takes; None is the demo model.
         tokens, prompt, first_position: of a dump without a manifest, as of ``trace_model``.
         harm: of which token to say what the error costs it; None is of none.
+        right: the weights that the model's own are a rounding of: what that rounding, and all else,
+            costs the token is said too.
         exact: measure every product in full, also those that are plainly sound.
         advance: is called after every stage.
 
@@ -73,7 +76,11 @@ def localize(
     skipped = _skipped(trace, weights.config.num_hidden_layers, items)
     sound = {item.layer for item in items if item.row.kind is SCORES and item.estimated}
     felt, costs = nats.measure(replay, sound), None if harm is None else measure(replay, harm)
-    return Localization(trace, weights.name, dtype, items, findings, skipped, fitted, felt, costs)
+    found = Localization(trace, weights.name, dtype, items, findings, skipped, fitted, felt, costs)
+    if right is not None and harm is not None:
+        check_model(trace, right)
+        found.rounding = right.name, measure(Replay(trace, right, numpy_dtype(dtype)), harm)
+    return found
 
 
 def trace_dtype(trace: Trace) -> str:

@@ -38,6 +38,7 @@ class Localization:
     Attributes:
         nats: the error of each layer's scores.
         harm: what the error costs a token; None where that was not asked for, or NaN is about.
+        rounding: the model that the weights are a rounding of, and what that costs with all else.
     """
 
     trace: Trace
@@ -49,6 +50,7 @@ class Localization:
     fitted: "Fitted"
     nats: "list[Nats]"
     harm: "Harm | None"
+    rounding: "tuple[str, Harm | None] | None" = None
 
     @property
     def precision(self) -> dict[str, dict[str, Any]]:
@@ -124,7 +126,11 @@ def to_json(report: Localization) -> dict[str, Any]:
         "nats": [layer.to_json() for layer in report.nats],
         "skipped": report.skipped,
     }
-    return found | ({"harm": report.harm.to_json()} if report.harm else {})
+    if report.harm:
+        found["harm"] = report.harm.to_json()
+    if report.rounding and report.rounding[1]:
+        found["rounding"] = {"model": report.rounding[0], "harm": report.rounding[1].to_json()}
+    return found
 
 
 def sentence(report: Localization) -> str:

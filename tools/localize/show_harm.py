@@ -13,16 +13,25 @@ from tools.localize.report import Localization
 
 def show_harm(show: Console, report: Localization) -> None:
     """Print what the error costs; the shares as a table where there is anything to see."""
-    harm = report.harm
-    if harm is None:
-        return
-    show.print(f"\n{summary(harm)}", soft_wrap=True)
+    if report.harm:
+        _show(show, report, report.harm, "")
+    model, rounding = report.rounding or ("", None)
+    if rounding:
+        _show(show, report, rounding, f"against the weights of {model}, ")
+
+
+def _show(show: Console, report: Localization, harm: Harm, against: str) -> None:
+    show.print(f"\n{against}{summary(harm)}", soft_wrap=True)
     largest = [pair for pair in harm.largest if abs(pair[1].size) >= SEEN]
     if not largest:
         return
-    unit = 10.0 ** (math.floor(math.log10(abs(largest[0][1].margin))) - 1)
-    show.print(f"\nshares of that margin, in {unit:g} nats\n")
-    show.print(_table(report, harm, unit))
+    unit = 10.0 ** (math.floor(math.log10(abs(largest[0][1].size))) - 1)
+    table = _table(report, harm, unit)
+    if table.row_count:
+        show.print(f"\nshares of that margin, in {unit:g} nats\n")
+        show.print(table)
+    else:
+        show.print("\nshares of that margin")
     for key, share in largest[:PATCHED]:
         show.print(f"{_place(key)} {_told(share)}{_where(share)}")
 
