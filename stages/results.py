@@ -88,6 +88,20 @@ class NatsRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     variation_max: float
 
 
+class HeadroomRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What of a stage takes more than a quarter of float16's range: the largest "value", product
+    "before the scale" of scores, or "sum of squares" of a norm; that as a part of 65504; and where
+    it is."""
+
+    layer: int | None
+    stage: str
+    of: Literal["value", "before the scale", "sum of squares"]
+    largest: float
+    float16: float
+    position: int
+    channel: int | None
+
+
 class SliceShare(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A head, position (row of the sequence) or channel, and its part of a share."""
 
@@ -173,6 +187,7 @@ class LocalizeResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     dtype: str | UnsetType = UNSET
     costs: bool | UnsetType = UNSET
     nats: list[NatsRow] | UnsetType = UNSET
+    headroom: list[HeadroomRow] | UnsetType = UNSET
     harm: HarmEntry | UnsetType = UNSET
     rounding: RoundingEntry | UnsetType = UNSET
     why: str | UnsetType = UNSET

@@ -12,7 +12,7 @@ from stages import verdict
 from stages.architecture import ACTIVATION, TOKENS, Key
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError, Suspect
-from tools.localize import screening, shapes
+from tools.localize import headroom, screening, shapes
 from tools.localize.catalogue import CATALOGUE, Mistake
 from tools.localize.causes import Explanation, Finding
 from tools.localize.fitting import Fitted
@@ -257,9 +257,13 @@ def _confined(case: StageReplay, finding: Finding, found: list[tuple[int, Explan
 
 def _nonfinite(case: StageReplay, suspect: Suspect) -> str:
     places = ", ".join(f"{axis} {where}" for axis, where in suspect.where.items())
-    largest = float(jnp.abs(jnp.nan_to_num(case.exact)).max()) if case.replayable else 0.0
-    if case.replay.dtype == np.float16 and largest > 65504:
-        return f"overflow: {largest:.3g} should be here, and float16 ends at 65504; {places}"
+    if case.replayable:
+        exact = np.asarray(case.exact)
+        if case.stage.kind.masked:
+            exact = np.where(np.asarray(case.pos.mask)[:, None], exact, 0)
+        why = headroom.cause(case.stage, case.config, exact)
+        if why:
+            return f"overflow: {why}; {places}"
     return f"NaN or infinity is born here: {places}"
 
 

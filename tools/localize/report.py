@@ -1,7 +1,7 @@
 """What localize found out about a trace: as data, as JSON, and as a sentence."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -16,6 +16,7 @@ from tools.localize.causes import Fault, Finding
 if TYPE_CHECKING:  # importing this loads no JAX
     from tools.localize.fitting import Fitted
     from tools.localize.harm import Harm
+    from tools.localize.headroom import Headroom
     from tools.localize.nats import Nats
 
 SCHEMA = 2
@@ -38,6 +39,7 @@ class Localization:
     Attributes:
         nats: the error of each layer's scores.
         harm: what the error costs a token; None where that was not asked for, or NaN is about.
+        headroom: what takes more than a quarter of float16's range.
         rounding: the model that the weights are a rounding of, and what that costs with all else.
     """
 
@@ -51,6 +53,7 @@ class Localization:
     nats: "list[Nats]"
     harm: "Harm | None"
     rounding: "tuple[str, Harm | None] | None" = None
+    headroom: "list[Headroom]" = field(default_factory=list)
 
     @property
     def precision(self) -> dict[str, dict[str, Any]]:
@@ -124,6 +127,7 @@ def to_json(report: Localization) -> dict[str, Any]:
         "faults": [fault.to_json() for fault in faults(report)],
         "precision": report.precision,
         "nats": [layer.to_json() for layer in report.nats],
+        "headroom": [row.to_json() for row in report.headroom],
         "skipped": report.skipped,
     }
     if report.harm:

@@ -13,6 +13,8 @@ from stages.verdict import LocalError
 from tools.localize.report import COLOURS, Fault, Localization, faults, place, sentence
 from tools.localize.show_harm import show_harm
 
+OVER = 5  # overflows that are told
+
 
 def _table(report: Localization) -> Table:
     """Layers down, stages across, significant bits in the cells; faults marked with ``*``."""
@@ -66,6 +68,13 @@ def show_localization(show: Console, report: Localization) -> None:
     for number, fault in enumerate(faults(report), 1):
         _print_fault(show, number, fault)
     show_harm(show, report)
+    over = [row for row in report.headroom if row.float16 > 1 and row.what != "sum of squares"]
+    for row in over[:OVER]:
+        place = row.stage if row.layer is None else f"layer {row.layer} {row.stage}"
+        what = "" if row.what == "value" else f" {row.what}"
+        show.print(f"in float16 overflows {place}: {row.largest:,.0f}{what}, channel {row.channel}")
+    if len(over) > OVER:
+        show.print(f"and {len(over) - OVER} more stages, see headroom of --json")
     for entry in report.skipped:
         through = entry.get("checked_through")
         note = f", checked together with {', '.join(through)}" if through else ": not checked"
