@@ -291,11 +291,13 @@ def _check_dtype(trace: Trace, dtype: str) -> None:
     counted = Counter(str(entry.dtype) for entry in trace.entries.values())
     if not counted or counted[dtype] == max(counted.values()):
         return
-    telling = [e for k, e in trace.entries.items() if not trace.row(k[0]).kind.masked]
+    first = trace.tables.first.name  # has the weights' format
+    telling = [
+        e for k, e in trace.entries.items() if not trace.row(k[0]).kind.masked and k[0] != first
+    ]
     wider = [e for e in telling if e.dtype == "float32" and dtype in ("bfloat16", "float16")]
-    looked = wider[:: max(1, len(wider) // 6)]
-    holds = [_holds(dtype, trace.read(e.stage, e.layer).ravel()[:65536]) for e in looked]
-    if sum(holds) < len(holds) / 2 or (telling and not wider):
+    holds = (_holds(dtype, trace.read(e.stage, e.layer).ravel()[:65536]) for e in wider)
+    if telling and not any(holds):
         raise UserError(
             f"{trace.path}: computed in {dtype}, says {manifest.NAME}, but most stages are "
             f"{counted.most_common(1)[0][0]}"

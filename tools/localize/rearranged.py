@@ -236,9 +236,10 @@ class _Type:
     partner: str = ""
 
 
-def _types() -> Iterator[_Type]:
-    yield _Type("F16", 1, emulated.f16, "float16")
-    yield _Type("BF16", 1, emulated.bf16, "bfloat16")
+def _types(case: StageReplay) -> Iterator[_Type]:
+    if case.replay.dtype.itemsize > 2:  # an engine that computes in 16 bits rounds weights to them
+        yield _Type("F16", 1, emulated.f16)
+        yield _Type("BF16", 1, emulated.bf16)
     for name, quantise, partner in (
         ("Q8_0", _q8_0_of_weights, "q8_0"), ("Q8_0", emulated.q8_0, "q8_0"),
         ("Q5_0", emulated.q5_0, "q8_0"), ("Q5_1", emulated.q5_1, "q8_1"),
@@ -265,14 +266,14 @@ def _types() -> Iterator[_Type]:
 def requantised(case: StageReplay) -> Candidates:
     """A weight in a coarser type than the one given."""
     if not case.stage.linear:  # the embedding: its rows are the value
-        for each in _types():
+        for each in _types(case):
             if case.exact.shape[-1] % each.block == 0:
                 found = each.quantise(np.asarray(case.exact))
                 yield each.name, jnp.asarray(found, jnp.float64)
         return
     formats = {format.name: format for format in choices(case.stage, case.config)}
     width = case.inputs[0].shape[-1]
-    for each in _types():
+    for each in _types(case):
         if width % each.block == 0:
             yield from _tried(case, iter([(each.name, each.quantise)]))
             if each.partner in formats:
