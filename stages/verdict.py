@@ -288,8 +288,14 @@ UNSURE_SLICE, UNSURE_STAGE, DEVIATION = 0.75, 0.25, 0.36
 
 def doubtful(items: list[LocalError], dtype: str) -> set[Key]:
     """The estimated items that could be suspects if they were measured, or of another class."""
-    found = set()
     usual = usual_levels(items, dtype)
+    # A layer may be out of line by a hair: then its siblings have to be measured too.
+    close = {
+        item.stage
+        for item in items
+        if item.level - UNSURE_STAGE < usual[item.stage] - sibling_gap(item)
+    }
+    found = {item.key for item in items if item.estimated and item.stage in close}
     for item in items:
         if not item.estimated:
             continue
@@ -303,7 +309,6 @@ def doubtful(items: list[LocalError], dtype: str) -> set[Key]:
             not np.isfinite(item.bits)
             or low is None
             or low != high
-            or item.level - of_stage < usual[item.stage] - sibling_gap(item)
             or _low_slices(item, _cap(dtype), of_slice)
             or any((levels < dead).any() for levels, _ in item.slices.values())
         ):
