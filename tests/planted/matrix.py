@@ -54,8 +54,8 @@ class Row:
 class Bench:
     """One checkpoint, prompt and arithmetic to plant faults in.
 
-    ``more`` is as of ``Engine.run``: where the prompt begins, and whether the end of the last layer
-    has one row.
+    ``more`` is as of ``Engine.run``: where the prompt begins, whether the end of the last layer has
+    one row, and in which calls it runs, through which cache.
     """
 
     def __init__(self, directory: Path, tokens: list[int], mode: str, **more: Any) -> None:
@@ -86,8 +86,9 @@ class Bench:
         in half the time."""
         frugal = patch.object(replay, "Replay", partial(Replay, unoptimised=True))
         with tempfile.TemporaryDirectory() as scratch, frugal:
-            path = run.dump(Path(scratch) / "trace", omit)
-            return localize(open_trace(path, self.layout), self.model, **options)
+            trace = open_trace(run.dump(Path(scratch) / "trace", omit), self.layout)
+            trace.steps = run.steps
+            return localize(trace, self.model, **options)
 
     def layers(self, which: str) -> list[int] | None:
         last = self.model.config.num_hidden_layers - 1

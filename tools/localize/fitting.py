@@ -15,7 +15,7 @@ from qwen_jax.config import Config
 from qwen_jax.local_error import ErrorSums, allowance, error_sums
 from qwen_jax.replay import Measured, Replay
 from stages import verdict
-from stages.architecture import ACTIVATION, ROTATION, Key
+from stages.architecture import ACTIVATION, CACHE, ROTATION, Key
 from stages.architectures import any_stage
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError
@@ -42,6 +42,7 @@ REACHED, REACHED_OTHERS = 19.0, 21.0
 # Of a dump that lies on a 16-bit grid: a result rounded to it is the very same but where the last
 # bit of float32 decides, one in thousands.
 REACHED_ON_GRID = 12.0
+PUT_AWAY = 40.0  # what is read back from a cache is what was put away, to the last bit
 MEMBERS = 4  # stages of a segment that may have formats: each tries all of its own
 SEARCHES = 4  # layers of one stage for which every format is tried
 ALIKE = 4.0  # bits that layers of one format may differ by
@@ -151,7 +152,9 @@ def _give_up_lone(
 
 
 def _low(item: LocalError, dtype: str) -> bool:
-    """Whether a stage has fewer bits than its trace's precision leaves."""
+    """Whether a stage has fewer bits than its trace's precision leaves; of a cache any at all."""
+    if item.row.kind is CACHE:
+        return item.bits < PUT_AWAY
     if item.row.kind is ROTATION and dtype == "float32":
         return item.bits < PLAIN_ROTATION
     if dtype == "float32":
@@ -205,7 +208,8 @@ class _Trial:
             return
         self.small = self.case.sampled(CHANNELS)
         grid = coarsest_dtype(np.asarray(self.small.dump, np.float32).ravel()[:65536])
-        self.grid = grid if grid in GRIDS else None
+        put_away = item.row.kind is CACHE and dtype == "float32"  # the format is the cache's own
+        self.grid = grid if grid in GRIDS and not put_away else None
         self.base = self._score(self.small)
 
     def _case(
@@ -236,12 +240,9 @@ class _Trial:
 
     def _believed(self, scores: np.ndarray, formats: Iterable[Format]) -> bool:
         product = self.item.sums_products
-        if self.grid:
-            reached = REACHED_ON_GRID
-        else:
-            reached = REACHED if product else REACHED_OTHERS
-            if self.item.segment:  # what float32 itself leaves of a chain may be less
-                reached = min(reached, self._chained() - 1.5)
+        reached = REACHED_ON_GRID if self.grid else REACHED if product else REACHED_OTHERS
+        if self.item.segment:  # what rounding itself leaves of a chain may be less
+            reached = min(reached, self._chained() - 1.5)
         left = [f.leaves for f in formats if f.leaves is not None]
         reached = min([reached, *(bits - 1.0 for bits in left)])
         clear = CLEAR if product else CLEAR_OTHERS
@@ -405,4 +406,4 @@ SUMS = tuple(ErrorSums.__dataclass_fields__)
 def _may_have(key: Key) -> bool:
     """Whether formats of a stage of a segment are tried: those that others drown in."""
     kind = any_stage(key[0]).kind
-    return kind.sums_products or kind is ROTATION
+    return kind.sums_products or kind in (ROTATION, CACHE)

@@ -33,6 +33,7 @@ from stages.architecture import (
     Stage,
     axis_size,
 )
+from stages.architecture import CACHE as STORED
 from stages.verdict import coarsest
 from tools.localize import emulated
 from tools.localize.emulated import CACHE, PARTNER, WITH_MINIMUM, Rounding
@@ -284,6 +285,11 @@ def _level(cache: str) -> str:
 NAMES = {"f16": "float16", "bf16": "bfloat16"}
 
 
+def _block(name: str) -> int:
+    """How many channels of a head share a scale in the format of a cache."""
+    return 32 if name.split()[1].partition("_")[2] in ("0", "1", "nl") else 1
+
+
 def _named(cache: str) -> str:
     return NAMES.get(cache, cache)
 
@@ -336,7 +342,13 @@ def _of_scores() -> list[Format]:
                                     emulated.f16, kept, level)  # fmt: skip
     for q in (None, emulated.f16, emulated.bf16):
         found += [
-            Format(name, f"a key cache in {name[3:]}", _level(name[3:7]), _pair(q, rounding))
+            Format(
+                name,
+                f"a key cache in {name[3:]}",
+                _level(name[3:7]),
+                _pair(q, rounding),
+                block=_block(name),
+            )
             for name, rounding in OTHER_CACHES
         ]
     for name, level, rounding in (
@@ -355,6 +367,10 @@ def _f16_query() -> Format:
     return Format("float16", "q rounded to float16", "tf32/f16", {0: _plain(emulated.f16)})
 
 
+def _read_back(kept: Rounding, grid: Rounding, x: np.ndarray, nudge: float = 0.0) -> np.ndarray:
+    return grid(kept(x, nudge=nudge))
+
+
 OTHER_CACHES: list[tuple[str, Rounding]] = [
     ("kv int8 per token and head", emulated.symmetric),
     ("kv int8 per token and head, with a zero point", emulated.affine_row),
@@ -364,6 +380,16 @@ OTHER_CACHES: list[tuple[str, Rounding]] = [
     ("kv float8_e5m2", emulated.e5m2),
     ("kv float8_e4m3 per tensor", emulated.scaled_e4m3_tensor),
     ("kv float8_e4m3 per token and head", emulated.scaled_e4m3),
+    # of models in 16 bits: what is read back is rounded to those
+    *(
+        (f"kv {name} read in {back}", partial(_read_back, kept, grid))
+        for name, kept in (
+            ("q8_0", emulated.q8_0),
+            ("q4_0", emulated.q4_0),
+            ("int8 per token and head", emulated.symmetric),
+        )
+        for back, grid in (("bfloat16", emulated.bf16), ("float16", emulated.f16))
+    ),
 ]
 
 
@@ -384,13 +410,30 @@ def _of_weighted_sums() -> list[Format]:
             found.append(Format(name, says, level, both, block=32))
     for name, rounding in OTHER_CACHES:
         says = f"a value cache in {name[3:]}"
-        found.append(Format(name, says, _level(name[3:7]), {1: _of_v(rounding)}))
+        operands = {1: _of_v(rounding)}
+        found.append(Format(name, says, _level(name[3:7]), operands, block=_block(name)))
     for name, level, rounding in (
         ("tf32", "tf32/f16", emulated.tf32), ("tf32 cut off", "tf32/f16", _cut)
     ):  # fmt: skip
         operands = {0: _plain(rounding), 1: _of_v(rounding)}
         found.append(Format(name, f"weights and v rounded to {name}", level, operands))
     return found
+
+
+def _of_caches() -> list[Format]:
+    """What is read back of k, or of the v of q, k and v side by side."""
+    known = [(f"kv {_named(cache)}", _level(cache), kept) for cache, kept in emulated.CACHE.items()]
+    known += [(name, _level(name[3:7]), rounding) for name, rounding in OTHER_CACHES]
+    return [
+        Format(
+            name,
+            f"a cache in {name[3:]}",
+            level,
+            {0: _of_v(rounding)},
+            block=_block(name),
+        )
+        for name, level, rounding in known
+    ]
 
 
 def _flash_f16() -> Format:
@@ -566,6 +609,8 @@ def _of_kind(kind: Kind) -> tuple[Format, ...]:
         return tuple(_of_scores())
     if kind is WEIGHTED_SUM:
         return tuple(_of_weighted_sums())
+    if kind is STORED:
+        return tuple(_of_caches())
     if kind is ROTATION:
         return (*_angle_formats(), *_of_values(kind))
     if kind in (NORM, SOFTMAX, ACTIVATION, ADD, PRODUCT, LOOKUP):
