@@ -29,7 +29,7 @@ from stages.architecture import (
     Stage,
 )
 from stages.architectures import ALL_NAMES, any_stage
-from tools.localize import rearranged
+from tools.localize import caches, rearranged
 from tools.localize.approximations import exponentials, tanh_by_fraction, tanh_by_long_fraction
 from tools.localize.stage_replay import StageReplay, Weight
 
@@ -689,16 +689,17 @@ simple("rope_twice", "rotated twice", ROPES,
 @mistake("rope_position_constant", "every position rotated as position {}", ROPES)
 def _(case: StageReplay) -> Candidates:
     last = case.positions[0, -1]
-    for place in (last, 1, last + 1):
+    first = case.positions[0, 0]
+    for place in (last, 1, last + 1, first, first - 1):  # of decoded tokens, that of the first
         yield str(place), case.run(pos=_table(case, np.full_like(case.positions, place)))
 
 
-@mistake("rope_scaled", "RoPE positions divided by {}", ROPES)
+@mistake("rope_scaled", "RoPE positions {}", ROPES)
 def _(case: StageReplay) -> Candidates:
-    for factor in (2, 4, 8):
-        cos, sin = case.cos_sin(case.config, case.positions / factor)
+    for factor in (1 / 2, 1 / 4, 1 / 8, 2, 4, 8):
+        cos, sin = case.cos_sin(case.config, case.positions * factor)
         yield (
-            str(factor),
+            f"divided by {1 / factor:g}" if factor < 1 else f"multiplied by {factor}",
             case.run(pos=case.pos.replace(cos=jnp.asarray(cos), sin=jnp.asarray(sin))),
         )
 
@@ -842,8 +843,7 @@ def _(case: StageReplay) -> Candidates:
     if case.stage.name == "attn_scores":
         yield "", case.run(None, _tiled(case, case.inputs[1]))
     else:
-        v = split_heads(case.config, case.inputs[1])[2]
-        yield "", _mixed(case, _tiled(case, v))
+        yield "", _mixed(case, _tiled(case, caches.kept(case)))
 
 
 def _mixed(case: StageReplay, v: Array) -> Array:
@@ -878,8 +878,42 @@ def _distance(case: StageReplay) -> np.ndarray:
     return positions[-case.rows :, None] - positions[None, :]
 
 
-simple("mask_missing", "no causal mask: attends to the future", "attn_softmax",
-       lambda case: _masked_softmax(case, np.ones_like(_distance(case), bool)))  # fmt: skip
+@mistake("mask_missing", "no causal mask: attends to the future", "attn_softmax")
+def _(case: StageReplay) -> Candidates:
+    yield "", _masked_softmax(case, np.ones_like(_distance(case), bool))
+    if len(case.replay.trace.steps) > 1:  # what there was of it in each call
+        _, end = caches.bounds(case)
+        yield "", _masked_softmax(case, np.arange(_distance(case).shape[1]) < end)
+
+
+@mistake("mask_top_left", "causal mask aligned at the first key: row {}", "attn_softmax")
+def _(case: StageReplay) -> Candidates:
+    if len(case.replay.trace.steps) > 1:
+        start, _ = caches.bounds(case)
+        rows = np.arange(len(start)) + _distance(case).shape[1] - len(start)
+        allowed = np.arange(_distance(case).shape[1]) <= rows[:, None] - start
+        yield "i of a call sees keys 0 to i", _masked_softmax(case, allowed)
+
+
+@mistake("mask_past_missing", "a call sees its own keys alone, not the cache", "attn_softmax")
+def _(case: StageReplay) -> Candidates:
+    if len(case.replay.trace.steps) > 1:
+        start, _ = caches.bounds(case)
+        own = np.arange(_distance(case).shape[1]) >= start
+        yield "", _masked_softmax(case, (_distance(case) >= 0) & own)
+
+
+@mistake("mask_unfilled_slots", "empty slots of the cache, {} in all, not masked", "attn_softmax")
+def _(case: StageReplay) -> Candidates:
+    slots = caches.empty_slots(case)
+    if slots is not None:
+        _, end = caches.bounds(case)
+        kept = case.pos.mask[:, None]
+        scores = jnp.where(kept, case.inputs[0], -jnp.inf)
+        high = jnp.maximum(scores.max(-1, keepdims=True), 0)
+        weights = jnp.exp(scores - high)
+        total = weights.sum(-1, keepdims=True) + (slots - end) * jnp.exp(-high)
+        yield str(slots), weights / total
 
 
 @mistake("mask_off_by_one", "causal mask off by one: sees {} future token", "attn_softmax")
@@ -951,7 +985,8 @@ def _(case: StageReplay) -> Candidates:
 
 @mistake("v_from_k", "k used in the place of v", "attention")
 def _(case: StageReplay) -> Candidates:
-    yield "", _mixed(case, split_heads(case.config, case.inputs[1])[1])
+    if case.inputs[1].ndim != 4:
+        yield "", _mixed(case, split_heads(case.config, case.inputs[1])[1])
     rotated = ROPES.split()[1]
     for k in (case.at_keys(rotated), _before_rope(case, rotated, keys=True)):
         if k is not None:
@@ -960,7 +995,7 @@ def _(case: StageReplay) -> Candidates:
 
 @mistake("v_shifted", "v of the position {}", "attention")
 def _(case: StageReplay) -> Candidates:
-    v = split_heads(case.config, case.inputs[1])[2]
+    v = caches.kept(case)
     for step in (1, -1):
         rolled, edge = jnp.roll(v, step, 1), 0 if step == 1 else -1
         yield f"{-step:+d}", _mixed(case, rolled)
@@ -968,12 +1003,19 @@ def _(case: StageReplay) -> Candidates:
         yield f"{-step:+d}", _mixed(case, rolled.at[:, edge].set(0))
 
 
-@mistake("v_without_bias", "v before its bias", "attention")
+@mistake("v_without_bias", "v before its bias", "v_cache attention")
 def _(case: StageReplay) -> Candidates:
-    read = case.tables.stage[case.stage.inputs[1]]
+    read = case.tables.stage[case.stage.inputs[-1]]
     before = case.at_keys(read.inputs[0]) if read.name in BIASES.split() else None
     if before is not None:
-        yield "", _mixed(case, split_heads(case.config, before)[2])
+        yield "", caches.with_rows(case, split_heads(case.config, before)[2])
+
+
+@mistake("cache_before_rope", "k put into the cache before RoPE", "k_cache")
+def _(case: StageReplay) -> Candidates:
+    k = _before_rope(case, ROPES.split()[1], keys=True)
+    if k is not None:
+        yield "", caches.with_rows(case, k)
 
 
 @mistake(
@@ -1084,6 +1126,12 @@ simple("swigl_silu_of_up", "gate * silu(up)", "ffn_swigl",
 simple("swigl_added", "silu(gate) + up instead of their product", "ffn_swigl",
        lambda case: case.inputs[0] + case.inputs[1])  # fmt: skip
 simple("swigl_up_missing", "not multiplied by up", "ffn_swigl", lambda case: case.inputs[0])
+
+
+# --- a key/value cache
+
+
+caches.enter(mistake)
 
 
 # --- layout of the dump, and anything else that can happen to any stage

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from stages import verdict
-from stages.architecture import ADD, NORM, ROTATION, Key
+from stages.architecture import ADD, CACHE, NORM, ROTATION, Key
 from stages.architectures import any_stage
 from stages.verdict import LocalError, Suspect
+from tools.localize.calls import When
 
 
 @dataclass
@@ -28,10 +29,11 @@ class Explanation:
 
 @dataclass
 class Finding:
-    """A suspect with what explains it."""
+    """A suspect with what explains it, and in which calls of the engine it is one."""
 
     suspect: Suspect
     dump_only: bool = False
+    when: When | None = None
     diagnosis: list[Explanation] = field(default_factory=list)
     shape: str = ""
 
@@ -67,6 +69,13 @@ class Fault:
         """The mistake's name, or else why it is suspected."""
         return self.diagnosis[0].name if self.diagnosis else self.first.suspect.why
 
+    @property
+    def when(self) -> When | None:
+        """In which calls of the engine it is, where it shows first."""
+        found = [f.when for f in self.findings if f.when]
+        whole = len(found) < len(self.findings)
+        return None if whole else min(found, key=lambda when: when.step)
+
     def to_json(self) -> dict[str, Any]:
         """An element of ``faults``."""
         here = [f for f in self.findings if f.suspect.item.stage == self.stage]
@@ -81,6 +90,8 @@ class Fault:
                 {"name": e.name, "bits": round(e.bits, 1), "says": e.says} for e in self.diagnosis
             ],
         }
+        if self.when:
+            entry |= self.when.to_json()
         if suspect.item.segment:
             entry["segment"] = [*dict.fromkeys(s for s, _ in suspect.item.segment), self.stage]
         if suspect.why == "nan":
@@ -159,6 +170,10 @@ CHANGED = "cache_row_changed"
 CONSTANTS = ("norm_eps", "norm_eps_outside", "rope_theta")
 # Of the order of a weight's rows, which its bias then has too.
 OF_ROWS = ("rows_rope_permuted", "rows_permuted", "heads_permuted")
+# Of which key/value head is read, by scores and weighted sum.
+OF_HEADS = ("gqa_tiled",)
+# Stages of one kind that make one mistake together: all norms, q and k, K and V.
+ALIKE = (NORM, ROTATION, CACHE)
 # Of a file of weights, in whichever of its tensors they show.
 OF_FILES = ("weight_requantised", "vocabulary_rolled")
 # Names that are said of one stage where another stage of the same layer shows the rest of it.
@@ -193,7 +208,8 @@ def _same_cause(first: Fault, second: Fault) -> bool:
     if first.name in OF_FILES:
         types = [fault.diagnosis[0].detail.split(", of ")[0] for fault in (first, second)]
         return types[0] == types[1]
-    return layers and (first.name in OF_ROWS or kinds <= {NORM} or kinds <= {ROTATION})
+    same = first.name in (*OF_ROWS, *OF_HEADS) or any(kinds <= {kind} for kind in ALIKE)
+    return layers and same
 
 
 # --- weights of other layers

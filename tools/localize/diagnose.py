@@ -13,6 +13,7 @@ from stages.architecture import ACTIVATION, TOKENS, Key
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError, Suspect
 from tools.localize import headroom, screening, shapes
+from tools.localize.calls import when
 from tools.localize.catalogue import CATALOGUE, Mistake
 from tools.localize.causes import Explanation, Finding
 from tools.localize.fitting import Fitted
@@ -47,8 +48,10 @@ def findings(replay: Replay, items: list[LocalError], dtype: str, fitted: Fitted
     for suspect in kept:
         stage = suspect.item.stage
         case = _case(replay, suspect.item, overrides, suspect.key, fitted.formats)
-        finding = Finding(suspect, dump_only=suspect.key in dump_only)
-        _explain(case, finding, hints.get(stage, []))
+        finding = Finding(suspect, suspect.key in dump_only, when=when(replay.trace, suspect))
+        _explain_calls(case, finding, hints.get(stage, []))
+        if not finding.diagnosis:
+            _explain(case, finding, hints.get(stage, []))
         for formats in fitted.hints(suspect.item, replay.config):
             if not finding.diagnosis and case.replayable:
                 _explain(case.under(formats), finding, hints.get(stage, []))
@@ -58,6 +61,19 @@ def findings(replay: Replay, items: list[LocalError], dtype: str, fitted: Fitted
             hints.setdefault(stage, []).append(finding.diagnosis[0].name)
         result.append(finding)
     return result
+
+
+def _explain_calls(case: StageReplay, finding: Finding, hints: list[str]) -> None:
+    """Where the first calls of an engine are right: the same of the rows from the first wrong call
+    on. Whatever mistake there is may be made in the decode alone."""
+    if finding.when is None or not finding.when.row or not case.replayable:
+        return
+    rows = len(case.replay.trace.tokens) - finding.when.row
+    masks = dict(finding.suspect.masks)
+    masks["position"] = masks["position"][-rows:]
+    later = Finding(replace(finding.suspect, masks=masks), finding.dump_only)
+    _explain(case.last(rows), later, hints)
+    finding.diagnosis = later.diagnosis
 
 
 def _lone_format(case: StageReplay, formats: list[Format]) -> Explanation:

@@ -142,7 +142,7 @@ def sentence(report: Localization) -> str:
     found = faults(report)
     if found:
         first = found[0]
-        what = place(first)
+        what = place(first) + (f", {first.when.says}" if first.when else "")
         finding = first.first
         why = first.diagnosis[0].says if first.diagnosis else "of no known kind"
         if finding.suspect.why == "nan" and not first.diagnosis:

@@ -96,6 +96,8 @@ def _print_fault(show: Console, number: int, fault: Fault) -> None:
         show.print(f"  {entry['nonfinite']} elements are NaN or infinite; their inputs are finite")
     else:
         show.print(f"  {entry['bits']} bits, {entry['expected_bits']} expected; {where}")
+    if fault.when:
+        show.print(f"  {fault.when.says}")
     for explanation in entry["diagnosis"]:
         name, says = explanation["name"], explanation["says"]
         show.print(f"  matches '{says}' to {explanation['bits']} bits ({name})")

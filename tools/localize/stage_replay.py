@@ -38,6 +38,7 @@ class StageReplay:
         formats: the number formats that stages are computed in.
         narrow: round what is computed for missing stages to the trace's precision.
         nudge: move every code of a format by that much before it is rounded.
+        most: of the last rows, no more than so many.
     """
 
     replay: Replay
@@ -47,6 +48,7 @@ class StageReplay:
     formats: Mapping[Key, Format] = field(default_factory=dict)
     narrow: bool = False
     nudge: float = 0.0
+    most: int | None = None
     _known: dict[Key, Array | None] = field(default_factory=dict, repr=False)  # computed values
 
     @property
@@ -80,7 +82,11 @@ class StageReplay:
         return self._at(row, row.layer_of(self.layer) if layer is None else layer)
 
     def _at(self, row: Stage, layer: int | None) -> "StageReplay":
-        return replace(self, stage=row, layer=layer)
+        return replace(self, stage=row, layer=layer, most=None)
+
+    def last(self, rows: int | None) -> "StageReplay":
+        """The same stage, of the last rows alone; None is all of them."""
+        return replace(self, most=rows)
 
     def in_format(self, format: Format | None) -> "StageReplay":
         """The same stage, itself computed in another format."""
@@ -201,7 +207,8 @@ class StageReplay:
         dump = self._stored(self.stage.name)
         if ready is None or dump is None:
             return ready
-        rows = min(ready[0], dump.shape[1 + self.stage.axes.index(self.stage.row_axis)])
+        held = dump.shape[1 + self.stage.axes.index(self.stage.row_axis)]
+        rows = min(ready[0], held, self.most or held)
         return rows, [
             value if name in self.stage.keys else last_rows(self.tables, name, value, rows)
             for name, value in zip(self.stage.inputs, ready[1], strict=True)

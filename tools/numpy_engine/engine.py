@@ -289,13 +289,15 @@ class Context:
     ``layer`` is None and ``c["post_ffn_residual"]`` is the last layer's output.
 
     Of an engine that runs in calls, everything but the cache has the rows of this call alone:
-    ``past`` is how many came before them, ``memory`` the layer's cache by stage.
+    ``past`` is how many came before them, ``prompt`` how many before the first decoded one,
+    ``memory`` the layer's cache by stage.
     """
 
     engine: "Engine"
     layer: int | None
     values: dict[str, Array]
     past: int = 0
+    prompt: int = 0
     memory: Mapping[str, Array] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Array:
@@ -603,6 +605,7 @@ class Run:
             of the same inputs: the relative L2 norm, infinite if something is not finite. Zero is
             a fault that nobody can see.
         peaks: the same for the worst row or channel, which is what shows of a confined fault.
+        first: for each planted fault, the first row that it changes.
     """
 
     stages: dict[Key, Array]
@@ -611,6 +614,7 @@ class Run:
     calls: list[dict[Key, Array]] = field(default_factory=list)
     effects: dict[Key, float] = field(default_factory=dict)
     peaks: dict[Key, float] = field(default_factory=dict)
+    first: dict[Key, int] = field(default_factory=dict)
 
     def dump(self, directory: str | Path, omit: Collection[str] = ()) -> Path:
         """Write APRT files without a manifest. ``omit`` names stages that a fused engine lacks."""
@@ -725,9 +729,8 @@ class Engine:
             for count in steps:
                 rows = slice(first, first + count)
                 positions = first_position + np.arange(len(ids))[rows]
-                start = Context(
-                    self, None, {"tokens": ids[rows], "positions": positions}, past=first
-                )
+                given = {"tokens": ids[rows], "positions": positions}
+                start = Context(self, None, given, first, _prompt(steps))
                 rights.append({})
                 run.calls.append(dict(self._call(start, memory, shadow, rights[-1], last_row)))
                 first += count
@@ -735,6 +738,7 @@ class Engine:
             right = joined(rights, steps)
             for key in right:
                 _measure(run, key, run.stages[key], right[key])
+                run.first[key] = _first_row(run.stages[key], right[key], key[1] in SQUARE)
             computed = dict(run.stages)
             for key, redump in self._redumps.items():
                 wrong = np.ascontiguousarray(redump(self, computed, key), np.float32)
@@ -798,6 +802,22 @@ class Engine:
             yield stage
             if stage == "k_post_rope":
                 yield from memory
+
+
+def _prompt(steps: Sequence[int]) -> int:
+    """How many tokens come before the first of those that are given one by one at the end."""
+    decoded = next((n for n, count in enumerate(reversed(steps)) if count > 1), len(steps) - 1)
+    return sum(steps) - decoded
+
+
+def _first_row(wrong: Array, right: Array, square: bool) -> int:
+    """The first row that differs."""
+    if wrong.shape != right.shape:
+        return 0
+    rows = np.moveaxis(wrong != right, 1 if square else 0, 0).reshape(
+        len(wrong[0] if square else wrong), -1
+    )
+    return int(rows.any(axis=1).argmax())
 
 
 def joined(calls: Sequence[Mapping[Key, Array]], steps: Sequence[int]) -> dict[Key, Array]:

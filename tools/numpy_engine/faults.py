@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from tools.numpy_engine.engine import (
+    CACHED,
     HEAD_NORMS,
     LINEARS,
     NORMS,
@@ -65,6 +66,7 @@ class Fault:
         clean: not a mistake; nothing must be reported.
         one_layer: is a fault only against the other layers, so plant it in one.
         bias, head_norms: is a fault only where q and k have that.
+        yarn, window: is a fault only of scaled RoPE, of sliding windows.
     """
 
     name: str
@@ -80,6 +82,8 @@ class Fault:
     one_layer: bool = False
     bias: bool = False
     head_norms: bool = False
+    yarn: bool = False
+    window: bool = False
 
     @property
     def stage(self) -> str:
@@ -95,7 +99,8 @@ class Fault:
         """Whether the model has what it spoils."""
         needed = set(self.stages) | ({"qkv_bias"} if self.bias else set())
         needed |= set(HEAD_NORMS) if self.head_norms else set()
-        return needed <= set(shape.stages)
+        lacks = (self.yarn and not shape.yarn) or (self.window and not shape.window)
+        return not lacks and needed <= {*shape.stages, *CACHED}
 
     def keys(self, engine: Engine, layers: Iterable[int] | None = None) -> list[Key]:
         """Where ``apply`` plants it: (layer or None, stage). Stages outside the layers: once."""

@@ -1,0 +1,370 @@
+"""Mistakes with a key/value cache: which row of it holds what.
+
+They show in what was dumped of the cache; without that, and where a row was right when it was
+written and is not later, in the scores (k) and in the weighted sum (v) that are computed from it.
+Either way it is found out what every row holds: its own value, another row's, zeros, or something
+that is none of these. What that looks like has a name.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import Array
+
+from qwen_jax.models.ops import split_heads
+from stages.architecture import CACHE, SCORES
+from stages.verdict import ranges
+from tools.localize.stage_replay import StageReplay
+
+Candidates = Iterator[tuple[str, Array]]
+
+ZERO, UNKNOWN = -1, -2
+# A row is another one if it is so much nearer to it than to the rest.
+NEARER = 0.2
+
+
+def has_calls(case: StageReplay) -> bool:
+    """Whether the engine has a cache to make mistakes with."""
+    stored = any(row.kind is CACHE for row in case.tables.stages)
+    return stored or len(case.replay.trace.steps) > 1
+
+
+def kept(case: StageReplay) -> Array:
+    """[1, S, K, H]: the right rows that the stage puts away, or reads from the cache."""
+    value = case.last(None).inputs[0 if case.stage.kind is CACHE else 1]
+    return value if value.ndim == 4 else split_heads(case.config, value)[2]
+
+
+def with_rows(case: StageReplay, rows: Array) -> Array:
+    """The stage's value if the cache has these rows [1, S, K, H]."""
+    place = 0 if case.stage.kind is CACHE else 1
+    if place == 0:
+        rows = rows[:, -case.rows :]
+    value = case.inputs[place]
+    if value.ndim != 4:  # q, k and v side by side
+        flat = rows.reshape(*rows.shape[:2], -1)
+        rows = jnp.concatenate([value[..., : -flat.shape[-1]], flat], -1)
+    return case.run(*[None] * place, rows)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the rows of a cache hold.
+
+    Attributes:
+        rows: [S] the number of the row that each one holds, ZERO or UNKNOWN.
+        first: the first row of the sequence that was looked at.
+        later: whether the rows are as later calls read them, not as they were written.
+        values: [S, K*H] what stands in rows that are UNKNOWN.
+    """
+
+    rows: np.ndarray
+    first: int
+    later: bool
+    values: np.ndarray | None = None
+
+    @property
+    def wrong(self) -> np.ndarray:
+        return np.flatnonzero(self.rows != np.arange(len(self.rows)))
+
+
+def held(case: StageReplay) -> Held | None:
+    """What every row holds; None where that cannot be told."""
+    if "_held" not in case.__dict__:
+        looked = {CACHE: _of_cache, SCORES: _of_scores}.get(case.stage.kind, _of_sum)
+        finite = bool(jnp.isfinite(jnp.where(case.finite, case.dump, np.nan)[..., 0]).any())
+        case.__dict__["_held"] = looked(case) if finite and has_calls(case) else None
+    found: Held | None = case.__dict__["_held"]
+    return found
+
+
+def _of_cache(case: StageReplay) -> Held:
+    whole = case.last(None)
+    exact = np.asarray(whole.exact)[0].reshape(whole.exact.shape[1], -1)
+    found = np.asarray(case.dump)[0].reshape(case.rows, -1)
+    first = len(exact) - len(found)
+    off = _distances(found, exact)
+    rows = np.arange(len(exact))
+    rows[first:] = [_nearest(off[n], row, first + n) for n, row in enumerate(found)]
+    return Held(rows, first, False, np.asarray(whole.dump)[0].reshape(exact.shape))
+
+
+def _distances(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    found = np.nan_to_num(found, posinf=0.0, neginf=0.0)
+    return np.square(found[:, None] - exact[None]).sum(-1)
+
+
+def _nearest(off: np.ndarray, row: np.ndarray, own: int) -> int:
+    """The row that one is, by its squared distances to all."""
+    if not row.any():
+        return ZERO
+    best = int(off.argmin())
+    if best == own:
+        return own
+    others = np.delete(off, best)
+    return best if off[best] < NEARER**2 * np.median(others) else UNKNOWN
+
+
+def _of_scores(case: StageReplay) -> Held:
+    """Every column of the scores against what it would be of every row of k."""
+    seen = np.asarray(case.pos.mask)[0]  # [rows, S]
+    dump, exact = (np.asarray(x)[0] for x in (case.dump, case.exact))  # [N, rows, S]
+    rows = np.arange(exact.shape[-1])
+    for s in rows:
+        here = seen[:, s]
+        column = dump[:, here, s].ravel()
+        if column.size and np.isfinite(column).all():
+            candidates = exact[:, here].reshape(-1, len(rows)).T
+            rows[s] = _nearest(_distances(column[None], candidates)[0], column, s)
+    return Held(rows, len(rows) - case.rows, True)
+
+
+def _of_sum(case: StageReplay) -> Held | None:
+    """v is solved for: as one row that changed, or as all rows from the first wrong one on."""
+    weights = np.asarray(case.inputs[0])[0]  # [N, rows, S]
+    right = np.asarray(kept(case))[0]  # [S, K, H]
+    length, groups, head = right.shape
+    first = length - case.rows
+    grid = weights.reshape(groups, -1, length)  # [K, G*rows, S]
+    error = np.asarray(case.dump - case.exact)[0].reshape(case.rows, groups, -1, head)
+    error = np.nan_to_num(error).transpose(1, 2, 0, 3).reshape(groups, -1, head)
+    total = max(float(np.square(error).sum()), 1e-300)
+
+    def solved(columns: np.ndarray) -> tuple[float, np.ndarray]:
+        change = np.stack(
+            [
+                np.linalg.lstsq(w[:, columns], e, rcond=1e-9)[0]
+                for w, e in zip(grid, error, strict=True)
+            ]
+        )
+        left = error - grid[..., columns] @ change
+        return float(np.square(left).sum()) / total, change.transpose(1, 0, 2)
+
+    tried = [np.array([s]) for s in range(length)]
+    tried.append(np.arange(first, length))
+    left, columns = min(((solved(c)[0], n) for n, c in enumerate(tried)), key=lambda pair: pair[0])
+    if left > NEARER**2:
+        return None
+    some = tried[columns]
+    values = right.reshape(length, -1).copy()
+    values[some] += solved(some)[1].reshape(len(some), -1)
+    rows, flat = np.arange(length), right.reshape(length, -1)
+    size = np.square(flat).sum(-1).mean()
+    for s in some:
+        none = np.square(values[s]).sum() < NEARER**4 * size
+        rows[s] = (
+            ZERO if none else _nearest(_distances(values[s : s + 1], flat)[0], values[s], int(s))
+        )
+    return Held(rows, first, True)
+
+
+# --- names
+
+
+def _is_zero(found: Held) -> str | None:
+    wrong = found.wrong
+    return _rows(found, wrong) if (found.rows[wrong] == ZERO).all() else None
+
+
+def _is_slot(found: Held) -> str | None:
+    """Each row in the slot behind its own; the first of them is then nobody's."""
+    wrong, rows = found.wrong, found.rows
+    run = len(wrong) > 1 and bool((np.diff(wrong) == 1).all())
+    if run and (rows[wrong[1:]] == wrong[:-1]).all() and rows[wrong[0]] in (ZERO, UNKNOWN):
+        return f"from row {wrong[0]} on"
+    return None
+
+
+def _permuted(found: Held) -> bool:
+    wrong = found.wrong
+    return len(wrong) > 1 and sorted(found.rows[wrong]) == wrong.tolist()
+
+
+def _is_permuted(found: Held) -> str | None:
+    return _listed(found) if _permuted(found) else None
+
+
+def _is_overwritten(found: Held) -> str | None:
+    """Rows from before the calls in which they are wrong."""
+    wrong = found.wrong
+    late = found.later and bool((wrong < found.first).all()) and not _permuted(found)
+    return _listed(found) if late else None
+
+
+def _is_stale(found: Held) -> str | None:
+    rows = found.rows[found.wrong]
+    return _listed(found) if (rows >= 0).all() and not _permuted(found) else None
+
+
+def _is_foreign(found: Held) -> str | None:
+    wrong = found.wrong
+    if found.values is None or UNKNOWN not in found.rows[wrong] or len(wrong) > len(found.rows) / 4:
+        return None
+    return _rows(found, wrong)
+
+
+def _rows(found: Held, wrong: np.ndarray) -> str:
+    mask = np.zeros(len(found.rows), bool)
+    mask[wrong] = True
+    return ranges(mask)
+
+
+def _listed(found: Held) -> str:
+    names = {ZERO: "nothing", UNKNOWN: "something else"}
+    some = [f"{s} holds {names.get(int(p), p)}" for s, p in enumerate(found.rows) if p != s]
+    return ", ".join(some[:4]) + (", ..." if len(some) > 4 else "")
+
+
+Pattern = Callable[[Held], str | None]
+# (name, what it says, how it looks); the more specific first
+PATTERNS: list[tuple[str, str, Pattern]] = [
+    ("cache_slot_off_by_one", "rows of the cache in the slot after their own, {}", _is_slot),
+    ("cache_row_not_written", "row {} of the cache never written", _is_zero),
+    ("cache_rows_permuted", "rows of the cache in another order: {}", _is_permuted),
+    ("cache_row_overwritten", "rows of the cache overwritten: {}", _is_overwritten),
+    ("cache_row_stale", "rows of the cache stale: {}", _is_stale),
+    (
+        "cache_row_foreign",
+        "row {} of the cache is none of this sequence: stale memory, or another sequence's",
+        _is_foreign,
+    ),
+]
+
+
+def rows_as(pattern: Pattern, case: StageReplay) -> Candidates:
+    """What the stage would be if the rows hold what they were found to."""
+    found = held(case)
+    if found is None or not found.wrong.size:
+        return
+    says = pattern(found)
+    if says is None:
+        return
+    right = kept(case)
+    rows = jnp.where(
+        (found.rows < 0)[None, :, None, None], 0.0, right[:, np.maximum(found.rows, 0)]
+    )
+    value = with_rows(case, rows)
+    unknown = np.flatnonzero(found.rows == UNKNOWN) - found.first
+    if unknown.size and found.values is not None:
+        value = value.at[:, unknown].set(case.dump[:, unknown])
+    yield says, value
+
+
+# --- the whole of it
+
+
+def exchanged(case: StageReplay) -> Candidates:
+    """v put away as k, k as v."""
+    other = case.other("v_cache" if case.stage.name == "k_cache" else "k_cache")
+    if "k_cache" in case.tables.stage and other.replayable:
+        yield "", with_rows(case, kept(other))
+
+
+FLOATS: dict[str, Any] = {
+    "float8_e4m3": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+}
+
+
+def _grid(dtype: Any) -> np.ndarray:
+    """Every finite number of an 8-bit float, rising."""
+    every = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
+    return np.unique(every[np.isfinite(every)])
+
+
+def scale_lost(case: StageReplay) -> Candidates:
+    """Divided by a scale, rounded to an 8-bit float, and not multiplied again: every number of the
+    dump bounds the scale, as it must have been nearest."""
+    x, dump = (np.asarray(v, np.float64).ravel() for v in (kept(case)[:, -case.rows :], case.dump))
+    for name, dtype in FLOATS.items():
+        grid = _grid(dtype)
+        at = np.searchsorted(grid, dump).clip(1, len(grid) - 2)
+        inside = (grid[at] == dump) & (dump != 0) & (x != 0)
+        if inside.sum() < len(dump) / 2:
+            continue
+        middle = (grid[1:] + grid[:-1]) / 2
+        at, x_in = at[inside], x[inside]
+        ends = np.stack([middle[at - 1] / x_in, middle[at] / x_in])
+        low, high = ends.min(0), ends.max(0)
+        # a few numbers lie on an edge, and are saturated at the ends of the grid
+        factor = (np.quantile(low, 0.995) + np.quantile(high, 0.005)) / 2
+        if abs(factor - 1) > 1e-3:
+            turned = np.asarray(kept(case)) * factor
+            most = grid[-1]
+            rounded = np.clip(turned, -most, most).astype(np.float32).astype(dtype)
+            value = jnp.asarray(rounded.astype(np.float64))[:, -case.rows :]
+            yield f"{1 / factor:.4g} ({name})", value
+
+
+def ring_order(case: StageReplay) -> Candidates:
+    """A window's rows as they lie in a ring buffer of its size, where row s has slot s mod size."""
+    size = case.config.sliding_window
+    if not case.sliding or size is None or not has_calls(case):
+        return
+    _, ends = bounds(case)
+    rows = np.arange(int(ends.max()))
+    order = np.tile(rows, (case.rows, 1))
+    for row, end in zip(order, ends[:, 0], strict=True):
+        first = max(0, end - size)
+        row[first:end] = sorted(rows[first:end], key=lambda s: s % size)
+    if case.stage.kind is SCORES:
+        yield str(size), jnp.take_along_axis(case.exact, order[None, None], -1)
+    else:  # each weight goes with the v that lies there
+        turned = np.argsort(order, -1)[None, None]
+        yield str(size), case.run(jnp.take_along_axis(case.inputs[0], turned, -1))
+
+
+def read_before_write(case: StageReplay) -> Candidates:
+    """A token's own k is not there yet: its score with itself is 0."""
+    if has_calls(case):
+        rows = np.arange(case.rows)
+        own = rows + case.exact.shape[-1] - case.rows
+        yield "", case.exact.at[:, :, rows, own].set(0.0)
+
+
+def enter(mistake: Callable[..., Any]) -> None:
+    """Enter all of this into the catalogue."""
+    stored = "k_cache v_cache"
+    mistake("cache_kv_exchanged", "k and v of the cache exchanged", stored, None)(exchanged)
+    mistake("cache_scale_lost", "the cache's scale {} not applied on reading", stored)(scale_lost)
+    for name, says, pattern in PATTERNS:
+        mistake(name, says, f"{stored} attn_scores attention")(partial(rows_as, pattern))
+    says = "a window's ring buffer of {} rows read from its first slot on"
+    mistake("cache_ring_order", says, "attn_scores attention")(ring_order)
+    says = "a token's own k not in the cache yet when it is read"
+    mistake("cache_read_before_write", says, "attn_scores")(read_before_write)
+
+
+# --- the mask of a call that is not the first
+
+
+def bounds(case: StageReplay) -> tuple[np.ndarray, np.ndarray]:
+    """[rows, 1]: for each row the first row of its call, and the end of that."""
+    ends = np.cumsum(case.replay.trace.steps)
+    rows = np.arange(ends[-1] - case.rows, ends[-1])
+    step = np.searchsorted(ends, rows, "right")
+    return (ends[step] - np.asarray(case.replay.trace.steps)[step])[:, None], ends[step][:, None]
+
+
+def empty_slots(case: StageReplay) -> int | None:
+    """How many slots a cache has whose empty ones were counted by a softmax, with score 0: what
+    every row lacks of 1 says it."""
+    if not has_calls(case):
+        return None
+    mask = np.asarray(case.pos.mask)[:, None]
+    scores = np.where(mask, np.asarray(case.inputs[0]), -np.inf)
+    with np.errstate(all="ignore"):
+        total = np.exp(scores).sum(-1)
+        kept_sum = np.where(mask, np.asarray(case.dump), 0).sum(-1)
+        empty = total * (1 / kept_sum - 1)  # e^0 each
+        telling = np.isfinite(empty) & (kept_sum < 1 - 1e-3) & (kept_sum > 1e-6)
+    if not telling.any():
+        return None
+    _, ends = bounds(case)
+    slots = np.broadcast_to(ends[:, 0], empty.shape[1:])[None] + empty
+    return int(np.rint(np.median(slots[telling])))
