@@ -28,6 +28,13 @@ class Diagnosis(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     says: str
 
 
+class Call(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A call of an engine, from 0, and the position of its first wrong row."""
+
+    step: int
+    position: int
+
+
 class FaultEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One cause of wrong values.
 
@@ -36,6 +43,8 @@ class FaultEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         bits: significant bits that there are; null where values are NaN.
         expected_bits: those that there should be.
         where: ranges of heads, positions (rows of the sequence) and channels, or "all".
+        steps, first: the calls of the engine that are wrong, such as "3-", and the first of them;
+            where there were several and not all are.
         also: other stages with the same mistake.
         segment: the stages that were not dumped, and the one that was judged for all of them.
         nonfinite: elements that are NaN or infinite though their inputs are finite.
@@ -49,6 +58,8 @@ class FaultEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     expected_bits: float
     where: Axes
     diagnosis: list[Diagnosis]
+    steps: str | UnsetType = UNSET
+    first: Call | UnsetType = UNSET
     also: list[str] | UnsetType = UNSET
     segment: list[str] | UnsetType = UNSET
     nonfinite: int | UnsetType = UNSET

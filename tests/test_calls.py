@@ -1,0 +1,103 @@
+"""Engines that run in calls: mistakes with a cache are placed to the call and named; sound caches
+of any format are never accused."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.trace import open_trace
+from tests.planted.cached import ASIDE, CHUNKS, DECODING, LENGTH, bench_for, judge, known
+from tests.planted.matrix import Bench, make_bench
+from tools.localize import localize
+from tools.localize.calls import decoded_from
+from tools.localize.report import faults as reported
+from tools.localize.report import sentence
+from tools.numpy_engine import engine
+from tools.numpy_engine.cache_faults import CACHE_FAULTS
+
+MODES = ("f32", "bf16")
+NAMES = {
+    "bfloat16": "kv bfloat16", "float16": "kv float16", "float8_e4m3fn": "kv float8_e4m3",
+    "float8_e5m2": "kv float8_e5m2", "q8_0": "kv q8_0", "q4_0": "kv q4_0",
+    "int8": "kv int8 per token and head",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("calls")
+
+
+@pytest.mark.parametrize("name", known())
+def test_a_mistake_is_placed_to_the_call_and_named(directory: Path, name: str) -> None:
+    """Each in one arithmetic; all in both: ``python -m tests.planted.cached --mode f32 bf16``."""
+    fault = known()[name]
+    mode = MODES[[*known()].index(name) % 2]
+    row = judge(bench_for(fault, mode, directory), fault)
+    assert row.placed and row.called and row.named, row
+
+
+def test_there_are_mistakes_enough() -> None:
+    assert len(CACHE_FAULTS) >= 30
+    assert set(ASIDE) < set(CACHE_FAULTS) and len(DECODING) >= 6
+
+
+@pytest.mark.parametrize("cache", NAMES)
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_a_cache_of_any_format_is_read_off_and_not_accused(
+    directory: Path, cache: str, chunks: str
+) -> None:
+    """Under the bias of k that published models have: tens of times k itself."""
+    mode = MODES[(list(NAMES).index(cache) + list(CHUNKS).index(chunks)) % 2]
+    steps = CHUNKS[chunks]
+    bench = make_bench("hard", mode, directory, length=LENGTH, steps=steps, cache=cache)
+    report = bench.localize(bench.right)
+    assert report.verdict == "precision", sentence(report)
+    stored = {report.precision[stage]["format"] for stage in engine.CACHED}
+    assert stored == {NAMES[cache] if mode == "f32" or "16" not in cache else None}
+    assert report.precision["attn_scores"]["format"] is None  # judged by what was read back
+
+
+@pytest.fixture(scope="module")
+def late(directory: Path) -> tuple[Bench, engine.Run]:
+    """The decoded tokens' positions begin at 0 again."""
+    fault = CACHE_FAULTS["cache.position_restarts"]
+    bench = bench_for(fault, "f32", directory)
+    return bench, bench.plant(fault, "one")
+
+
+def test_what_is_said_of_the_calls(late: tuple[Bench, engine.Run], tmp_path: Path) -> None:
+    """Of a dump that came call by call, as a user hands it over."""
+    bench, run = late
+    report = localize(open_trace(run.dump_calls(tmp_path / "dump"), bench.layout), bench.model)
+    (fault,) = reported(report)
+    entry = fault.to_json()
+    assert (entry["steps"], entry["first"]) == ("3-", {"step": 3, "position": 40})
+    assert entry["where"]["positions"] == "40-"
+    said = (
+        "layer 2 q_post_rope and k_post_rope, from the first decoded token on (step 3, position 40)"
+    )
+    assert said in sentence(report) and said.partition(", ")[2] in str(report)
+    assert fault.also == ["k_post_rope"]
+
+
+def test_a_mistake_of_every_call_says_nothing_of_calls(directory: Path) -> None:
+    fault = CACHE_FAULTS["cache.v_before_bias"]
+    bench = bench_for(fault, "f32", directory)
+    (found,) = reported(bench.localize(bench.plant(fault, "one")))
+    assert found.when is None and "steps" not in found.to_json()
+
+
+def test_k_shows_in_the_scores_where_no_cache_was_dumped(directory: Path) -> None:
+    fault = CACHE_FAULTS["cache.k_slot_off_by_one"]
+    bench = bench_for(fault, "f32", directory)
+    (found,) = reported(bench.localize(bench.plant(fault, "one"), engine.CACHED))
+    assert (found.stage, found.layer, found.when and found.when.step) == ("attn_scores", 2, 3)
+    assert found.name == "cache_slot_off_by_one"
+
+
+@pytest.mark.parametrize(
+    ("steps", "first"), [((40, 1, 1), 1), ((1, 1, 1), 1), ((7, 7), 2), ((5, 1, 1, 2), 4)]
+)
+def test_where_the_decode_begins(steps: tuple[int, ...], first: int) -> None:
+    assert decoded_from(steps) == first
