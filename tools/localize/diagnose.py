@@ -9,7 +9,7 @@ from jax import Array
 
 from qwen_jax.replay import Replay
 from stages import verdict
-from stages.architecture import ACTIVATION, TOKENS, Key
+from stages.architecture import ACTIVATION, CACHE, TOKENS, Key
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError, Suspect
 from tools.localize import headroom, screening, shapes
@@ -35,7 +35,7 @@ SHOWN = 3  # explanations listed for one fault
 
 def findings(replay: Replay, items: list[LocalError], dtype: str, fitted: Fitted) -> list[Finding]:
     """Every suspect that is not cleared, explained as far as possible, in computation order."""
-    suspects = verdict.suspects(items, dtype)
+    suspects = [_all_rows(suspect) for suspect in verdict.suspects(items, dtype)]
     suspects += list(_matches(replay, items, dtype, {s.key for s in suspects}, fitted))
     suspects += list(_off_grid(replay, items, dtype, {s.key for s in suspects}, fitted))
     suspects += list(_below_kin(replay, items, dtype, {s.key for s in suspects}, fitted))
@@ -61,6 +61,15 @@ def findings(replay: Replay, items: list[LocalError], dtype: str, fitted: Fitted
             hints.setdefault(stage, []).append(finding.diagnosis[0].name)
         result.append(finding)
     return result
+
+
+def _all_rows(suspect: Suspect) -> Suspect:
+    """Of a cache, rows that hold nothing are seldom the only wrong ones."""
+    if suspect.why != "zero" or suspect.item.row.kind is not CACHE:
+        return suspect
+    bad = verdict.bad_slices(suspect.item, suspect.expected)
+    masks = {axis: mask | suspect.masks.get(axis, False) for axis, mask in bad.items()}
+    return replace(suspect, masks=masks)
 
 
 def _explain_calls(case: StageReplay, finding: Finding, hints: list[str]) -> None:

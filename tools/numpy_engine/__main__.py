@@ -12,6 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from tools.numpy_engine import engine, faults
+from tools.numpy_engine.cache_faults import CACHE_FAULTS
 
 DEMO = Path(__file__).parents[2] / "qwen_jax" / "demo"
 
@@ -19,7 +20,8 @@ DEMO = Path(__file__).parents[2] / "qwen_jax" / "demo"
 def main() -> None:
     """Plant one fault and write the dump."""
     parser = argparse.ArgumentParser(prog="python -m tools.numpy_engine", description=__doc__)
-    parser.add_argument("fault", choices=["list", "none", *faults.FAULTS], metavar="FAULT")
+    names = ["list", "none", *faults.FAULTS, *CACHE_FAULTS]
+    parser.add_argument("fault", choices=names, metavar="FAULT")
     parser.add_argument("--layers", type=int, nargs="*", help="default: every layer")
     parser.add_argument("--mode", default="f32", choices=list(engine.ARITHMETIC))
     parser.add_argument(
@@ -42,13 +44,16 @@ def main() -> None:
     except (OSError, ValueError) as error:
         parser.error(f"--model: {error}")
     known = faults.of(loaded[0])
+    known |= {name: fault for name, fault in CACHE_FAULTS.items() if fault.applies(loaded[0])}
     if args.fault == "list":
         for name, fault in known.items():
             print(f"{name}: {fault.says}")
         return
     planted = known.get(args.fault)
     if planted is None and args.fault != "none":
-        parser.error(f"{args.fault}: {loaded[0].architecture} has no such stage")
+        parser.error(f"{args.fault}: this {loaded[0].architecture} has nothing to make it in")
+    if args.fault in CACHE_FAULTS and not args.decode:
+        parser.error(f"{args.fault}: is made in a decode; say how long with --decode N")
     if outside := [n for n in args.layers or () if not 0 <= n < loaded[0].layers]:
         parser.error(f"--layers {outside[0]}: layers go from 0 to {loaded[0].layers - 1}")
     tokens = read_tokens(parser, args.model, args.tokens)
