@@ -43,7 +43,7 @@ ASIDE = [
 ]  # fmt: skip
 # The same of mistakes of any other kind, made in the decode alone.
 DECODING = [
-    "attn_norm.norm_eps", "qkv_bias.bias_k_missing", "attn_scores.scale_missing",
+    "attn_norm.norm_layernorm", "qkv_bias.bias_k_missing", "attn_scores.scale_missing",
     "ffn_silu.act_gelu", "ffn_out.weight_transposed", "lm_head.weight_transposed",
 ]  # fmt: skip
 
