@@ -31,10 +31,11 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, batch: bool = False) -
         prompt.add_argument(
             "--prompts", metavar="FILE", type=Path, help="a batch: one prompt a line, UTF-8"
         )
+    prompt.add_argument("--tokens", metavar="1,2,3|random:N", help="token ids instead of text")
+    if batch:  # after the group, or its usage would not be shown as one
         parser.add_argument(
             "--chat", action="store_true", help="render text by the model's own chat template"
         )
-    prompt.add_argument("--tokens", metavar="1,2,3|random:N", help="token ids instead of text")
     parser.add_argument(
         "--first-position",
         type=int,

@@ -22,6 +22,11 @@ def parse_stages(text: str, architecture: Architecture) -> tuple[str, ...]:
         name = architecture.aliases.get(name, name)
         if not name:
             raise UserError(f"--stages {text!r} has an empty name; {valid}")
+        if name in {row.name for row in architecture.cache} - set(names):
+            raise UserError(
+                f"--stages: {name} is there only with a key/value cache: add --cache, --generate "
+                "or --prefill-chunk"
+            )
         if name != "all" and name not in names:
             raise UserError(f"--stages: unknown stage {token.strip()!r}; {valid}")
         for each in names if name == "all" else (name,):

@@ -159,7 +159,7 @@ BAD = [
     (("--prefill-chunk", "0"), "the prompt has 3 tokens; give 1 to 3"),
     (("--cache", "q5"), "no cache format 'q5'; choose one of float32, "),
     (("--cache", "q8_0"), "blocks of 32, which do not divide this model's head size 8"),
-    (("--stages", "k_cache"), "unknown stage 'k_cache'"),
+    (("--stages", "k_cache"), "k_cache is there only with a key/value cache: add --cache"),
     (("--prompts", "empty.txt"), "empty.txt: is empty; expected a prompt a line"),
     (("--prompts", "gap.txt"), "gap.txt: line 2 is empty"),
     (("--prompts", "absent.txt"), "absent.txt: No such file"),
