@@ -169,12 +169,6 @@ class JaxEngine:
             The picked tokens, [B, T - P + 1] int32; the last of them is in no row.
         """
         config, tables = self.model.config, self.tables
-        batch = len(prompts)
-        if self.backend == "eager" and batch == 1:
-            # XLA adds up the product of a single row in another order than that of several. So the
-            # reference computes one sequence twice, side by side, and its decode is its prefill.
-            prompts, positions, valid = (np.repeat(x, 2, 0) for x in (prompts, positions, valid))
-            emit = partial(_first_of_two, emit)
         tokens, length = prompts, positions.shape[1]
         with self._numerics():
             whole = positional_by_layer(config, positions, valid)
@@ -203,7 +197,7 @@ class JaxEngine:
                 if picks:
                     tokens = np.concatenate([tokens, picked[0]], 1)
                 first = end
-        return tokens[:batch, prompts.shape[1] :]
+        return tokens[:, prompts.shape[1] :]
 
     def _emit_rows(
         self,
@@ -399,12 +393,6 @@ class JaxEngine:
 
         for first in range(0, count, step):
             yield self._keep((name, first), load)
-
-
-def _first_of_two(
-    emit: EmitRows, stage: str, layer: int | None, value: np.ndarray, first: int
-) -> None:
-    emit(stage, layer, value[:1], first)
 
 
 @dataclass(frozen=True)
