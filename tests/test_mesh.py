@@ -285,9 +285,9 @@ from qwen_jax import cli, trace
 from stages import writer
 from stages.errors import UserError
 write = writer.TraceWriter._write
-def full(self, stage, layer, array):
-    if layer == 2: raise OSError(28, "No space left on device")
-    write(self, stage, layer, array)
+def full(self, key, value, rows):
+    if key[1] == 2: raise OSError(28, "No space left on device")
+    write(self, key, value, rows)
 writer.TraceWriter._write = full
 cli.run(trace.main)
 """
