@@ -271,7 +271,7 @@ def test_a_click_opens_a_cell(look: Any, text: str) -> None:
     shown.click("text=close (Esc)")
     assert not shown.is_visible("#detail")
     shown.click(".faults a")
-    assert shown.is_visible("#detail")
+    shown.locator("#detail").wait_for(state="visible")  # the browser tells of a link later on
 
 
 def test_keys_do_what_they_say(look: Any, text: str) -> None:

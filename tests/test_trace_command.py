@@ -580,7 +580,7 @@ def test_json_on_stdout_is_alone_there(world, run, fake):
     result = run(*MODEL, "--stages", "lm_head", "--out", "out", "--json", "-")
     data = strict_json(result.stdout)
     assert data["schema"] == 2 and data["tokens"] == [1, 2, 3] and data["files"] == 1
-    assert "next token" in result.stderr and "out/: 1 files" in result.stderr
+    assert "next token" in result.stderr and "out/: 1 file," in result.stderr
 
 
 def test_json_in_a_file(world, run, fake):
@@ -588,7 +588,7 @@ def test_json_in_a_file(world, run, fake):
     result = run(*MODEL, "--stages", "lm_head", "--out", "out", "--json", "x.json")
     data = strict_json((world / "x.json").read_text(encoding="utf-8"))
     assert data["out"] == "out" and result.stderr == ""
-    assert "next token" in result.stdout and "out/: 1 files" in result.stdout
+    assert "next token" in result.stdout and "out/: 1 file," in result.stdout
     logits = open_trace(world / "out").read("lm_head", None)
     assert [row["token"] for row in data["top"]] == list(np.argsort(-logits)[:5])
     assert data["top"][0]["logit"] == logits.max()
@@ -630,7 +630,7 @@ def test_names_are_printed_as_they_are(world, run, fake):
     """Not as rich's markup or emoji."""
     name = "[/bold] [red]:cat:"
     result = run(*MODEL, "--stages", "lm_head", "--out", name)
-    assert result.code == 0 and f"{name}/: 1 files" in result.stdout
+    assert result.code == 0 and f"{name}/: 1 file," in result.stdout
     assert f"{name}2/" in run(*MODEL, "--dry-run", "--out", name + "2").stdout
 
 
