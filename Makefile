@@ -52,7 +52,7 @@ WITHOUT_TORCH = $(shell grep -LE 'torch|transformers|nnsight|oracle' tests/test_
 matrix:
 	set -e; for version in $(MATRIX); do \
 	  python$$version -m venv .venv-$$version; \
-	  .venv-$$version/bin/pip install --disable-pip-version-check -q -e '.[core-test]'; \
+	  .venv-$$version/bin/pip install --disable-pip-version-check -q -e '.[core-test,gguf]'; \
 	  .venv-$$version/bin/python -m pytest -q -p no:cacheprovider $(WITHOUT_TORCH); \
 	done
 
