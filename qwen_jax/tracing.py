@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import msgspec
 import numpy as np
@@ -66,11 +66,6 @@ class Engine(Protocol):
         emit: Emit,
         resume: tuple[int, np.ndarray] | None = None,
     ) -> None: ...
-
-
-@runtime_checkable
-class BatchEngine(Engine, Protocol):
-    """One that also computes several sequences at once, or one in several calls."""
 
     def run_batch(
         self,
@@ -408,9 +403,6 @@ def compute(
             resume,
         )
         return [()]
-    if not isinstance(engine, BatchEngine):
-        name = engine.describe()["name"]
-        raise UserError(f"{name} computes one sequence in one call, without a cache")
     longest = positions.shape[1]
 
     def split(stage: str, layer: int | None, value: np.ndarray, begin: int = 0) -> None:

@@ -197,15 +197,22 @@ def test_what_is_captured_changes_no_byte(tiny: Path, backend: str) -> None:
             assert part.read(*key).tobytes() == everything.read(*key).tobytes(), key
 
 
-def test_no_program_is_compiled_as_the_cache_grows(tiny: Path) -> None:
-    made = engine(tiny)
-    with jax.log_compiles(False):
-        trace(made, TOKENS, generate=3)
-    layer = made._compiled(made.tables.cached.layer_stages, cache.cached_in("float32"))
-    before = layer._cache_size()
-    assert before
-    trace(made, TOKENS, generate=3)
-    assert layer._cache_size() == before
+def test_no_program_is_compiled_as_the_cache_grows(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As many programs for twelve calls as for three; another length of a chunk needs its own."""
+
+    def compiled(**asked: int) -> int:
+        caplog.clear()
+        jax.clear_caches()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            trace(engine(tiny), TOKENS[: 40 - asked["generate"]], **asked)
+        return sum("Finished XLA compilation" in each.getMessage() for each in caplog.records)
+
+    few = compiled(generate=3)
+    assert few
+    assert compiled(generate=12) == few
+    assert compiled(generate=12, prefill_chunk=16) > few
 
 
 def test_a_batch_is_its_sequences(tiny: Path, tmp_path: Path) -> None:

@@ -257,6 +257,25 @@ def test_a_format_that_the_heads_do_not_divide_is_refused(small):
         Engine(*small).run(TOKENS, steps=(16, 7))
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ((), "the following arguments are required: FAULT"),
+        (("nofault",), "no fault 'nofault'; list shows those that there are"),
+        (("none", "--layers", "9"), "--layers 9: layers go from 0 to 4"),
+        (("cache.kv_exchanged",), "is made in a decode; say how long with --decode N"),
+    ],
+)
+def test_wrong_use_is_one_line(asked, says, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["x", *asked])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and not out and not [*tmp_path.iterdir()]
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
 def test_a_dump_by_calls_has_the_rows_of_each(small, tmp_path):
     run = Engine(*small).run(TOKENS, "all", steps=(22, 1, 1))
     run.dump_calls(tmp_path)

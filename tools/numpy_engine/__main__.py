@@ -8,6 +8,7 @@ manifest, of the embedded prompt unless ``--tokens`` is given; with ``--prefill-
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
 from tokenizers import Tokenizer
 
@@ -17,11 +18,17 @@ from tools.numpy_engine.cache_faults import CACHE_FAULTS
 DEMO = Path(__file__).parents[2] / "qwen_jax" / "demo"
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def main() -> None:
     """Plant one fault and write the dump."""
-    parser = argparse.ArgumentParser(prog="python -m tools.numpy_engine", description=__doc__)
-    names = ["list", "none", *faults.FAULTS, *CACHE_FAULTS]
-    parser.add_argument("fault", choices=names, metavar="FAULT")
+    parser = Parser(prog="python -m tools.numpy_engine", description=__doc__)
+    parser.add_argument("fault", metavar="FAULT", help='its name, "none", or "list"')
     parser.add_argument("--layers", type=int, nargs="*", help="default: every layer")
     parser.add_argument("--mode", default="f32", choices=list(engine.ARITHMETIC))
     parser.add_argument(
@@ -39,6 +46,8 @@ def main() -> None:
     parser.add_argument("--cache", choices=[*engine.CACHES], help="default: exact, if any")
     parser.add_argument("--out", type=Path, default=Path("engine-dump"))
     args = parser.parse_args()
+    if args.fault not in ("list", "none", *faults.FAULTS, *CACHE_FAULTS):
+        parser.error(f"no fault {args.fault!r}; list shows those that there are")
     try:
         loaded = engine.load(args.model)
     except (OSError, ValueError) as error:

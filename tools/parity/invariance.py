@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qwen_jax.tracing import BatchEngine, Plan, batch_to_memory, make_batch, make_plan, to_memory
+from qwen_jax.tracing import Engine, Plan, batch_to_memory, make_batch, make_plan, to_memory
 from qwen_jax.weights.base import Weights
 from stages.errors import NotComparable
 from stages.invariance import Parting, partings
@@ -79,7 +79,7 @@ def ways(
 
 
 def sweep(
-    engine: BatchEngine, model: Weights, stream: Callable[[int], Tokens], dtype: str
+    engine: Engine, model: Weights, stream: Callable[[int], Tokens], dtype: str
 ) -> Iterator[Outcome]:
     """Every way for every length that the model has positions for. ``stream`` draws tokens.
 
