@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from oracle.cache import make
+from qwen_jax.padded import Padded
 from qwen_jax.tracing import EmitRows
 from qwen_jax.weights.base import Weights
 from qwen_jax.weights.huggingface import HuggingFaceWeights
@@ -224,11 +225,8 @@ class TorchEngine:
         Raises:
             UserError: as of ``run_batch``.
         """
-        valid = np.ones((1, len(tokens)), bool)
         self.run_batch(
-            np.array([tokens]),
-            np.array([positions]),
-            valid,
+            Padded.of([tokens], [positions]),
             logits,
             want,
             lambda stage, layer, value: emit(stage, layer, value[0]),
@@ -236,36 +234,31 @@ class TorchEngine:
 
     def run_batch(
         self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        valid: np.ndarray,
+        batch: Padded,
         logits: str,
         want: Want,
         emit: Emit,
         resume: tuple[int, np.ndarray] | None = None,
     ) -> None:
-        """Compute several sequences at once, [B, T] each; ``valid`` is False for padding, which is
-        on the left. Values have a batch axis.
+        """Compute several sequences at once. Values have a batch axis.
 
         Raises:
             UserError: a capture point did not fire, so this transformers works differently; or
                 positions have gaps, which transformers takes for several sequences in one.
         """
-        if valid.all() and (np.diff(positions) != 1).any():
+        if batch.valid.all() and (np.diff(batch.positions) != 1).any():
             raise UserError(
                 "positions have gaps, and transformers would take each for the start of another "
                 "sequence; the JAX trace reads them as one"
             )
         tables = self.model.config.tables
         with self._recording(tables, want, emit) as recorder:
-            found = self._forward(tokens, positions, valid, logits == "last")
+            found = self._forward(batch.tokens, batch.positions, batch.valid, logits == "last")
             recorder.record(tables.head.name, None, found[:, -1] if logits == "last" else found)
 
     def run_calls(
         self,
-        prompts: np.ndarray,
-        positions: np.ndarray,
-        valid: np.ndarray,
+        batch: Padded,
         steps: tuple[int, ...],
         cache: str,
         logits: str,
@@ -279,8 +272,8 @@ class TorchEngine:
             UserError: a capture point did not fire.
         """
         tables = self.model.config.tables.cached
-        kept = make(self.network.config, cache, positions.shape[1], self.static_cache)
-        tokens, end = prompts, 0
+        kept = make(self.network.config, cache, batch.valid.shape[1], self.static_cache)
+        tokens, prompt, end = batch.tokens, batch.tokens.shape[1], 0
 
         def place(stage: str, layer: int | None, value: np.ndarray) -> None:
             row = tables.stage[stage]
@@ -293,11 +286,11 @@ class TorchEngine:
             for count in steps:
                 first, end = end, end + count
                 recorder.call = first, end
-                picks = end >= prompts.shape[1]
+                picks = end >= prompt
                 found = self._forward(
                     tokens[:, first:end],
-                    positions[:, first:end],
-                    valid[:, :end],
+                    batch.positions[:, first:end],
+                    batch.valid[:, :end],
                     logits == "last",
                     kept,
                 )
@@ -306,7 +299,7 @@ class TorchEngine:
                 if picks:
                     best = to_numpy(found[:, -1:]).argmax(-1).astype(np.int32)
                     tokens = np.concatenate([tokens, best], 1)
-        return tokens[:, prompts.shape[1] :]
+        return tokens[:, prompt:]
 
     def _forward(
         self,

@@ -21,6 +21,7 @@ from qwen_jax.config import Config
 from qwen_jax.estimate import HEAD_BLOCK, head_tensor, host_dtype
 from qwen_jax.forward import run_stages
 from qwen_jax.models.ops import Positional, compute_dtype, positional_by_layer
+from qwen_jax.padded import Padded
 from qwen_jax.weights.base import Weights, aligned_empty
 from stages.architecture import LAYER_INPUT, TOKENS, Stage
 from stages.errors import UserError
@@ -109,11 +110,8 @@ class JaxEngine:
         ``lm_head`` is always emitted; ``logits`` is "last" ([V]) or "all" ([T, V]). With
         ``resume`` nothing before that layer is computed or emitted.
         """
-        ids = np.array([tokens], np.int32)
         self.run_batch(
-            ids,
-            np.array([positions], np.int32),
-            np.ones_like(ids, bool),
+            Padded.of([tokens], [positions]),
             logits,
             want,
             lambda stage, layer, value: emit(stage, layer, value[0]),
@@ -122,37 +120,29 @@ class JaxEngine:
 
     def run_batch(
         self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        valid: np.ndarray,
+        batch: Padded,
         logits: str,
         want: Want,
         emit: Emit,
         resume: Resume = None,
     ) -> None:
-        """Compute sequences of one length: as ``run``, with the batch axis in every value.
-
-        tokens, positions [B, T] int32; valid [B, T] bool is False at padding, which is on the left
-        and may hold any token.
-        """
+        """Compute sequences together: as ``run``, with the batch axis in every value."""
         with self._numerics():
-            found = positional_by_layer(self.model.config, positions, valid)
+            found = positional_by_layer(self.model.config, batch.positions, batch.valid)
             pos = {kind: self._put(value) for kind, value in found.items()}
-            embedded = None if resume else self._embedding(tokens)
+            embedded = None if resume else self._embedding(batch.tokens)
             self._call(embedded, pos, logits, want, emit, resume=resume)
 
     def run_calls(
         self,
-        prompts: np.ndarray,
-        positions: np.ndarray,
-        valid: np.ndarray,
+        batch: Padded,
         steps: tuple[int, ...],
         cache: str,
         logits: str,
         want: Want,
         emit: EmitRows,
     ) -> np.ndarray:
-        """Compute sequences of one length in several calls, through a key/value cache: the prompts,
+        """Compute sequences together, in several calls, through a key/value cache: the prompts,
         then greedily picked tokens, until there are T rows.
 
         Emits the rows of each call as it computes them, with the number of the first; scores have
@@ -160,8 +150,6 @@ class JaxEngine:
         token is picked.
 
         Arguments:
-            prompts: [B, P] int32.
-            positions, valid: [B, T], as of ``run_batch``.
             steps: how many rows each call computes; T in all, and P at the end of one of them.
             cache: a format of ``qwen_jax.cache``.
 
@@ -169,10 +157,11 @@ class JaxEngine:
             The picked tokens, [B, T - P + 1] int32; the last of them is in no row.
         """
         config, tables = self.model.config, self.tables
-        tokens, length = prompts, positions.shape[1]
+        tokens, (size, length) = batch.tokens, batch.valid.shape
+        prompt = tokens.shape[1]
         with self._numerics():
-            whole = positional_by_layer(config, positions, valid)
-            held = KeyValueCache(config, self.dtype, len(prompts), length, self._put_stage)
+            whole = positional_by_layer(config, batch.positions, batch.valid)
+            held = KeyValueCache(config, self.dtype, size, length, self._put_stage)
             layer = self._compiled(tables.cached.layer_stages, cached_in(cache))
             first, picked = 0, list[np.ndarray]()
             for count in steps:
@@ -188,7 +177,7 @@ class JaxEngine:
                     for sliding, all_rows in whole.items()
                 }
                 call = _Call(held, first, end, self._put(np.int32(first)), layer)
-                picks = end >= prompts.shape[1]
+                picks = end >= prompt
                 which = "all" if logits == "all" else "last" if picks else "none"
                 picked.clear()
                 placed = partial(self._emit_rows, call, emit, picked)
@@ -197,7 +186,7 @@ class JaxEngine:
                 if picks:
                     tokens = np.concatenate([tokens, picked[0]], 1)
                 first = end
-        return tokens[:, prompts.shape[1] :]
+        return tokens[:, prompt:]
 
     def _emit_rows(
         self,

@@ -24,6 +24,7 @@ from qwen_jax.engine import Emit, EmitRows, JaxEngine, Resume, Want
 from qwen_jax.estimate import head_tensor
 from qwen_jax.forward import run_stages
 from qwen_jax.models import FUNCTIONS, StageFunction
+from qwen_jax.padded import Padded
 from qwen_jax.processes import Group
 from qwen_jax.weights.base import Weights
 from stages.architecture import QKV, Architecture, Stage
@@ -208,9 +209,7 @@ class MeshEngine(JaxEngine):
 
     def run_batch(
         self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        valid: np.ndarray,
+        batch: Padded,
         logits: str,
         want: Want,
         emit: Emit,
@@ -218,31 +217,28 @@ class MeshEngine(JaxEngine):
     ) -> None:
         group = self.group
         if group is None:
-            return super().run_batch(tokens, positions, valid, logits, want, emit, resume)
+            return super().run_batch(batch, logits, want, emit, resume)
         with group.computing(emit) as emit:
-            shape = (*tokens.shape, self.model.config.hidden_size)
+            shape = (*batch.tokens.shape, self.model.config.hidden_size)
             resume = self._same_start(group, resume, shape)
-            super().run_batch(tokens, positions, valid, logits, want, emit, resume)
+            super().run_batch(batch, logits, want, emit, resume)
             hashes = self._hashes(resume[0] if resume else 0)
         group.compare("weights", hashes)
 
     def run_calls(
         self,
-        prompts: np.ndarray,
-        positions: np.ndarray,
-        valid: np.ndarray,
+        batch: Padded,
         steps: tuple[int, ...],
         cache: str,
         logits: str,
         want: Want,
         emit: EmitRows,
     ) -> np.ndarray:
-        arguments = prompts, positions, valid, steps, cache, logits, want
         group = self.group
         if group is None:
-            return super().run_calls(*arguments, emit)
+            return super().run_calls(batch, steps, cache, logits, want, emit)
         with group.computing(emit) as emit:
-            picked = super().run_calls(*arguments, emit)
+            picked = super().run_calls(batch, steps, cache, logits, want, emit)
             hashes = self._hashes(0)
         group.compare("weights", hashes)
         return picked

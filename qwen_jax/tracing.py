@@ -18,6 +18,7 @@ import numpy as np
 from msgspec import UNSET
 
 from qwen_jax.config import Config
+from qwen_jax.padded import Padded
 from qwen_jax.weights.base import Weights
 from stages import aprt, resume
 from stages.architecture import Architecture, Key
@@ -69,9 +70,7 @@ class Engine(Protocol):
 
     def run_batch(
         self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        valid: np.ndarray,
+        batch: Padded,
         logits: str,
         want: Callable[[str, int | None], bool],
         emit: Emit,
@@ -80,9 +79,7 @@ class Engine(Protocol):
 
     def run_calls(
         self,
-        prompts: np.ndarray,
-        positions: np.ndarray,
-        valid: np.ndarray,
+        batch: Padded,
         steps: tuple[int, ...],
         cache: str,
         logits: str,
@@ -284,21 +281,6 @@ def make_batch(plans: Sequence[Plan], prefill_chunk: int | None = None) -> list[
     return found
 
 
-def padded(plans: Sequence[Plan]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The prompts [B, P] int32 of a batch, padded on the left with token 0, the positions of all
-    rows [B, T] int32, and which of those are no padding [B, T] bool."""
-    length = max(len(plan.positions) for plan in plans)
-    prompt = max(len(plan.tokens) for plan in plans)
-    tokens = np.zeros((len(plans), prompt), np.int32)
-    positions = np.zeros((len(plans), length), np.int32)
-    valid = np.zeros((len(plans), length), bool)
-    for row, plan in enumerate(plans):
-        tokens[row, prompt - len(plan.tokens) :] = plan.tokens
-        positions[row, length - len(plan.positions) :] = plan.positions
-        valid[row, length - len(plan.positions) :] = True
-    return tokens, positions, valid
-
-
 def _steps(length: int, generate: int | None, chunk: int | None) -> tuple[int, ...]:
     """How many rows each call computes.
 
@@ -391,7 +373,6 @@ def compute(
     last of which is in no row; without a cache none.
     """
     first = plans[0]
-    tokens, positions, valid = padded(plans)
     if first.cache is None and len(plans) == 1:
         each = partial(emit, 0)
         engine.run(
@@ -403,7 +384,8 @@ def compute(
             resume,
         )
         return [()]
-    longest = positions.shape[1]
+    batch = Padded.of([plan.tokens for plan in plans], [plan.positions for plan in plans])
+    longest = batch.valid.shape[1]
 
     def split(stage: str, layer: int | None, value: np.ndarray, begin: int = 0) -> None:
         row = first.tables.stage[stage]
@@ -431,12 +413,10 @@ def compute(
             emit(i, stage, layer, found, None if whole else rows)
 
     if first.cache is None:
-        engine.run_batch(tokens, positions, valid, first.logits, first.want, split, resume)
+        engine.run_batch(batch, first.logits, first.want, split, resume)
         return [() for _ in plans]
     picked = engine.run_calls(
-        tokens,
-        positions,
-        valid,
+        batch,
         max(plans, key=lambda plan: len(plan.positions)).steps,
         first.cache,
         first.logits,

@@ -23,6 +23,7 @@ from qwen_jax.config import from_hf
 from qwen_jax.engine import JaxEngine
 from qwen_jax.forward import Stages, abstract, forward, load
 from qwen_jax.models.ops import positional, positional_by_layer, rounded
+from qwen_jax.padded import Padded
 from qwen_jax.weights.huggingface import HuggingFaceWeights
 from stages.architectures import ARCHITECTURES
 from stages.trace import numpy_dtype
@@ -100,15 +101,10 @@ def test_batches_and_left_padding(tiny: Path) -> None:
     the logits are those of Hugging Face for the same batch."""
     model = HuggingFaceWeights(tiny)
     sequences = [TOKENS, TOKENS[3:17], TOKENS[:1]]
-    tokens, valid = np.zeros((3, len(TOKENS)), np.int32), np.zeros((3, len(TOKENS)), bool)
-    for row, sequence in enumerate(sequences):
-        tokens[row, -len(sequence) :], valid[row, -len(sequence) :] = sequence, True
-    positions = np.maximum(np.cumsum(valid, 1) - 1, 0).astype(np.int32)
+    batch = Padded.of(sequences)
     values: Trace = {}
     JaxEngine(model, "float32", "xla", jax.devices("cpu")[0]).run_batch(
-        tokens,
-        positions,
-        valid,
+        batch,
         "all",
         lambda stage, layer: True,
         lambda stage, layer, value: values.update({(stage, layer): value}),
@@ -127,11 +123,11 @@ def test_batches_and_left_padding(tiny: Path) -> None:
     network = network.from_pretrained(tiny, attn_implementation="eager").eval()
     with torch.no_grad():
         theirs = network(
-            torch.from_numpy(tokens).long(),
-            attention_mask=torch.from_numpy(valid).long(),
-            position_ids=torch.from_numpy(positions).long(),
+            torch.from_numpy(batch.tokens).long(),
+            attention_mask=torch.from_numpy(batch.valid).long(),
+            position_ids=torch.from_numpy(batch.positions).long(),
         ).logits.numpy()
-    assert relative_l2(values["lm_head", None][valid], theirs[valid]) <= 1e-5
+    assert relative_l2(values["lm_head", None][batch.valid], theirs[batch.valid]) <= 1e-5
 
 
 # --- against a forward that shares no code with it

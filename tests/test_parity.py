@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -340,7 +341,7 @@ def test_padding_reaches_nothing(which: str, request: pytest.FixtureRequest) -> 
     engine = layers(model)
     batch = programs.make_batch(TOKENS, 9, 3)
     assert batch.lengths == [9, 5, 9]
-    other = programs.Batch(np.where(batch.valid, batch.tokens, 7), batch.valid)
+    other = replace(batch, tokens=np.where(batch.valid, batch.tokens, 7))
     first, second = (sequences(engine.values(b), b, model, "float32") for b in (batch, other))
     assert measure.agreement(first, second).first is None
     alone = programs.make_batch(first[1].tokens, 5, 1)

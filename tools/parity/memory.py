@@ -2,15 +2,16 @@
 
 import numpy as np
 
+from qwen_jax.padded import Padded
 from qwen_jax.weights.base import Weights
 from stages.architecture import Key
 from stages.mask import layer_mask
 from stages.trace import MemoryTrace, Trace
-from tools.parity.programs import Batch, Values
+from tools.parity.programs import Values
 
 
 def sequences(
-    values: Values, batch: Batch, model: Weights, dtype: str, name: str = ""
+    values: Values, batch: Padded, model: Weights, dtype: str, name: str = ""
 ) -> list[MemoryTrace]:
     """One trace for each sequence of a batch, without what stands at its padding."""
     tables, config = model.config.tables, model.config.to_json()

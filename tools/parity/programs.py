@@ -19,6 +19,7 @@ from qwen_jax.engine import JaxEngine, Want
 from qwen_jax.forward import Params, forward, load, run_stages
 from qwen_jax.models import FUNCTIONS
 from qwen_jax.models.ops import positional_by_layer
+from qwen_jax.padded import Padded
 from qwen_jax.weights.base import Weights
 from stages.architecture import LAYER_INPUT, TOKENS, Key, Scope, Stage
 from stages.trace import numpy_dtype
@@ -27,38 +28,12 @@ from tools.parity.variants import Variant
 Values = dict[Key, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Sequences of one or more lengths in one array, padded on the left.
-
-    Attributes:
-        tokens: [B, T] int32.
-        valid: [B, T] bool, False at padding.
-        positions: [B, T] int32, from each sequence's first token on.
-    """
-
-    tokens: np.ndarray
-    valid: np.ndarray
-
-    @property
-    def positions(self) -> np.ndarray:
-        return np.maximum(np.cumsum(self.valid, axis=1) - 1, 0).astype(np.int32)
-
-    @property
-    def lengths(self) -> list[int]:
-        return [int(n) for n in self.valid.sum(1)]
-
-
-def make_batch(tokens: tuple[int, ...], length: int, batch: int) -> Batch:
+def make_batch(tokens: tuple[int, ...], length: int, batch: int) -> Padded:
     """``batch`` different sequences cut from ``tokens`` (repeated as often as needed); every second
     one is half as long, and padded."""
     stream = np.resize(np.array(tokens, np.int32), length + batch)
-    ids, valid = np.zeros((batch, length), np.int32), np.zeros((batch, length), bool)
-    for row in range(batch):
-        count = -(-length // 2) if row % 2 else length
-        ids[row, length - count :] = stream[row : row + count]  # padding is token 0
-        valid[row, length - count :] = True
-    return Batch(ids, valid)
+    lengths = [-(-length // 2) if row % 2 else length for row in range(batch)]
+    return Padded.of([stream[row : row + count].tolist() for row, count in enumerate(lengths)])
 
 
 @dataclass(frozen=True)
@@ -118,7 +93,7 @@ class Layers(JaxEngine):
             return own
         return jax.jit(own, compiler_options=runtime.compiler_options())
 
-    def programs(self, batch: Batch) -> Iterator[Part]:
+    def programs(self, batch: Padded) -> Iterator[Part]:
         """Its programs, with weights in the dtype that they are stored in."""
         config, tables = self.model.config, self.tables
         struct, (rows, length) = jax.ShapeDtypeStruct, batch.tokens.shape
@@ -171,13 +146,11 @@ class Layers(JaxEngine):
             rows=(head,),
         )
 
-    def values(self, batch: Batch, want: Want = lambda stage, layer: True) -> Values:
+    def values(self, batch: Padded, want: Want = lambda stage, layer: True) -> Values:
         """Every wanted stage, and always the logits of all positions."""
         found: Values = {}
         self.run_batch(
-            batch.tokens,
-            batch.positions,
-            batch.valid,
+            batch,
             "all",
             want,
             lambda stage, layer, value: found.__setitem__((stage, layer), value),
@@ -205,7 +178,7 @@ class Whole:
             compiler_options=runtime.compiler_options(),
         )
 
-    def programs(self, batch: Batch) -> Iterator[Part]:
+    def programs(self, batch: Padded) -> Iterator[Part]:
         """Its one program, with weights in the dtype that they are stored in."""
         config, tables = self.model.config, self.model.config.tables
         weights = partial(stored, self.model)
@@ -220,11 +193,11 @@ class Whole:
         stages = (tables.head.name,) if self.form == "unobserved" else tables.names
         yield Part(self.form, self.program, (params, shapes_of(batch.tokens), pos), stages)
 
-    def values(self, batch: Batch) -> Values:
+    def values(self, batch: Padded) -> Values:
         with runtime.numerics(None):
             return self._values(batch)
 
-    def _values(self, batch: Batch) -> Values:
+    def _values(self, batch: Padded) -> Values:
         config, put = self.model.config, partial(jax.device_put, device=self.device)
         pos = put(positional_by_layer(config, batch.positions, batch.valid))
         weights = load(self.model)

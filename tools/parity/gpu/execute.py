@@ -12,6 +12,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from qwen_jax import runtime
 from qwen_jax.forward import read_parameters, run_stages
 from qwen_jax.models.ops import positional_by_layer
+from qwen_jax.padded import Padded
 from qwen_jax.weights.base import Weights
 from stages.architecture import LAYER_INPUT, TOKENS, Stage
 from stages.trace import numpy_dtype
@@ -19,7 +20,7 @@ from tools.parity.gpu import hlo
 from tools.parity.gpu.check import sanitised
 from tools.parity.gpu.compile import Compiled
 from tools.parity.gpu.interpreter import Memory, Unsupported, run
-from tools.parity.programs import Batch, Part, Values
+from tools.parity.programs import Part, Values
 from tools.parity.variants import Variant
 
 ARGUMENTS = ("parameters", "pos", "given")  # of ``forward.run_stages``
@@ -83,7 +84,7 @@ def _constant(text: str, shape: hlo.Shape) -> np.ndarray:
 
 
 def values(
-    parts: Mapping[str, tuple[Part, Compiled]], model: Weights, batch: Batch, **how: Any
+    parts: Mapping[str, tuple[Part, Compiled]], model: Weights, batch: Padded, **how: Any
 ) -> Values:
     """Every stage of a model, from its layer-wise programs: ``{(stage, layer): [B, ...]}``.
 
@@ -115,7 +116,7 @@ def values(
     return found | {(name, None): value for name, value in (norm | head).items()}
 
 
-def created(found: Values, variant: Variant, model: Weights, batch: Batch, dtype: str) -> int:
+def created(found: Values, variant: Variant, model: Weights, batch: Padded, dtype: str) -> int:
     """How many values of all stages differ from what the un-jitted stage on the CPU makes of the
     same inputs: what a program adds to the difference, without what arrived from before."""
     config, tables = model.config, model.config.tables
