@@ -51,26 +51,35 @@ class Headroom:
 def measure(trace: Trace, config: Config, near: float = NEAR) -> list[Headroom]:
     """Everything in a trace that takes more than ``near`` of float16's range, in the order of
     computation."""
-    return [found for found in _every(trace, config) if found.float16 > near]
+    return [found for found in _every(trace, config, near) if found.float16 > near]
 
 
-def _every(trace: Trace, config: Config) -> Iterator[Headroom]:
+def _every(trace: Trace, config: Config, near: float) -> Iterator[Headroom]:
     for stage, layer in trace.entries:
         row = trace.row(stage)
-        value = np.abs(trace.read_rows(stage, layer).astype(np.float32))
-        if row.kind.masked and layer is not None:
-            mask = layer_mask(trace.config, layer, trace.positions)[-value.shape[1] :]
-            value = np.where(mask, value, 0)
-        yield from _largest(trace, row, layer, "value", value)
-        if row.kind.over_root:
-            root = config.dims(1)[row.kind.over_root] ** 0.5
-            yield from _largest(trace, row, layer, "before the scale", value * root)
+        value = trace.read_rows(stage, layer)
+        root = config.dims(1)[row.kind.over_root] ** 0.5 if row.kind.over_root else 1
+        if _peak(value) * root > near * FLOAT16:  # of few: the rest is read once, and not copied
+            value = np.abs(value.astype(np.float32))
+            if row.kind.masked and layer is not None:
+                mask = layer_mask(trace.config, layer, trace.positions)[-value.shape[1] :]
+                value = np.where(mask, value, 0)
+            yield from _largest(trace, row, layer, "value", value)
+            if row.kind.over_root:
+                yield from _largest(trace, row, layer, "before the scale", value * root)
         if row.kind is NORM:
             key = trace.tables.stored_as(row.inputs[0], layer, config.num_hidden_layers)
             # of the stream: a head's norm is of far fewer terms, and reads a part of its input
             if row.heads(config.dims(1)) is None and key in trace.entries:
                 sums = np.square(trace.read_rows(*key).astype(np.float64)).sum(-1, keepdims=True)
                 yield from _largest(trace, row, layer, "sum of squares", sums)
+
+
+def _peak(value: np.ndarray) -> float:
+    """The largest magnitude; NaN is passed over."""
+    if not value.size:
+        return 0.0
+    return max(float(np.fmax.reduce(value, None)), -float(np.fmin.reduce(value, None)))
 
 
 def _largest(
