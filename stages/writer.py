@@ -30,6 +30,7 @@ Planned = Mapping[Key, tuple[tuple[int, ...], str]]  # what there is to be: its 
 
 THREADS = 2
 WAITING = 8  # stages that may wait to be written before the computation has to wait
+GATHERED = 32  # rows of a decode that are written at once: a row alone takes longer than to compute
 NOTE_EVERY = 1.0  # seconds between two notes of what is finished, for a process that is killed
 
 
@@ -156,6 +157,7 @@ class TraceWriter:
                 raise UserError(f"--out {directory}: {entry.path} is not laid out as it will be")
             self.bytes += self._size(entry)
         self._made: set[str] = set()  # files
+        self._few: dict[Key, list[tuple[np.ndarray, slice]]] = {}  # rows that wait for the next
         self._rows: dict[Key, np.ndarray] = {}  # of a stage that comes in parts: which are there
         self._lock = threading.Lock()
         self._noted = time.monotonic()
@@ -203,11 +205,45 @@ class TraceWriter:
         """Queue one stage of one sequence (no batch axis). ``value`` must not change any more.
 
         With ``rows`` the value has these rows of the stage along T (of a cache, along S): a stage
-        is whole when all have come. An S axis may be shorter: the keys after it are zeros.
+        is whole when all have come. An S axis may be shorter: the keys after it are zeros. Few rows
+        wait for those after them, ``GATHERED`` at most.
         """
         if self._error:
             raise self._failure()
-        self._queue.put(((stage, layer), value, rows))
+        key = stage, layer
+        if rows is None or rows.stop - rows.start >= GATHERED or not self._fits(key, value, rows):
+            self._queue.put((key, value, rows))  # what does not fit is refused there
+            return
+        if key in self._few and self._few[key][-1][1].stop != rows.start:
+            self._gather(key)
+        waiting = self._few.setdefault(key, [])
+        waiting.append((value, rows))
+        if rows.stop - waiting[0][1].start >= GATHERED:
+            self._gather(key)
+
+    def _fits(self, key: Key, value: np.ndarray, rows: slice) -> bool:
+        """Whether the value is these rows of the stage as planned."""
+        place = self._places[key]
+        along = place.axes.index(self.header.tables.stage[place.stage].row_axis)
+        planned = [*place.shape]
+        planned[along] = rows.stop - rows.start
+        if "S" in place.axes[along + 1 :] and value.ndim == len(planned):
+            planned[-1] = min(planned[-1], value.shape[-1])
+        return (value.shape, str(value.dtype)) == (tuple(planned), place.dtype)
+
+    def _gather(self, key: Key) -> None:
+        """Queue the rows of a stage that wait, as one value."""
+        waiting = self._few.pop(key)
+        place, (last, end) = self._places[key], waiting[-1]
+        along = place.axes.index(self.header.tables.stage[place.stage].row_axis)
+        first = waiting[0][1].start
+        shape = (*last.shape[:along], end.stop - first, *last.shape[along + 1 :])
+        value = np.zeros(shape, last.dtype)
+        for part, rows in waiting:
+            there = [slice(size) for size in part.shape]  # of earlier rows of scores fewer keys
+            there[along] = slice(rows.start - first, rows.stop - first)
+            value[tuple(there)] = part
+        self._queue.put((key, value, slice(first, end.stop)))
 
     def note(self) -> None:
         """Have the mark say which files are whole by now, for a process that is killed."""
@@ -232,6 +268,8 @@ class TraceWriter:
             RuntimeError: one that was planned was never added, or not all of its rows.
             UserError: a write failed.
         """
+        for key in [*self._few]:
+            self._gather(key)
         self._stop()
         if self._error:
             raise self._failure()
