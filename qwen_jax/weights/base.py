@@ -220,16 +220,18 @@ class Weights(ABC):
         return self.hashes[name]
 
     def gather(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """The given rows (sorted, each once) of a tensor; in one pass over all of it, unless its
-        hash is known."""
+        """The given rows of a tensor, in any order; in one pass over all of it, unless its hash is
+        known."""
         found = aligned_empty((len(rows), *self.shapes[name][1:]), self.dtype(name))
         if name in self.hashes:
             for place, row in enumerate(rows):
                 self.fill(name, int(row), found[place : place + 1])
             return found
+        order = np.argsort(rows)
         for start, block in self.blocks(name):
-            first, last = np.searchsorted(rows, (start, start + len(block)))
-            found[first:last] = block[rows[first:last] - start]
+            first, last = np.searchsorted(rows, (start, start + len(block)), sorter=order)
+            here = order[first:last]
+            found[here] = block[rows[here] - start]
         return found
 
 

@@ -496,10 +496,8 @@ class _Measuring:
         """The margins [P] of the head's inputs x [P, rows, D], whose error of its own is kept."""
         after = found.row - len(self.replay.trace.tokens)
         two = [found.token, found.against]
-        order = np.argsort(two)
         tensor = head_tensor(self.config)
-        weight = np.empty((2, x.shape[2]))
-        weight[order] = self.replay.weights.gather(tensor, np.sort(two)).astype(np.float64)
+        weight = self.replay.weights.gather(tensor, np.array(two)).astype(np.float64)
         own = self.shares.get((self.head.name, None))
         return x[:, after] @ (weight[0] - weight[1]) + keep * (own.margin if own else 0.0)
 
