@@ -20,7 +20,7 @@ from qwen_jax.forward import Parameters, run_stages
 from qwen_jax.models import FUNCTIONS, StageFunction
 from qwen_jax.models.ops import Positional, rounded, wide
 from qwen_jax.tracing import CACHE_FORMATS as BLOCKS
-from stages.architecture import CACHE, Stage
+from stages.architecture import CACHE, LAYER_INPUT, Stage
 
 START = "start"  # the row at which a call begins, where a cache does not slide
 
@@ -118,7 +118,8 @@ def run_cached(
     names, [B, S, K, H], and under ``START`` the row at which this call is written into it. Without
     ``START`` the cache slides: this call's rows are put behind it.
 
-    Returns the stages; those of the cache are the whole of it, with this call's rows.
+    Returns the stages, those of the cache with this call's rows alone: one row is little to keep
+    or to fetch. The whole of it, as later calls read it, is under ``whole(name)``.
     """
     functions = FUNCTIONS[config.architecture] if functions is None else functions
 
@@ -132,8 +133,19 @@ def run_cached(
 
         return function
 
-    changed = {row.name: through(row.name) for row in rows if row.kind is CACHE}
-    return run_stages(rows, config, parameters, pos, given, dtype, {**functions, **changed})
+    caches = [row.name for row in rows if row.kind is CACHE]
+    changed = {name: through(name) for name in caches}
+    found = run_stages(rows, config, parameters, pos, given, dtype, {**functions, **changed})
+    for name in caches:
+        held, count = found[name], given[LAYER_INPUT].shape[1]
+        first = given[START] if START in given else np.int32(held.shape[1] - count)
+        found |= {whole(name): held, name: lax.dynamic_slice_in_dim(held, first, count, 1)}
+    return found
+
+
+def whole(name: str) -> str:
+    """Under which name ``run_cached`` returns all of a cache."""
+    return f"whole {name}"
 
 
 @cache
@@ -197,20 +209,24 @@ class KeyValueCache:
     def keep(self, layer: int, values: Mapping[str, Array]) -> None:
         """Take over what a call returned."""
         kept = self.kept[self.config.sliding_layers[layer]]
-        found = {row.name: values[row.name] for row in self.rows}
+        found = {row.name: values[whole(row.name)] for row in self.rows}
         if self.slides[self.config.sliding_layers[layer]]:
             found = {name: value[:, value.shape[1] - kept :] for name, value in found.items()}
         self.layers[layer] = found
 
-    def of_call(
-        self, stage: Stage, layer: int | None, value: np.ndarray, first: int, end: int
+    def of_calls(
+        self, stage: Stage, layer: int | None, value: np.ndarray, first: int, count: int
     ) -> np.ndarray:
-        """What a call computed of a stage, with a batch axis, as part of the whole sequence's: of
-        the cache its rows alone, of scores the columns up to the last row."""
-        if layer is None or "S" not in stage.axes:
+        """What calls of ``count`` rows each have computed of a stage, with a batch axis, from row
+        ``first`` on, as part of the whole sequence's: of scores the columns up to the last row, and
+        zeros where a call had none yet."""
+        if layer is None or stage.row_axis == "S" or "S" not in stage.axes:
             return value
-        low, _ = self.columns(self.config.sliding_layers[layer], first, end)
-        if stage.kind is CACHE:
-            return value[:, first - low : end - low]
-        value = value[..., max(-low, 0) : end - low]
-        return np.pad(value, ((0, 0), (0, 0), (0, 0), (max(low, 0), 0)))
+        rows = value.shape[-2]
+        found = np.zeros((*value.shape[:-1], first + rows), value.dtype)
+        for start in range(0, rows, count):
+            end = first + start + count
+            low, _ = self.columns(self.config.sliding_layers[layer], end - count, end)
+            some = value[..., start : start + count, max(-low, 0) : end - low]
+            found[..., start : start + count, max(low, 0) : end] = some
+        return found

@@ -22,6 +22,7 @@ from qwen_jax.estimate import HEAD_BLOCK, head_tensor, host_dtype
 from qwen_jax.forward import run_stages
 from qwen_jax.models.ops import Positional, compute_dtype, positional_by_layer
 from qwen_jax.padded import Padded
+from qwen_jax.rows import Rows, Values
 from qwen_jax.weights.base import Weights, aligned_empty
 from stages.architecture import LAYER_INPUT, TOKENS, Stage
 from stages.errors import UserError
@@ -32,6 +33,7 @@ Want = Callable[[str, int | None], bool]  # is this stage of this layer to be fe
 Emit = Callable[[str, int | None, np.ndarray], None]  # stage, layer, value
 EmitRows = Callable[[str, int | None, np.ndarray, int], None]  # ... and the first row of them
 Resume = tuple[int, np.ndarray] | None  # the first layer to compute, and its input
+Take = Callable[[int | None, Values], None]  # the layer, and what it has computed
 
 
 class JaxEngine:
@@ -131,7 +133,9 @@ class JaxEngine:
             found = positional_by_layer(self.model.config, batch.positions, batch.valid)
             pos = {kind: self._put(value) for kind, value in found.items()}
             embedded = None if resume else self._embedding(batch.tokens)
-            self._call(embedded, pos, logits, want, emit, resume=resume)
+            fetch = partial(self._fetch, want, emit)
+            head = self._call(embedded, pos, logits, fetch, resume=resume)
+            emit(self.tables.head.name, None, head[:, 0] if logits == "last" else head)
 
     def run_calls(
         self,
@@ -145,9 +149,8 @@ class JaxEngine:
         """Compute sequences together, in several calls, through a key/value cache: the prompts,
         then greedily picked tokens, until there are T rows.
 
-        Emits the rows of each call as it computes them, with the number of the first; scores have
-        as many columns as there are rows by then. ``logits`` "last" is of the rows after which a
-        token is picked.
+        Emits rows with the number of the first, see ``rows.Rows``; scores have as many columns as
+        there are rows by then. ``logits`` "last" is of the rows after which a token is picked.
 
         Arguments:
             steps: how many rows each call computes; T in all, and P at the end of one of them.
@@ -163,46 +166,32 @@ class JaxEngine:
             whole = positional_by_layer(config, batch.positions, batch.valid)
             held = KeyValueCache(config, self.dtype, size, length, self._put_stage)
             layer = self._compiled(tables.cached.layer_stages, cached_in(cache))
-            first, picked = 0, list[np.ndarray]()
+            rows, first = Rows(tables.cached, held, self._host, want, emit), 0
             for count in steps:
                 end = first + count
-                pos = {
-                    sliding: self._put(
-                        Positional(
+                pos = self._put(
+                    {
+                        sliding: Positional(
                             all_rows.cos[:, first:end],
                             all_rows.sin[:, first:end],
                             held.mask(sliding, np.asarray(all_rows.mask), first, end),  # type: ignore[arg-type]
                         )
-                    )
-                    for sliding, all_rows in whole.items()
-                }
-                call = _Call(held, first, end, self._put(np.int32(first)), layer)
+                        for sliding, all_rows in whole.items()
+                    }
+                )
+                rows.begin(count)
                 picks = end >= prompt
                 which = "all" if logits == "all" else "last" if picks else "none"
-                picked.clear()
-                placed = partial(self._emit_rows, call, emit, picked)
                 embedded = self._embedding_of(tokens[:, first:end])
-                self._call(embedded, pos, which, want, placed, cached=call)
+                call = _Call(held, self._put(np.int32(first)), layer)
+                head = self._call(embedded, pos, which, rows.take, call)
+                rows.finish(head)
                 if picks:
-                    tokens = np.concatenate([tokens, picked[0]], 1)
+                    best = head[:, -1:].argmax(-1).astype(np.int32)
+                    tokens = np.concatenate([tokens, best], 1)
                 first = end
+            rows.flush()
         return tokens[:, prompt:]
-
-    def _emit_rows(
-        self,
-        call: "_Call",
-        emit: EmitRows,
-        picked: list[np.ndarray],
-        stage: str,
-        layer: int | None,
-        value: np.ndarray,
-    ) -> None:
-        """A stage of one call as rows of the sequence; of logits, the most likely tokens too."""
-        row = self.tables.cached.stage[stage]
-        if row is self.tables.head:
-            picked.append(value[:, -1:].argmax(-1).astype(np.int32))
-        value = call.cache.of_call(row, layer, value, call.first, call.end)
-        emit(stage, layer, value, call.end - value.shape[1 + row.axes.index(row.row_axis)])
 
     @contextmanager
     def _numerics(self) -> Iterator[None]:
@@ -216,19 +205,20 @@ class JaxEngine:
         embedded: tuple[Any, np.ndarray] | None,
         pos: Mapping[bool, Positional],
         logits: str,
-        want: Want,
-        emit: Emit,
-        resume: Resume = None,
+        take: Take,
         cached: "_Call | None" = None,
-    ) -> None:
+        resume: Resume = None,
+    ) -> Any:
         """Every stage of some rows: of a whole sequence, or of one of the calls that compute it.
 
         ``embedded`` is the embedding and the rows of it, where the call does not ``resume``.
+        ``take`` is given the stages, a layer at a time. Returns the logits [B, rows, V] on the
+        host, of the rows that ``logits`` says, which may be "none": None.
         """
         config = self.model.config
         tables = self.tables.cached if cached else self.tables
         output = tables.layer_output.name
-        pending: list[tuple[str, int | None, Any]] = []
+        pending: tuple[int, Values] = 0, {}
         numbers = range(resume[0] if resume else 0, config.num_hidden_layers)
         heads = () if logits == "none" else self._heads()
         with self._ahead(chain(self._layers(numbers), heads)) as weights:
@@ -238,7 +228,7 @@ class JaxEngine:
                 table, index = embedded  # type: ignore[misc]
                 given = self._put({TOKENS: index})
                 x = self._start(table, pos[False], given)[tables.first.name]
-                pending = [(tables.first.name, 0, x)]
+                pending = 0, {tables.first.name: x}
             for layer in numbers:
                 sliding = config.sliding_layers[layer]
                 if cached:
@@ -249,24 +239,22 @@ class JaxEngine:
                     values = self._layer(next(weights), pos[sliding], {LAYER_INPUT: x})
                 x = values[output]
                 # JAX dispatches asynchronously: fetch the last layer while this one computes.
-                self._fetch(pending, want, emit)
-                # A jitted function returns a dictionary in another order.
-                pending = [
-                    (s.name, layer, values[s.name]) for s in tables.layer_stages if s.name in values
-                ]
+                take(*pending)
+                pending = layer, values
                 del values
                 # Not earlier: this layer's weights make room for those after the next (_layers).
-                jax.block_until_ready(x)
-            end = self._place(self._end_parameters())
+                if self._kept is None:
+                    jax.block_until_ready(x)
+            end = self._keep("end", lambda key: self._end_parameters())
             before = self._norm(end, pos[False], {output: x})
-            self._fetch([*pending, *((name, None, before[name]) for name in before)], want, emit)
+            take(*pending)
+            take(None, before)
             if logits == "none":
-                return
+                return None
             x = before[tables.head.inputs[0]]
-            if logits == "last":
+            if logits == "last" and x.shape[1] > 1:
                 x = self._put(self._host(tables.head.inputs[0], x)[:, -1:])
-            head = self._logits(weights, pos[False], x)
-        emit(tables.head.name, None, head[:, 0] if logits == "last" and not cached else head)
+            return self._logits(weights, pos[False], x)
 
     def _end_parameters(self) -> dict[str, np.ndarray]:
         """What the stages between the last layer and the head read."""
@@ -287,10 +275,10 @@ class JaxEngine:
         """A stage's value in host memory."""
         return np.asarray(value)
 
-    def _fetch(self, values: list[tuple[str, int | None, Any]], want: Want, emit: Emit) -> None:
-        for stage, layer, value in values:
-            if want(stage, layer):
-                emit(stage, layer, self._host(stage, value))
+    def _fetch(self, want: Want, emit: Emit, layer: int | None, values: Values) -> None:
+        for row in self.tables.stages:  # a jitted function returns them in another order
+            if row.name in values and want(row.name, layer):
+                emit(row.name, layer, self._host(row.name, values[row.name]))
 
     def _embedding(self, tokens: np.ndarray) -> tuple[dict[str, jax.Array], np.ndarray]:
         """The rows in use, for the embedding is most of a small model, and the tokens renumbered
@@ -386,12 +374,10 @@ class JaxEngine:
 
 @dataclass(frozen=True)
 class _Call:
-    """One of the calls that compute a sequence: its cache, its rows ``first`` to ``end``, the first
-    once more on the device, and the program of a layer."""
+    """One of the calls that compute a sequence: its cache, its first row on the device, and the
+    program of a layer."""
 
     cache: KeyValueCache
-    first: int
-    end: int
     start: jax.Array
     layer: Callable[..., dict[str, Any]]
 

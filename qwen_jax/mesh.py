@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax import runtime
+from qwen_jax.cache import whole
 from qwen_jax.config import Config
 from qwen_jax.engine import Emit, EmitRows, JaxEngine, Resume, Want
 from qwen_jax.estimate import head_tensor
@@ -27,7 +28,7 @@ from qwen_jax.models import FUNCTIONS, StageFunction
 from qwen_jax.padded import Padded
 from qwen_jax.processes import Group
 from qwen_jax.weights.base import Weights
-from stages.architecture import QKV, Architecture, Stage
+from stages.architecture import CACHE, QKV, Architecture, Stage
 from stages.errors import UserError
 
 AXIS = "tp"
@@ -156,6 +157,8 @@ def program(
     functions = _functions(tables, size)
     own = partial(how, rows, local(config, size), dtype=dtype, functions=functions)
     cache = {stage.name: stage_spec(stage) for stage in tables.cache}
+    out = {stage.name: stage_spec(stage) for stage in rows}
+    out |= {whole(stage.name): out[stage.name] for stage in rows if stage.kind is CACHE}
 
     def run(parameters: Any, pos: Any, given: Mapping[str, Any]) -> dict[str, jax.Array]:
         return jax.shard_map(
@@ -166,7 +169,7 @@ def program(
                 P(),
                 {name: cache.get(name, P()) for name in given},
             ),
-            out_specs={stage.name: stage_spec(stage) for stage in rows},
+            out_specs=out,
         )(parameters, pos, given)
 
     return run
