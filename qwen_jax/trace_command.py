@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from qwen_jax import arguments, cli, tracing
+from qwen_jax import arguments, cli, forecast, tracing
 from qwen_jax.prompt import load_tokenizer, read_prompts
 from qwen_jax.tracing import Engine, Plan, Written
 from qwen_jax.weights import open_model
@@ -64,6 +64,7 @@ def parser(prog: str, description: str, backends: tuple[str, ...]) -> argparse.A
         help=f"a key/value cache of one of {', '.join(tracing.CACHE_FORMATS)}; default: none; with "
         "--generate or --prefill-chunk the model's dtype",
     )
+    forecast.add_argument(result)
     add("--out", type=Path, metavar="DIR", help="where the trace goes")
     old = result.add_mutually_exclusive_group()
     old.add_argument("--overwrite", action="store_true", help="replace the trace that is in --out")
@@ -140,6 +141,8 @@ def main(
     plans = plans_of(args)
     plan = max(plans, key=lambda plan: len(plan.tokens))
     out = out_of(args, plan, suffix)
+    if args.headroom:
+        forecast.check(args.headroom, plan.dtype)
     if args.dry_run:
         length = len(plans) * len(plan.positions)
         needed = memory(plan.model, length, plan.dtype, plan.logits, plan.cache is not None)
@@ -162,13 +165,21 @@ def main(
     seconds, peak = time.perf_counter() - began, _peak_memory()
     tokenizer = load_tokenizer(plan.model)
     found = [_found(tokenizer, *each) for each in zip(plans, written, strict=True)]
+    forecasts = [
+        args.headroom and forecast.Forecast(each.open(), args.headroom) for each in written
+    ]
+    for facts, ahead in zip(found, forecasts, strict=True):
+        if ahead:
+            facts["headroom"] = ahead.to_json()
     show = cli.report(args.json, _said(plans, out, found, peak, {"seconds": round(seconds, 3)}))
     show.print(_table(plan))
-    for each, facts in zip(written, found, strict=True):
+    for each, facts, ahead in zip(written, found, forecasts, strict=True):
         if plan.batch:
             show.print(f"\n{each.path}/: {len(facts['tokens'])} tokens")
         _print_generated(show, tokenizer, facts.get("generated"))
         _print_top(show, facts["top"])
+        if ahead:
+            ahead.show(show)
     rows = " + ".join(str(len(each.positions)) for each in plans)
     files = sum(len(p.stored) if p.format == "aprt" else 1 for p in plans)
     show.print(
@@ -176,7 +187,7 @@ def main(
         f"{cli.size(sum(each.bytes for each in written))}, {plan.dtype}, "
         f"{rows} tokens, in {seconds:.1f} s, peak memory {cli.size(peak)}"
     )
-    return 0
+    return int(any(ahead and ahead.overflows for ahead in forecasts))
 
 
 def _said(

@@ -100,17 +100,42 @@ class NatsRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class HeadroomRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What of a stage takes more than a quarter of float16's range: the largest "value", product
-    "before the scale" of scores, or "sum of squares" of a norm; that as a part of 65504; and where
-    it is."""
+    """What of a stage takes more than a quarter of a format's range: the largest "value", product
+    "before the scale" of scores, "sum of squares" of a norm, or "sum of 32" of a Q8_1 block; and
+    where it is (of scores the channel is the key's row, of a block its first).
+
+    Attributes:
+        part: the largest as a part of the format's largest number; float16: the same of 65504, in
+            what localize says.
+        where: what of it rounds to no number of the format.
+    """
 
     layer: int | None
     stage: str
-    of: Literal["value", "before the scale", "sum of squares"]
+    of: Literal["value", "before the scale", "sum of squares", "sum of 32"]
     largest: float
-    float16: float
     position: int
     channel: int | None
+    head: int | None = None
+    part: float | UnsetType = UNSET
+    float16: float | UnsetType = UNSET
+    where: Axes | UnsetType = UNSET
+
+
+class HeadroomEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where an engine in a number format would overflow, as ``--headroom`` forecasts it.
+
+    Attributes:
+        most: the largest number of the format.
+        overflows: something other than the sum of squares of a norm is beyond it.
+        missing: stages that would have to be looked at and are not in the trace.
+    """
+
+    format: str
+    most: float
+    overflows: bool
+    rows: list[HeadroomRow]
+    missing: list[str]
 
 
 class SliceShare(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -353,6 +378,7 @@ class TraceResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     generated: list[Generated] | UnsetType = UNSET
     refused: str | UnsetType | None = UNSET
     seconds: float | UnsetType = UNSET
+    headroom: HeadroomEntry | UnsetType = UNSET
 
 
 class BatchResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

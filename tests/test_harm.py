@@ -10,11 +10,11 @@ from stages.architecture import LINEAR
 from stages.architectures import any_stage
 from stages.errors import UserError
 from tests.planted.matrix import Bench, make_bench
-from tests.planted.shares import log_softmax, measured, memory_trace, replay_of, true_changes
+from tests.planted.shares import log_softmax, measured, replay_of, true_changes
 from tests.traces import torch_trace
-from tools.localize import __main__, harm, headroom, nats
+from tools.localize import __main__, harm, nats
 from tools.localize.question import Question
-from tools.numpy_engine import engine, faults
+from tools.numpy_engine import faults
 
 # Slopes half-way are wrong by the error to the third: 1 % at most on the checkpoints of
 # tests/planted/shares.py, in float16 1e-4. Slopes at the dump are wrong by its square.
@@ -184,39 +184,3 @@ def test_nan_costs_nothing_that_can_be_said(directory: Path) -> None:
     bench = bench_of(directory, "f32")
     run = faults.plant(bench.loaded, bench.tokens, "ffn_silu.nan", [1], "f32", "all")
     assert harm.measure(replay_of(bench, run), Question()) is None
-
-
-def test_one_float32_trace_forecasts_where_float16_overflows(directory: Path) -> None:
-    """Under weights by which a product of two sound values is beyond 65504."""
-    bench = bench_of(directory, "f32")
-    shape, weights = bench.loaded
-    weights = {name: w.copy() for name, w in weights.items()}
-    for name in ("gate", "up"):
-        weights[f"model.layers.1.mlp.{name}_proj.weight"][3] *= 400
-    config = bench.model.config
-    runs = [engine.Engine(shape, weights, mode).run(bench.tokens, "all") for mode in ("f32", "f16")]
-    forecast = headroom.measure(memory_trace(bench, runs[0]), config, 1)
-    first = next(row for row in forecast if row.what == "value")
-    born = next(key for key, v in runs[1].stages.items() if not np.isfinite(v).all())
-    assert (first.layer, first.stage) == born == (1, "ffn_swigl")
-    wrong = ~np.isfinite(runs[1].stages[born])
-    assert set(np.flatnonzero(wrong.any(0))) == {first.channel} == {3}
-    assert wrong[first.position].any()
-    right = runs[0].stages[born][None].astype(np.float64)
-    why = headroom.cause(any_stage("ffn_swigl"), config, right)
-    assert why == f"{first.largest:,.0f} in channel 3 of ffn_swigl, and float16 ends at 65504"
-
-
-def test_a_product_may_overflow_before_it_is_scaled(directory: Path) -> None:
-    """As in Qwen2-7B in float16 (llama.cpp#7805): the score itself would have a place."""
-    bench = bench_of(directory, "f32")
-    run = engine.Run(dict(bench.right.stages))
-    scores = run.stages[1, "attn_scores"].copy()
-    scores[2, 9, 4], scores[2, 4, 9] = 20000, 1e6  # the second is masked
-    run.stages[1, "attn_scores"] = scores
-    (row,) = headroom.measure(memory_trace(bench, run), bench.model.config, 1)
-    assert (row.layer, row.stage, row.what) == (1, "attn_scores", "before the scale")
-    assert (row.largest, row.position, row.channel) == (80000, 9, 4)
-    masked = np.tril(scores)[None].astype(np.float64)
-    why = headroom.cause(any_stage("attn_scores"), bench.model.config, masked)
-    assert why == "a product is 80,000 before the scale, and float16 ends at 65504"

@@ -9,6 +9,7 @@ import numpy as np
 from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
+from stages import headroom
 from stages.architecture import SCORES
 from stages.errors import NotComparable
 from stages.manifest import NAME
@@ -50,7 +51,7 @@ def localize(
         UserError: no such trace or model, or a file is damaged.
     """
     from qwen_jax.replay import Replay
-    from tools.localize import diagnose, fitting, headroom, nats, screening
+    from tools.localize import diagnose, fitting, nats, screening
     from tools.localize.harm import measure
 
     weights = model if isinstance(model, Weights) else open_model(model)
@@ -77,7 +78,7 @@ def localize(
     sound = {item.layer for item in items if item.row.kind is SCORES and item.estimated}
     felt, costs = nats.measure(replay, sound), None if harm is None else measure(replay, harm)
     found = Localization(trace, weights.name, dtype, items, findings, skipped, fitted, felt, costs)
-    found.headroom = headroom.measure(trace, weights.config)
+    found.headroom = headroom.measure(trace)
     if right is not None and harm is not None:
         check_model(trace, right)
         found.rounding = right.name, measure(Replay(trace, right, numpy_dtype(dtype)), harm)

@@ -8,11 +8,11 @@ import numpy as np
 from jax import Array
 
 from qwen_jax.replay import Replay
-from stages import verdict
+from stages import headroom, verdict
 from stages.architecture import ACTIVATION, CACHE, TOKENS, Key
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError, Suspect
-from tools.localize import headroom, screening, shapes
+from tools.localize import screening, shapes
 from tools.localize.calls import when
 from tools.localize.catalogue import CATALOGUE, Mistake
 from tools.localize.causes import Explanation, Finding
@@ -286,7 +286,7 @@ def _nonfinite(case: StageReplay, suspect: Suspect) -> str:
         exact = np.asarray(case.exact)
         if case.stage.kind.masked:
             exact = np.where(np.asarray(case.pos.mask)[:, None], exact, 0)
-        why = headroom.cause(case.stage, case.config, exact)
+        why = headroom.cause(case.stage, case.replay.trace.config, exact)
         if why:
             return f"overflow: {why}; {places}"
     return f"NaN or infinity is born here: {places}"

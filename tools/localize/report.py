@@ -14,9 +14,9 @@ from tools.localize import causes
 from tools.localize.causes import Fault, Finding
 
 if TYPE_CHECKING:  # importing this loads no JAX
+    from stages.headroom import Headroom
     from tools.localize.fitting import Fitted
     from tools.localize.harm import Harm
-    from tools.localize.headroom import Headroom
     from tools.localize.nats import Nats
 
 SCHEMA = 2
@@ -127,7 +127,7 @@ def to_json(report: Localization) -> dict[str, Any]:
         "faults": [fault.to_json() for fault in faults(report)],
         "precision": report.precision,
         "nats": [layer.to_json() for layer in report.nats],
-        "headroom": [row.to_json() for row in report.headroom],
+        "headroom": [row.to_json("float16") for row in report.headroom],
         "skipped": report.skipped,
     }
     if report.harm:

@@ -68,7 +68,7 @@ def show_localization(show: Console, report: Localization) -> None:
     for number, fault in enumerate(faults(report), 1):
         _print_fault(show, number, fault)
     show_harm(show, report)
-    over = [row for row in report.headroom if row.float16 > 1 and row.what != "sum of squares"]
+    over = [row for row in report.headroom if row.overflows]
     for row in over[:OVER]:
         place = row.stage if row.layer is None else f"layer {row.layer} {row.stage}"
         what = "" if row.what == "value" else f" {row.what}"
