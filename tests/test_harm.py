@@ -180,6 +180,18 @@ def test_the_command(directory: Path, capsys: pytest.CaptureFixture[str]) -> Non
             __main__.main([*argv, "--harm", "none", *wrong])
 
 
+def test_a_clean_trace_costs_nothing_unasked(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = bench_of(directory, "f32")
+    dump = bench.right.dump(directory / "f32")
+    argv = [str(dump), "--model", str(bench.model.directory)]
+    argv += ["--tokens", ",".join(map(str, bench.tokens))]
+    for more, told in (([], False), (["--harm", "shares"], True), (["--max-nats", "1"], True)):
+        assert __main__.main([*argv, *more]) == 0
+        assert ("error moves" in capsys.readouterr().out) is told
+
+
 def test_nan_costs_nothing_that_can_be_said(directory: Path) -> None:
     bench = bench_of(directory, "f32")
     run = faults.plant(bench.loaded, bench.tokens, "ffn_silu.nan", [1], "f32", "all")

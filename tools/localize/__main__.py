@@ -60,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
     )
     harm = result.add_argument_group("what the error costs the next token, in nats")
     help = "shares of every stage, by one backward pass; checked by a forward in float64 and by "
-    help += "making the largest exact; default: what takes no more than about a minute"
+    help += "making the largest exact; default: none of a clean trace, else what takes no more "
+    help += "than about a minute"
     harm.add_argument("--harm", choices=HOW, help=help)
     help = "the row of the sequence after which the token comes; default: the last"
     harm.add_argument("--position", type=int, metavar="ROW", help=help)
@@ -96,7 +97,8 @@ def question_of(args: argparse.Namespace, config: Config, length: int) -> Questi
         return None
     how = args.harm or affordable(config, length)
     if how != "none":
-        return Question(**asked, checked=how == "checked")
+        of_clean = bool(args.harm) or any(value is not None for value in wanted)
+        return Question(**asked, checked=how == "checked", of_clean=of_clean)
     if not args.harm and any(value is not None for value in wanted):
         return Question(**asked, checked=False)
     if any(value is not None for value in wanted):

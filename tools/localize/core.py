@@ -76,8 +76,10 @@ def localize(
         findings = with_changes(trace, diagnose.findings(replay, items, dtype, fitted))
     skipped = _skipped(trace, weights.config.num_hidden_layers, items)
     sound = {item.layer for item in items if item.row.kind is SCORES and item.estimated}
-    felt, costs = nats.measure(replay, sound), None if harm is None else measure(replay, harm)
-    found = Localization(trace, weights.name, dtype, items, findings, skipped, fitted, felt, costs)
+    felt = nats.measure(replay, sound)
+    found = Localization(trace, weights.name, dtype, items, findings, skipped, fitted, felt)
+    if harm is not None and (harm.of_clean or found.verdict != "clean" or right is not None):
+        found.harm = measure(replay, harm)
     found.headroom = headroom.measure(trace)
     if right is not None and harm is not None:
         check_model(trace, right)

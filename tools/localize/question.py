@@ -22,12 +22,15 @@ class Question:
         against: its rival; None is the one that exact arithmetic puts first, if that is known and
             another, else the best of the others.
         checked: compute what exact arithmetic has, and try the largest shares.
+        of_clean: ask also where every stage has the bits of float32: the answer takes longer than
+            finding that out, and is some hundred-thousandths of a nat.
     """
 
     row: int | None = None
     token: int | None = None
     against: int | None = None
     checked: bool = True
+    of_clean: bool = True
 
 
 def affordable(config: Config, length: int) -> str:
@@ -40,4 +43,4 @@ def affordable(config: Config, length: int) -> str:
 def usual(config: Config, length: int) -> Question | None:
     """What a command asks by itself."""
     how = affordable(config, length)
-    return None if how == "none" else Question(checked=how == "checked")
+    return None if how == "none" else Question(checked=how == "checked", of_clean=False)

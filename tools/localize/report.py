@@ -51,7 +51,7 @@ class Localization:
     skipped: list[dict[str, Any]]
     fitted: "Fitted"
     nats: "list[Nats]"
-    harm: "Harm | None"
+    harm: "Harm | None" = None
     rounding: "tuple[str, Harm | None] | None" = None
     headroom: "list[Headroom]" = field(default_factory=list)
 
