@@ -210,6 +210,26 @@ class Judgement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     right: Literal["A", "B", "both", "neither"]
 
 
+class ApartShare(StageOfLayer, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The shares that a stage of two engines has of their margins."""
+
+    a: float
+    b: float
+    difference: float
+
+
+class ApartEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far the margins of two engines are apart, A less B, in nats, and which stages make that,
+    the largest first. With the same weights the sum of shares is the difference."""
+
+    token: int
+    against: int
+    margins: tuple[float, float]
+    difference: float
+    sum_of_shares: float
+    shares: list[ApartShare]
+
+
 class LocalizeResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``tools.localize --json``."""
 
@@ -230,6 +250,7 @@ class LocalizeResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     against: dict[str, Any] | UnsetType = UNSET
     right: list[Judgement] | UnsetType = UNSET
     same_weights: bool | UnsetType | None = UNSET
+    apart: ApartEntry | UnsetType = UNSET
 
 
 # --- diff

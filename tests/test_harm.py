@@ -9,12 +9,13 @@ import pytest
 from stages.architecture import LINEAR
 from stages.architectures import any_stage
 from stages.errors import UserError
+from tests.described import as_described
 from tests.planted.matrix import Bench, make_bench
 from tests.planted.shares import log_softmax, measured, replay_of, true_changes
 from tests.traces import torch_trace
 from tools.localize import __main__, harm, nats
 from tools.localize.question import Question
-from tools.numpy_engine import faults
+from tools.numpy_engine import engine, faults
 
 # Slopes half-way are wrong by the error to the third: 1 % at most on the checkpoints of
 # tests/planted/shares.py, in float16 1e-4. Slopes at the dump are wrong by its square.
@@ -190,6 +191,36 @@ def test_a_clean_trace_costs_nothing_unasked(
     for more, told in (([], False), (["--harm", "shares"], True), (["--max-nats", "1"], True)):
         assert __main__.main([*argv, *more]) == 0
         assert ("error moves" in capsys.readouterr().out) is told
+
+
+def test_two_engines_one_token_apart(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """8-bit activations and bfloat16 put another token first each."""
+    bench, argv, first = bench_of(directory, "f32"), [], []
+    tokens = [0, *np.random.default_rng(25).integers(1, 192, 23).tolist()]
+    for mode in ("act8", "bf16"):
+        run = engine.Engine(*bench.loaded, mode).run(tokens, "last")
+        first.append(int(run.stages[None, "lm_head"].argmax()))
+        argv += ["--against", str(run.dump(directory / f"apart-{mode}"))]
+    assert first[0] != first[1]
+    argv += ["--model", str(bench.model.directory), "--tokens", ",".join(map(str, tokens))]
+    assert __main__.main([*argv[1:], "--json", str(directory / "j")]) == 0
+    as_described("localize", (directory / "j").read_bytes())
+    told = json.loads((directory / "j").read_text())
+    found, sides = told["apart"], [told["harm"], told["against"]["harm"]]
+    assert [found["token"], found["against"]] == first
+    assert all([side["token"], side["against"]] == first for side in sides)
+    ours, theirs = found["margins"]
+    assert ours > 0 > theirs and found["difference"] == ours - theirs
+    # each side is within 2 % of its own change (BOUNDS), and exact arithmetic has one margin
+    moved = sum(abs(side["margin"] - side["exact_margin"]) for side in sides)
+    assert found["sum_of_shares"] == pytest.approx(found["difference"], abs=0.02 * moved)
+    rows = found["shares"]
+    assert sum(row["difference"] for row in rows) == pytest.approx(found["sum_of_shares"])
+    by_a = {(row["stage"], row["layer"]): row["share"] for row in sides[0]["shares"]}
+    assert all(row["a"] == by_a[row["stage"], row["layer"]] for row in rows)
+    shown = capsys.readouterr().out
+    assert f"the margin of {first[0]} over {first[1]} is" in shown
+    assert f"B puts {first[1]} first" in shown and "A - B" in shown
 
 
 def test_nan_costs_nothing_that_can_be_said(directory: Path) -> None:

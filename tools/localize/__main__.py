@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,28 @@ def question_of(args: argparse.Namespace, config: Config, length: int) -> Questi
     return None
 
 
+def _of_both(
+    ask: Ask, args: argparse.Namespace, prompt: Prompt, model: Weights, other: Weights,
+    config: Config, length: int,
+) -> Question | None:  # fmt: skip
+    """What is asked of A where B is asked the same."""
+    from tools.localize.against import about_both
+
+    question = ask(config, length)
+    given = [(args.trace, model), (args.against, other)]
+    return question and about_both(
+        question, *(arguments.open_given(path, prompt, weights) for path, weights in given)
+    )
+
+
+def _the_same(ask: Ask, first: Localization, config: Config, length: int) -> Question | None:
+    """What is asked of B: of the tokens that A was asked about."""
+    question, harm = ask(config, length), first.harm
+    if question is None or harm is None or first.trace.config["vocab_size"] != config.vocab_size:
+        return question
+    return replace(question, token=harm.token, against=harm.against)
+
+
 def run(
     path: Path,
     model: Weights,
@@ -170,9 +193,11 @@ def _main(argv: list[str]) -> int:
         with compile_cache.use("localize", model.config, os.environ.get("XLA_FLAGS")):
             other = open_model(args.against_model) if args.against_model else model
             right = other if args.against_model and not args.against else None
-            reports = [run(args.trace, model, prompt, ask, args.exact, right)]
+            asked = partial(_of_both, ask, args, prompt, model, other) if args.against else ask
+            reports = [run(args.trace, model, prompt, asked, args.exact, right)]
             if args.against:
-                reports.append(run(args.against, other, prompt, ask, args.exact))
+                asked = partial(_the_same, ask, reports[0])
+                reports.append(run(args.against, other, prompt, asked, args.exact))
     except NotComparable as error:
         if args.json:
             nothing: dict[str, Any] = {"faults": [], "precision": {}, "skipped": []}
@@ -186,6 +211,8 @@ def _main(argv: list[str]) -> int:
         data["against"] = to_json(reports[1])
         data["right"] = against.judgements(*reports)
         data["same_weights"] = against.same_weights(*reports)
+        if apart := against.apart(*reports):
+            data["apart"] = apart
     show = cli.report(args.json, data)
     show_localization(show, reports[0])
     if args.against:

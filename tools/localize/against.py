@@ -1,5 +1,7 @@
-"""Two engines side by side: at every stage where they differ, which one is right."""
+"""Two engines side by side: at every stage where they differ, which one is right; and which stages
+make the difference of their margins."""
 
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -8,7 +10,11 @@ from rich.text import Text
 
 from stages import verdict
 from stages.architectures import ALL_NAMES, any_stage
+from stages.trace import Trace
+from tools.localize.harm import LARGEST, SEEN
+from tools.localize.question import Question
 from tools.localize.report import COLOURS, Localization
+from tools.localize.show_harm import named, placed
 
 CLEAR = 2.0  # bits by which one side must be better to be called the right one
 
@@ -62,6 +68,51 @@ def same_weights(a: Localization, b: Localization) -> bool | None:
     return None if None in weights else weights[0] == weights[1]
 
 
+def about_both(question: Question, a: Trace, b: Trace) -> Question:
+    """The question put to both engines: of the token that A puts first, over the one that B does
+    where that is another."""
+    first = [_first(trace, question.row) for trace in (a, b)]
+    given = question.token is not None or question.against is not None
+    if given or None in first or a.config["vocab_size"] != b.config["vocab_size"]:
+        return question
+    token, other = first
+    return replace(question, token=token, against=None if other == token else other)
+
+
+def _first(trace: Trace, row: int | None) -> int | None:
+    """The token that a trace puts first after a row; None where it does not say."""
+    key, length = (trace.tables.head.name, None), len(trace.tokens)
+    after = -1 if row is None else row if row < 0 else row - length
+    if key not in trace.entries or not -trace.rows_of(*key) <= after < 0:
+        return None
+    return int(trace.read_rows(*key)[after].argmax())
+
+
+def apart(a: Localization, b: Localization) -> dict[str, Any] | None:
+    """Which stages make the difference of the two margins: each side's shares, and how far they are
+    apart, the largest first. None where the two were not asked about the same tokens."""
+    if not a.harm or not b.harm:
+        return None
+    asked = [(harm.token, harm.against) for harm in (a.harm, b.harm)]
+    if asked[0] != asked[1]:
+        return None
+    keys = dict.fromkeys([*a.harm.shares, *b.harm.shares])
+    shares = {key: [h.shares[key].margin if key in h.shares else 0.0 for h in (a.harm, b.harm)]
+              for key in keys}  # fmt: skip
+    rows = [
+        {"stage": stage, "layer": layer, "a": ours, "b": theirs, "difference": ours - theirs}
+        for (stage, layer), (ours, theirs) in shares.items()
+    ]
+    return {
+        "token": a.harm.token,
+        "against": a.harm.against,
+        "margins": [a.harm.margin, b.harm.margin],
+        "difference": a.harm.margin - b.harm.margin,
+        "sum_of_shares": a.harm.sum - b.harm.sum,
+        "shares": sorted(rows, key=lambda row: -abs(row["difference"])),
+    }
+
+
 def show(console: Console, a: Localization, b: Localization) -> None:
     """Print the table, and first whether the two sides ran the same weights."""
     if same_weights(a, b) is False:
@@ -79,6 +130,34 @@ def show(console: Console, a: Localization, b: Localization) -> None:
             "the other has a fault"
         )  # fmt: skip
         table.add_row(row["stage"], *cells, right or f"{row['right']} ({reason})")
+    console.print(table)
+    _show_apart(console, a, b)
+
+
+def _show_apart(console: Console, a: Localization, b: Localization) -> None:
+    found = apart(a, b)
+    if found is None or a.harm is None:
+        return
+    token, rival = named(a.harm.token, a.harm.text), named(a.harm.against, a.harm.against_text)
+    ours, theirs = found["margins"]
+    sum = (
+        "" if abs(found["difference"]) < SEEN else f" (sum of shares {found['sum_of_shares']:+.2g})"
+    )
+    told = f"B puts {rival} first" if ours * theirs < 0 else "both put the same one first"
+    console.print(
+        f"\nthe margin of {token} over {rival} is {ours:+.4g} in A and {theirs:+.4g} in B, "
+        f"{found['difference']:+.2g} apart{sum}: {told}", soft_wrap=True,
+    )  # fmt: skip
+    rows = [row for row in found["shares"] if abs(row["difference"]) >= SEEN][:LARGEST]
+    if not rows:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("made by, in nats")
+    for name in ("A", "B", "A - B"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = [f"{row[side]:+.2g}" for side in ("a", "b", "difference")]
+        table.add_row(placed((row["stage"], row["layer"])), *cells)
     console.print(table)
 
 

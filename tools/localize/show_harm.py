@@ -33,15 +33,15 @@ def _show(show: Console, report: Localization, harm: Harm, against: str) -> None
     else:
         show.print("\nshares of that margin")
     for key, share in largest[:PATCHED]:
-        show.print(f"{_place(key)} {_told(share)}{_where(share)}")
+        show.print(f"{placed(key)} {_told(share)}{_where(share)}")
 
 
 def summary(harm: Harm) -> str:
     """What it costs, in one sentence."""
-    token, rival = _name(harm.token, harm.text), _name(harm.against, harm.against_text)
+    token, rival = named(harm.token, harm.text), named(harm.against, harm.against_text)
     told = "" if harm.truth else "as far as its shares tell "
     fate = "exact arithmetic puts the other one first" if harm.flips else "the token stands"
-    lost = f"; nothing is known of what comes before {_place(harm.lost)}" if harm.lost else ""
+    lost = f"; nothing is known of what comes before {placed(harm.lost)}" if harm.lost else ""
     change = harm.margin - harm.exact_margin
     sum = f" (sum of shares {harm.sum:+.2g})" if harm.truth and abs(change) >= SEEN else ""
     return (
@@ -59,11 +59,13 @@ def _told(share: Share) -> str:
     return f"{share.margin:+.2g} nats, {tried}{'' if share.linear else ': not linear'}"
 
 
-def _name(token: int, text: str | None) -> str:
+def named(token: int, text: str | None) -> str:
+    """A token, for people."""
     return str(token) if text is None else repr(text)
 
 
-def _place(key: Key) -> str:
+def placed(key: Key) -> str:
+    """A stage of a layer, for people."""
     return key[0] if key[1] is None else f"layer {key[1]} {key[0]}"
 
 
