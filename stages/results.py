@@ -152,6 +152,7 @@ class ShareEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         patched: how much of the margin goes when this stage alone is made exact, and whether the
             share told it (linear).
         where: of the largest shares, the slices that have most of them.
+        tensors: the share of each parameter, of a stage with several.
     """
 
     stage: str
@@ -161,6 +162,7 @@ class ShareEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     patched: float | UnsetType = UNSET
     linear: bool | UnsetType = UNSET
     where: dict[Literal["heads", "positions", "channels"], list[SliceShare]] | UnsetType = UNSET
+    tensors: dict[str, float] | UnsetType = UNSET
 
 
 class HarmEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

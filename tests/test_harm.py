@@ -130,6 +130,25 @@ def test_slices_add_up(directory: Path) -> None:
         assert axes == set(share.slices)
         for parts in share.slices.values():
             assert parts.sum() == pytest.approx(share.margin, abs=1e-12)
+        assert set(share.tensors) == (set(row.parameters) if len(row.parameters) > 1 else set())
+        if share.tensors:
+            assert sum(share.tensors.values()) == pytest.approx(share.margin, abs=1e-12)
+
+
+@pytest.mark.parametrize("tensor", ["k_proj", "v_proj"])
+def test_a_weight_that_was_rounded_has_the_share_of_its_stage(directory: Path, tensor: str) -> None:
+    """Of three weights side by side; judged by the weights of before (``--against-model``)."""
+    bench = bench_of(directory, "f32")
+
+    def rounded(weights: engine.Weights) -> None:
+        name = f"model.layers.1.self_attn.{tensor}.weight"
+        weights[name] = engine.q8_0(weights[name])
+
+    run = engine.Engine(*bench.loaded, "f32", rounded).run(bench.tokens, "all")
+    key, share = measured(bench, run).largest[0]
+    assert key == ("qkv_matmul", 1)
+    assert share.tensors[tensor] == pytest.approx(share.margin, rel=1e-2)
+    assert share.tensors["q_proj"] == pytest.approx(0, abs=1e-2 * abs(share.margin))
 
 
 def test_scores_in_nats_are_those_of_numpy(directory: Path) -> None:

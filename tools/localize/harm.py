@@ -50,12 +50,14 @@ class Share:
         patched: how much of the margin goes when this stage alone is made exact; None where that
             was not tried.
         slices: {"head" | "position" | "channel": margin of each slice}, as far as known.
+        tensors: margin by each of its parameters, where it has several.
         skipped_rows: how many rows of the sequence come before those of "position".
     """
 
     margin: float
     logprob: float
     slices: Mapping[str, np.ndarray]
+    tensors: Mapping[str, float]
     skipped_rows: int
     patched: float | None = None
 
@@ -177,6 +179,8 @@ def _share(key: Key, share: Share, whole: bool) -> dict[str, Any]:
     }  # fmt: skip
     if share.patched is not None:
         row |= {"patched": share.patched, "linear": share.linear}
+    if share.tensors:
+        row["tensors"] = dict(share.tensors)
     return row | ({"where": share.where} if whole else {})
 
 
@@ -346,7 +350,9 @@ class _Measuring:
             back[:, 0, after] += np.asarray(tape.times(part, weight))
         if dump is not None:
             by_token = slope * (logits - products[:, 0])
-            self._keep(self.head, None, (by_token.sum(1, keepdims=True), by_token), ends=row + 1)
+            self._keep(
+                self.head, None, (by_token.sum(1, keepdims=True), by_token, {}), ends=row + 1
+            )
         tokenizer = replay.weights.tokenizer()
         text, against_text = (
             tokenizer.decode([t]) if tokenizer else None for t in (token, against)
@@ -438,10 +444,10 @@ class _Measuring:
                 self.lost = stage.name, layer
         return left
 
-    def _keep(self, stage: Stage, layer: int | None, sums: tuple[Any, Any], ends: int) -> None:
+    def _keep(self, stage: Stage, layer: int | None, sums: tuple[Any, ...], ends: int) -> None:
         """The share of a stage, from sums over the rows and columns of its matrix. The positions
         end before ``ends``."""
-        rows, columns = (None if x is None else np.asarray(x) for x in sums)
+        rows, columns = (None if x is None else np.asarray(x) for x in sums[:2])
         assert rows is not None
         margin, logprob = rows.sum(-1)
         heads = stage.heads(self.config.dims(1))
@@ -453,6 +459,7 @@ class _Measuring:
             margin=float(margin),
             logprob=float(logprob),
             slices=slices,
+            tensors={name: float(parts[0]) for name, parts in sums[2].items()},
             skipped_rows=ends - len(slices["position"]),
         )
 

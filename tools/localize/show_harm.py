@@ -70,12 +70,15 @@ def placed(key: Key) -> str:
 
 
 def _where(share: Share) -> str:
-    """The one head, position and channel that have most of a share, where they have half of it."""
-    parts = [
-        f"{axis[:-1]} {rows[0]['index']} {rows[0]['share']:+.2g}"
+    """The one tensor, head, position and channel that have most of a share, where they have half of
+    it."""
+    largest = [*share.tensors.items()]
+    largest += [
+        (f"{axis[:-1]} {rows[0]['index']}", rows[0]["share"])
         for axis, rows in share.where.items()
-        if rows and abs(rows[0]["share"]) >= abs(share.margin) / 2
+        if rows
     ]
+    parts = [f"{name} {part:+.2g}" for name, part in largest if abs(part) >= abs(share.margin) / 2]
     return f" ({', '.join(parts)})" if parts else ""
 
 

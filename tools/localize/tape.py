@@ -8,6 +8,7 @@ Axis letters as in ``qwen_jax.models.ops``; Q quantities whose slopes are carrie
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -101,11 +102,18 @@ class Layer:
 
         _, pull = jax.vjp(function, *(place[name] for name in names))
         found = jax.vmap(pull)(slope)
-        whole = [self.values[name] for name in names]
-        return {
-            name: _padded(self.tables, name, each, value.shape)  # type: ignore[union-attr]
-            for name, each, value in zip(names, found, whole, strict=True)
-        }
+        return {name: self.whole(name, each) for name, each in zip(names, found, strict=True)}
+
+    def whole(self, name: str, slope: Array) -> Array:
+        """A slope of some last rows of a value, of as many as the layer has of it."""
+        value = self.values[name]
+        assert value is not None
+        return _padded(self.tables, name, slope, value.shape)
+
+    def by_parameter(self, stage: Stage, values: Array) -> dict[str, Array]:
+        """Values of the stage's columns, in the last axis, cut to those of each parameter."""
+        ends = list(accumulate(len(self.weights[name]) for name in stage.parameters))
+        return dict(zip(stage.parameters, jnp.split(values, ends[:-1], axis=-1), strict=True))
 
 
 def _axis(tables: Architecture, name: str) -> int:
@@ -155,8 +163,8 @@ def backward(
 
     Returns:
         (shares by stage: (rows [Q, rows], columns [Q, columns], or None where those would take a
-        product of their own), the slopes of the values from before ``rows``, those of the values
-        that cannot be computed from others).
+        product of their own, [Q] of each parameter where there are several), the slopes of the
+        values from before ``rows``, those of the values that cannot be computed from others).
     """
     here = Layer(rows, config, parameters, pos, dumps, given)
     exact = Layer(rows, config, parameters, pos, {}, right) if right else None
@@ -181,20 +189,35 @@ def backward(
                 (a + b) / 2
                 for a, b in zip(inputs, exact.like(stage, count, exact.values), strict=True)
             ]
-        found = here.pulled(stage, count, at, slope)
+        through: dict[str, Array] = {}  # what the input of a linear stage has, by each weight
+        if stage.linear:
+            (source,) = _floats(stage)
+            cut = here.by_parameter(stage, slope)
+            through = {name: part @ here.weights[name] for name, part in cut.items()}
+            found = {source: here.whole(source, sum(through.values(), jnp.zeros(())))}
+        else:
+            found = here.pulled(stage, count, at, slope)
         if stage.name in dumps:
             value = last_rows(tables, stage.name, here.value(stage), common)
             kept = _padded(tables, stage.name, slope, value.shape)
+            several: Mapping[str, Array] = {}
             if stage.linear:
                 # <slope, x W'> = <slope W, x>, and slope W is there already
-                ours, columns = _by_rows(stage, kept, value)[0], None
-                (source,) = _floats(stage)
                 x = last_rows(tables, source, inputs[0], common)
-                back = _padded(tables, source, found[source], x.shape)
-                ours -= _by_rows(tables.layer_output, back, x)[0]
+                parts = here.by_parameter(stage, kept * value)
+                by_row = {
+                    name: part.sum((1, 3)) - (through[name][:, :, -common:] * x).sum((1, 3))
+                    for name, part in parts.items()
+                }
+                ours, columns = sum(by_row.values(), jnp.zeros(())), None
+                if len(by_row) > 1:
+                    several = {name: each.sum(-1) for name, each in by_row.items()}
             else:
                 ours, columns = _by_rows(stage, kept, here.created(stage, count, inputs, common))
-            shares[stage.name] = ours, columns
+                if len(stage.parameters) > 1:
+                    parts = here.by_parameter(stage, columns)
+                    several = {name: each.sum(-1) for name, each in parts.items()}
+            shares[stage.name] = ours, columns, several
         for name, each in found.items():
             slopes[name] = slopes[name] + each if name in slopes else each
     return shares, slopes, lost
