@@ -128,7 +128,7 @@ def _the_same(ask: Ask, first: Localization, config: Config, length: int) -> Que
     question, harm = ask(config, length), first.harm
     if question is None or harm is None or first.trace.config["vocab_size"] != config.vocab_size:
         return question
-    return replace(question, token=harm.token, against=harm.against)
+    return replace(question, token=harm.token, against=harm.against, of_clean=True)
 
 
 def run(

@@ -76,7 +76,9 @@ def about_both(question: Question, a: Trace, b: Trace) -> Question:
     if given or None in first or a.config["vocab_size"] != b.config["vocab_size"]:
         return question
     token, other = first
-    return replace(question, token=token, against=None if other == token else other)
+    if token == other:
+        return replace(question, token=token)
+    return replace(question, token=token, against=other, of_clean=True)
 
 
 def _first(trace: Trace, row: int | None) -> int | None:
