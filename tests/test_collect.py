@@ -1,7 +1,6 @@
 """Other engines, run and recorded: calls joined to a sequence, and every stage near JAX's."""
 
 import json
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from tests import test_readme, tiny
 from tests.conftest import ROOT
 from tests.described import as_described
 from tests.traces import visible
-from tools.collect import Recorder, engines, ggml
+from tools.collect import Recorder, engines, ggml, options
+from tools.collect import collect as run
 from tools.collect.__main__ import main
+from tools.collect.session import Calls
 from tools.localize.rearranged import BY_GGML
 
 RANDOM = np.random.default_rng(0)
@@ -303,12 +304,10 @@ def test_llama_cpp_watched_computes_the_same_bits(
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256}
     path = write_gguf(tmp_path / "m.gguf", "qwen2", kind, **sizes)
     weights = open_model(path)
-    args = Namespace(
-        threads=1, ubatch=512, flash=flash, cache_k="f16", cache_v="f16", logits="all", repack=True
-    )
+    settings = options.checked(llama_cpp.Settings, {"flash": flash})
 
     def logits() -> list[np.ndarray]:
-        with llama_cpp.open(weights, args, Recorder(weights), 12) as session:
+        with llama_cpp.open(weights, settings, Recorder(weights), Calls((11, 1))) as session:
             return [session.step(TOKENS[:11], range(11)), session.step(TOKENS[11:], [11])]
 
     watched = logits()
@@ -380,14 +379,11 @@ def test_transformers_watched_computes_the_same_bits(qwen2: Path, attention: str
     torch = pytest.importorskip("torch")
     from tools.collect import huggingface
 
-    args = Namespace(
-        attention=attention, cache="dynamic", dtype="float32", compile=False, quantize=None,
-        generate=0, steps=None,
-    )  # fmt: skip
+    settings = huggingface.Settings(attention=attention)
     weights = open_model(qwen2)
-    with huggingface.open(weights, args, Recorder(weights), 12) as session:
+    with huggingface.open(weights, settings, Recorder(weights), Calls((12,))) as session:
         watched = session.step(TOKENS, range(12))
-    bare = huggingface.load(weights, args)
+    bare = huggingface.load(weights, settings)
     with torch.inference_mode():
         alone = bare(input_ids=torch.tensor([TOKENS])).logits[0, -1].numpy()
     assert watched.tobytes() == alone.tobytes()
@@ -472,6 +468,24 @@ def test_the_result_as_json(qwen2: Path, tmp_path: Path, capsys: Any) -> None:
     assert "not there: attn_scores" in printed.err
 
 
+def test_from_python_without_a_command_line(qwen2: Path, tmp_path: Path) -> None:
+    need("transformers")
+    found = run("transformers", qwen2, tmp_path / "d", TOKENS, attention="sdpa", steps=(11, 1))
+    assert found.to_json()["producer"]["options"]["attention"] == "sdpa"
+    assert open_trace(found.path).positions == tuple(range(12)) and found.judged_by == "qwen2"
+    for wrong, message in [
+        (
+            {"flavour": 1},
+            "no option 'flavour'; this engine has attention, cache, dtype,",
+        ),
+        ({"dtype": "int3"}, "--dtype int3: expected one of bfloat16, float16, float32, float64"),
+        ({"compile": "x"}, "--compile x: Expected bool, got str"),
+    ]:
+        with pytest.raises(UserError) as error:
+            run("transformers", qwen2, tmp_path / "e", TOKENS, **wrong)
+        assert str(error.value).startswith(message) and not (tmp_path / "e").exists()
+
+
 def test_a_prompt_is_encoded(qwen2: Path, tmp_path: Path) -> None:
     need("transformers")
     assert (
@@ -498,6 +512,7 @@ def test_a_prompt_is_encoded(qwen2: Path, tmp_path: Path) -> None:
         ("llama.cpp MODEL", "qwen2: llama.cpp reads GGUF files"),
         ("llama.cpp GGUF --cache-v q8_0 --flash off", "--cache-v q8_0 needs flash attention"),
         ("llama.cpp GGUF --cache-v q9", "invalid choice: 'q9'"),
+        ("llama.cpp GGUF --threads 0", "--threads 0: Expected int >= 1"),
         ("onnxruntime MODEL --generate 2", "so there is one call: no --steps, --generate"),
     ],
 )

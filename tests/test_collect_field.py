@@ -1,6 +1,5 @@
 """Engines that the tests do not install: run where they are, skipped where not."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from qwen_jax.weights import open_model
 from tests import tiny
 from tests.test_collect import SIZES, TOKENS, absent, collect, far_from_jax
 from tools.collect import Recorder
+from tools.collect.session import Calls
 
 # Their imports and their C++ warn of what is not ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -63,10 +63,10 @@ def test_mlx_watched_computes_the_same_bits(
     from tools.collect import mlx_lm_models
 
     model = open_model(checkpoint(tmp_path, intermediate_size=128))
-    args = Namespace(dtype="bfloat16", bits=quantised, group=32, cache_bits=None)
+    settings = mlx_lm_models.Settings(dtype="bfloat16", bits=quantised, group=32)
 
     def logits() -> bytes:
-        with mlx_lm_models.open(model, args, Recorder(model), 12) as session:
+        with mlx_lm_models.open(model, settings, Recorder(model), Calls((12,))) as session:
             return session.step(TOKENS, range(12)).tobytes()
 
     watched = logits()
@@ -97,8 +97,8 @@ def test_tunix_watched_computes_the_same_bits(
     model = open_model(checkpoint(tmp_path))
 
     def logits(jit: bool) -> bytes:
-        args = Namespace(dtype="float32", jit=jit)
-        with tunix_models.open(model, args, Recorder(model), 12) as session:
+        settings = tunix_models.Settings(jit=jit)
+        with tunix_models.open(model, settings, Recorder(model), Calls((12,))) as session:
             return session.step(TOKENS, range(12)).tobytes()
 
     watched = logits(False), logits(True)

@@ -22,6 +22,7 @@ from qwen_jax.weights import open_model
 from stages.architecture import Architecture
 from stages.errors import UserError
 from stages.writer import replaceable
+from tools.collect import core
 from tools.collect.recorder import Recorder, to_numpy
 
 MAPS = Path(__file__).parent / "maps"
@@ -258,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    from tools.collect.__main__ import describe_files, show, to_json
+    from tools.collect.__main__ import show
 
     args = parser().parse_args(argv)
     replaceable(args.out, args.overwrite)
@@ -275,11 +276,11 @@ def main(argv: list[str]) -> int:
     found = recorder.finish(
         args.out,
         tokens,
-        describe_files(how.engine, args.map),
+        core.describe_files(how.engine, args.map),
         weights={},  # who wrote these files does not say what was multiplied by
         overwrite=args.overwrite,
     )
-    data = to_json(how.engine, found) | {"passed_over": reader.passed}
+    data = found.to_json() | {"passed_over": reader.passed}
     show(cli.report(args.json, data), data, found)
     return 0
 

@@ -5,63 +5,68 @@ wrapped; both only keep tensors, which are read when the call is over, so that t
 one graph.
 """
 
-import argparse
 import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import transformers
+from msgspec import Meta
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oracle.recorder import DTYPES, modeling
-from qwen_jax import trace_command
 from qwen_jax.weights.base import Weights
 from qwen_jax.weights.gguf import GgufWeights
 from qwen_jax.weights.huggingface import HuggingFaceWeights
 from stages.errors import UserError
+from tools.collect.options import Options
 from tools.collect.recorder import Recorder, to_numpy
-from tools.collect.session import Session
+from tools.collect.session import Calls, Session
 
 INSIDE = "attention is one function, which shows its weights at most"
 BIASED = "each projection adds its bias itself"
 COMPILED = "bits may differ from those unwatched: what is shown cannot be fused away"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--attention", default="eager", metavar="NAME", help="attn_implementation; default: eager")
-    add("--cache", choices=("none", "dynamic", "static"), default="dynamic")
-    add("--dtype", type=trace_command.dtype, default="float32", metavar="DTYPE")
-    add("--compile", action="store_true", help="torch.compile")
-    add("--quantize", choices=("int8",), help="dynamic int8 of torch.ao.quantization")
+class Settings(Options, frozen=True):
+    attention: Annotated[str, Meta(description="attn_implementation; default: eager")] = "eager"
+    cache: Annotated[Literal["none", "dynamic", "static"], Meta(description="default: dynamic")] = (
+        "dynamic"
+    )
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"], Meta(description="default: float32")
+    ] = "float32"
+    compile: Annotated[bool, Meta(description="torch.compile")] = False
+    quantize: Annotated[
+        Literal["int8"] | None, Meta(description="dynamic int8 of torch.ao.quantization")
+    ] = None
 
 
 class TransformersSession(Session):
     """One model with hooks on it, and its cache."""
 
     def __init__(
-        self, model: Weights, args: argparse.Namespace, recorder: Recorder, length: int
+        self, model: Weights, settings: Settings, recorder: Recorder, calls: Calls
     ) -> None:
-        self.args, self.recorder, self.tables = args, recorder, model.config.tables
-        self.dtype, self.own_weights = args.dtype, bool(args.quantize)
+        self.settings, self.recorder, self.tables = settings, recorder, model.config.tables
+        self.dtype, self.own_weights = settings.dtype, bool(settings.quantize)
         self.seen: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self._hooks = ExitStack()
-        self.network = load(model, args)
-        self.cache = None if args.cache == "none" else f"{args.cache} {args.dtype}"
+        self.network = load(model, settings)
+        self.cache = None if settings.cache == "none" else f"{settings.cache} {settings.dtype}"
         self.why = {"qkv_matmul": BIASED, "attn_scores": INSIDE, "attn_softmax": INSIDE}
         self._past: Any = None
-        if args.cache == "dynamic":
+        if settings.cache == "dynamic":
             self._past = DynamicCache(config=self.network.config)
-        elif args.cache == "static":
-            self._past = StaticCache(config=self.network.config, max_cache_len=length)
+        elif settings.cache == "static":
+            self._past = StaticCache(config=self.network.config, max_cache_len=calls.length)
         self._watch()
-        self._run = torch.compile(self.network) if args.compile else self.network
+        self._run = torch.compile(self.network) if settings.compile else self.network
         names = inspect.signature(self.network.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"  # before 5.20
 
@@ -71,7 +76,7 @@ class TransformersSession(Session):
             if path:
                 self._hooks.enter_context(module.register_forward_pre_hook(self._entering(path)))
                 self._hooks.enter_context(module.register_forward_hook(self._leaving(path)))
-        name = self.args.attention
+        name = self.settings.attention
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(
             name, modeling(self.tables).eager_attention_forward
         )
@@ -112,7 +117,7 @@ class TransformersSession(Session):
         """query: [1, N, T, H]; key, value: [1, K, S, H], of a static cache with rows to come."""
         rows, seen = self.recorder.steps[-1], len(self.recorder.positions)
         self.recorder.named(layer, "q_post_rope", query[0].transpose(0, 1))
-        if self.args.cache != "static":
+        if self.settings.cache != "static":
             seen = key.shape[2]  # a window keeps the last rows only
         keys = key[0, :, :seen].transpose(0, 1)
         self.recorder.named(layer, "k_post_rope", keys[-rows:])
@@ -150,11 +155,11 @@ class TransformersSession(Session):
 
     def describe(self) -> dict[str, Any]:
         packages = ("torch", "transformers", "numpy")
-        told = {"watched": COMPILED} if self.args.compile else {}
+        told = {"watched": COMPILED} if self.settings.compile else {}
         return told | {
             "name": "transformers",
             "version": transformers.__version__,
-            "backend": self.args.attention,
+            "backend": self.settings.attention,
             "threads": torch.get_num_threads(),
             "matmul_precision": torch.get_float32_matmul_precision(),
             "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -164,7 +169,7 @@ class TransformersSession(Session):
         self._hooks.close()
 
 
-def load(model: Weights, args: argparse.Namespace) -> Any:
+def load(model: Weights, settings: Settings) -> Any:
     """The stock model, in evaluation mode, quantised if that is asked for.
 
     Raises:
@@ -185,12 +190,12 @@ def load(model: Weights, args: argparse.Namespace) -> Any:
             warnings.simplefilter("ignore")
             network = AutoModelForCausalLM.from_pretrained(
                 where,
-                dtype=DTYPES[args.dtype],
-                attn_implementation=args.attention,
+                dtype=DTYPES[settings.dtype],
+                attn_implementation=settings.attention,
                 local_files_only=True,
                 **more,
             ).eval()
-            if args.quantize:
+            if settings.quantize:
                 network = torch.ao.quantization.quantize_dynamic(
                     network, {torch.nn.Linear}, torch.qint8
                 )
@@ -203,7 +208,7 @@ def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def open(model: Weights, args: argparse.Namespace, recorder: Recorder, length: int) -> Session:
-    if args.cache == "none" and (args.generate or len(args.steps or (1,)) > 1):
+def open(model: Weights, settings: Settings, recorder: Recorder, calls: Calls) -> Session:
+    if settings.cache == "none" and calls.several:
         raise UserError("--cache none: without a cache there is one call: no --steps, --generate")
-    return TransformersSession(model, args, recorder, length)
+    return TransformersSession(model, settings, recorder, calls)

@@ -5,13 +5,13 @@ operation is, is told by the weights that go into it (``blk.3.attn_q.weight``), 
 for their names are the file's; and by the name of its result elsewhere.
 """
 
-import argparse
 import ctypes as c
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta
 
 from qwen_jax.weights.base import Weights
 from qwen_jax.weights.gguf import GgufWeights
@@ -20,8 +20,9 @@ from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
 from stages.places import parts
 from tools.collect.ggml import PLAIN, TYPES, Batch, Eval, Library, Log, Tensor
+from tools.collect.options import Options
 from tools.collect.recorder import Recorder
-from tools.collect.session import Session
+from tools.collect.session import Calls, Session
 
 ERROR = 4  # the level of a log line
 FLASH = {"auto": -1, "off": 0, "on": 1}
@@ -67,20 +68,22 @@ FUSED = "silu and product are one operation here"
 FLASHED = "flash attention computes neither scores nor softmax"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--threads", type=int, default=1, metavar="N", help="default: 1")
-    add("--ubatch", type=int, default=512, metavar="N", help="rows of one graph; default: 512")
-    add("--flash", choices=tuple(FLASH), default="auto", help="flash attention; default: auto")
-    add("--cache-k", choices=tuple(TYPES), default="f16", help="of the K cache; default: f16")
-    add("--cache-v", choices=tuple(TYPES), default="f16", help="of the V cache; default: f16")
-    add(
-        "--logits",
-        choices=("all", "last"),
-        default="all",
-        help="last: of each call; then the last layer drops its other rows too",
-    )
-    add("--no-repack", dest="repack", action="store_false", help="lay no weights out anew")
+Stored = Literal["f32", "f16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "bf16"]
+
+
+class Settings(Options, frozen=True):
+    threads: Annotated[int, Meta(ge=1, description="default: 1")] = 1
+    ubatch: Annotated[int, Meta(ge=1, description="rows of one graph; default: 512")] = 512
+    flash: Annotated[
+        Literal["auto", "off", "on"], Meta(description="flash attention; default: auto")
+    ] = "auto"
+    cache_k: Annotated[Stored, Meta(description="of the K cache; default: f16")] = "f16"
+    cache_v: Annotated[Stored, Meta(description="of the V cache; default: f16")] = "f16"
+    logits: Annotated[
+        Literal["all", "last"],
+        Meta(description="last: of each call; then the last layer drops its other rows too"),
+    ] = "all"
+    repack: Annotated[bool, Meta(description="lay no weights out anew")] = True
 
 
 class Watch:
@@ -203,9 +206,9 @@ class LlamaSession(Session):
     dtype = "float32"  # what its operations give, whatever their factors are in
 
     def __init__(
-        self, model: GgufWeights, args: argparse.Namespace, recorder: Recorder, length: int
+        self, model: GgufWeights, settings: Settings, recorder: Recorder, calls: Calls
     ) -> None:
-        self.args, self.model = args, model
+        self.settings, self.model = settings, model
         self.llama = Library()
         self._errors: list[str] = []
         self._log = Log(self._hear)  # kept, for the library calls it as long as it is loaded
@@ -214,17 +217,17 @@ class LlamaSession(Session):
         self.watch = Watch(self.llama, recorder, biased)
         self._callback = Eval(self.watch)
         params = self.llama.model_params
-        params.use_extra_bufts, params.n_gpu_layers = args.repack, 0
+        params.use_extra_bufts, params.n_gpu_layers = settings.repack, 0
         self._loaded = self.llama.llama_model_load_from_file(str(model.path).encode(), params)
         self._context = None
         if not self._loaded:
             raise self._refused(f"load {model.path}")
         try:
-            self._context = self._make_context(length)
+            self._context = self._make_context(calls.length)
         except UserError:
             self.close()
             raise
-        k, v = args.cache_k, args.cache_v
+        k, v = settings.cache_k, settings.cache_v
         self.cache = k if k == v else f"k {k}, v {v}"
         self.why = {"ffn_silu": FUSED, "attn_scores": FLASHED, "attn_softmax": FLASHED}
 
@@ -238,10 +241,10 @@ class LlamaSession(Session):
     def _make_context(self, length: int) -> int:
         params = self.llama.context_params
         params.n_ctx, params.n_batch = length, length
-        params.n_ubatch = min(self.args.ubatch, length)
-        params.n_threads = params.n_threads_batch = self.args.threads
-        params.flash_attn_type = FLASH[self.args.flash]
-        params.type_k, params.type_v = TYPES[self.args.cache_k], TYPES[self.args.cache_v]
+        params.n_ubatch = min(self.settings.ubatch, length)
+        params.n_threads = params.n_threads_batch = self.settings.threads
+        params.flash_attn_type = FLASH[self.settings.flash]
+        params.type_k, params.type_v = TYPES[self.settings.cache_k], TYPES[self.settings.cache_v]
         params.cb_eval = self._callback
         context: int | None = self.llama.llama_init_from_model(self._loaded, params)
         if not context:
@@ -250,7 +253,7 @@ class LlamaSession(Session):
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> np.ndarray:
         self.watch.positions = list(positions)
-        batch = _batch(tokens, positions, self.args.logits == "all")
+        batch = _batch(tokens, positions, self.settings.logits == "all")
         code = self.llama.llama_decode(self._context, batch)
         if self.watch.failed:
             raise self.watch.failed
@@ -266,7 +269,7 @@ class LlamaSession(Session):
             "version": self.llama.llama_version().decode(),
             "backend": "CPU",
             "flags": self.llama.llama_print_system_info().decode().strip(),
-            "threads": self.args.threads,
+            "threads": self.settings.threads,
             "versions": {"xllamacpp": self.llama.version},
             "weight_types": self.watch.types,
             "rotations": self.watch.rotations,
@@ -291,13 +294,11 @@ def _batch(tokens: Sequence[int], positions: Sequence[int], all_logits: bool) ->
     )
 
 
-def open(model: Weights, args: argparse.Namespace, recorder: Recorder, length: int) -> Session:
+def open(model: Weights, settings: Settings, recorder: Recorder, calls: Calls) -> Session:
     if not isinstance(model, GgufWeights):
         raise UserError(
             f"{model.name}: llama.cpp reads GGUF files; its convert_hf_to_gguf.py writes one"
         )
-    if args.flash == "off" and TYPES[args.cache_v] not in PLAIN:
-        raise UserError(f"--cache-v {args.cache_v} needs flash attention: --flash on")
-    if args.threads < 1 or args.ubatch < 1:
-        raise UserError("--threads and --ubatch: expected 1 or more")
-    return LlamaSession(model, args, recorder, length)
+    if settings.flash == "off" and TYPES[settings.cache_v] not in PLAIN:
+        raise UserError(f"--cache-v {settings.cache_v} needs flash attention: --flash on")
+    return LlamaSession(model, settings, recorder, calls)

@@ -4,10 +4,9 @@ Every module of the model is wrapped by one that hands on what goes in and out. 
 value is asked for, and not before the call is over. Gate and product are one compiled function.
 """
 
-import argparse
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import ml_dtypes
 import mlx.core as mx
@@ -16,13 +15,14 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from mlx_lm.utils import load_model
+from msgspec import Meta
 
-from qwen_jax import trace_command
 from qwen_jax.weights.base import Weights
 from qwen_jax.weights.huggingface import HuggingFaceWeights
 from stages.errors import UserError
+from tools.collect.options import Options
 from tools.collect.recorder import Recorder
-from tools.collect.session import Session
+from tools.collect.session import Calls, Session
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 INSIDE = "attention is one function, which shows nothing of its inside"
@@ -31,12 +31,16 @@ FUSED = "silu and product are one operation here"
 See = Callable[[str, str, Any], None]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--dtype", type=trace_command.dtype, default="float32", metavar="DTYPE")
-    add("--bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="quantise weights to so many bits")
-    add("--group", type=int, choices=(32, 64, 128), default=64, help="values of one scale")
-    add("--cache-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="quantise the cache as well")
+Bits = Literal[2, 3, 4, 5, 6, 8] | None
+
+
+class Settings(Options, frozen=True):
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"], Meta(description="default: float32")
+    ] = "float32"
+    bits: Annotated[Bits, Meta(description="quantise weights to so many bits")] = None
+    group: Annotated[Literal[32, 64, 128], Meta(description="values of one scale")] = 64
+    cache_bits: Annotated[Bits, Meta(description="quantise the cache as well")] = None
 
 
 class Watched(nn.Module):
@@ -62,20 +66,21 @@ class Watched(nn.Module):
 class MlxSession(Session):
     """One model whose modules are wrapped, and its cache."""
 
-    def __init__(self, model: HuggingFaceWeights, args: argparse.Namespace, recorder: Recorder):
-        self.args, self.recorder, self.model = args, recorder, model
-        self.dtype, self.own_weights = args.dtype, bool(args.bits)
+    def __init__(self, model: HuggingFaceWeights, settings: Settings, recorder: Recorder) -> None:
+        self.settings, self.recorder, self.model = settings, recorder, model
+        self.dtype, self.own_weights = settings.dtype, bool(settings.bits)
         self.why = {
             "qkv_matmul": BIASED, "attn_scores": INSIDE, "attn_softmax": INSIDE, "ffn_silu": FUSED
         }  # fmt: skip
         self._seen: list[tuple[str, str, Any]] = []
-        self.network = _load(model, args)
+        self.network = _load(model, settings)
         count = model.config.num_hidden_layers
-        if args.cache_bits:
-            self.cache = f"{args.cache_bits}-bit, {args.group} values a scale"
-            self._past = [QuantizedKVCache(args.group, args.cache_bits) for _ in range(count)]
+        if settings.cache_bits:
+            self.cache = f"{settings.cache_bits}-bit, {settings.group} values a scale"
+            group, bits = settings.group, settings.cache_bits
+            self._past = [QuantizedKVCache(group, bits) for _ in range(count)]
         else:
-            self.cache = args.dtype
+            self.cache = settings.dtype
             self._past = [KVCache() for _ in range(count)]
         self._bare = {path: module for path, module in self.network.named_modules() if path}
         self._wrap()
@@ -112,7 +117,7 @@ class MlxSession(Session):
                 self.recorder.tap(path, side, values(value))
         for layer, cache in enumerate(self._past):
             for name, kept in (("K", cache.keys), ("V", cache.values)):
-                if self.args.cache_bits:
+                if self.settings.cache_bits:
                     kept = mx.dequantize(*kept, cache.group_size, cache.bits)
                 rows = kept[0, :, : cache.offset].swapaxes(0, 1)
                 self.recorder.cached(layer, name, values(rows))
@@ -158,12 +163,13 @@ def values(array: Any) -> np.ndarray:
     return np.array(array)
 
 
-def _load(model: HuggingFaceWeights, args: argparse.Namespace) -> Any:
+def _load(model: HuggingFaceWeights, settings: Settings) -> Any:
     try:
         network, _ = load_model(model.directory)
-        network.set_dtype(DTYPES[args.dtype])
-        if args.bits:
-            nn.quantize(network, args.group, args.bits, class_predicate=_quantizable(args.group))
+        network.set_dtype(DTYPES[settings.dtype])
+        if settings.bits:
+            chosen = _quantizable(settings.group)
+            nn.quantize(network, settings.group, settings.bits, class_predicate=chosen)
         mx.eval(network.parameters())
     except (KeyError, ValueError, RuntimeError, TypeError, OSError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -178,9 +184,7 @@ def _quantizable(group: int) -> Callable[[str, Any], bool]:
     return choose
 
 
-def open(model: Weights, args: argparse.Namespace, recorder: Recorder, length: int) -> Session:
+def open(model: Weights, settings: Settings, recorder: Recorder, calls: Calls) -> Session:
     if not isinstance(model, HuggingFaceWeights):
         raise UserError(f"{model.name}: mlx-lm reads Hugging Face directories only")
-    if args.dtype not in DTYPES:
-        raise UserError(f"--dtype {args.dtype}: mlx computes in {', '.join(DTYPES)}")
-    return MlxSession(model, args, recorder)
+    return MlxSession(model, settings, recorder)

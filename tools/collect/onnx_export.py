@@ -5,7 +5,6 @@ the last value that leaves its nodes, its input the first that enters them, and 
 by hand. What lies inside attention is found around its softmax.
 """
 
-import argparse
 import ast
 import contextlib
 import io
@@ -26,7 +25,7 @@ from stages.architecture import Architecture
 from stages.errors import UserError
 from tools.collect import huggingface
 from tools.collect.recorder import Recorder
-from tools.collect.session import Session
+from tools.collect.session import Calls, Session
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 MOVES = ("Transpose", "Reshape", "Unsqueeze", "Expand", "Identity", "Cast")  # no arithmetic
@@ -56,8 +55,7 @@ class Exported:
     """
 
     def __init__(self, model: Weights, length: int) -> None:
-        args = argparse.Namespace(dtype="float32", attention="eager", quantize=None)
-        network = huggingface.load(model, args)
+        network = huggingface.load(model, huggingface.Settings())
         self._folder = tempfile.TemporaryDirectory(prefix="onnx-")
         self.path = Path(self._folder.name) / "model.onnx"
         export(network, length, self.path)
@@ -180,24 +178,22 @@ def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def refuse_calls(args: argparse.Namespace) -> None:
-    """Raises:
-    UserError: more than one call is asked for.
-    """
-    if args.generate or len(args.steps or (1,)) > 1:
-        raise UserError(
-            "the exported graph has no cache, so there is one call: no --steps, --generate"
-        )
-
-
 class OnnxSession(Session):
-    """What engines of ONNX graphs have in common: one call, no cache, all values at its end."""
+    """What engines of ONNX graphs have in common: one call, no cache, all values at its end.
+
+    Raises:
+        UserError: more than one call is asked for, or the model cannot be exported.
+    """
 
     dtype: str | None = "float32"
 
-    def __init__(self, model: Weights, recorder: Recorder, length: int) -> None:
-        self.model, self.recorder, self.length = model, recorder, length
-        self.graph = Exported(model, length)
+    def __init__(self, model: Weights, recorder: Recorder, calls: Calls) -> None:
+        if calls.several:
+            raise UserError(
+                "the exported graph has no cache, so there is one call: no --steps, --generate"
+            )
+        self.model, self.recorder = model, recorder
+        self.graph = Exported(model, calls.length)
         wanted = [tap for tap in self.graph.taps if recorder.want(tap.stage, tap.layer)]
         self.taps = [tap for tap in wanted if tap.value in self.names()]
         self.watched = "not run yet"

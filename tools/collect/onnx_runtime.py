@@ -4,23 +4,24 @@ The stages are added to the graph's outputs. That can keep onnxruntime from fusi
 the graph is run without them too, and the manifest says whether the logits are the same.
 """
 
-import argparse
 import contextlib
 import io
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import onnx
 import onnxruntime
+from msgspec import Meta
 
 from qwen_jax.weights.base import Weights
 from stages.errors import UserError
-from tools.collect.onnx_export import OnnxSession, refuse_calls
+from tools.collect.onnx_export import OnnxSession
+from tools.collect.options import Options
 from tools.collect.recorder import Recorder
-from tools.collect.session import Session
+from tools.collect.session import Calls, Session
 
 OPTIMIZE = {
     "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -32,24 +33,27 @@ OPTIMIZE = {
 EMBEDDED = 10**9  # bytes of a model in one file: protobuf's limit is 2 GiB
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--quantize", choices=("int8",), help="onnxruntime.quantization's dynamic int8")
-    add("--optimize", choices=tuple(OPTIMIZE), default="all", help="of the graph; default: all")
-    add("--threads", type=int, default=1, metavar="N", help="default: 1")
+class Settings(Options, frozen=True):
+    quantize: Annotated[
+        Literal["int8"] | None, Meta(description="onnxruntime.quantization's dynamic int8")
+    ] = None
+    optimize: Annotated[
+        Literal["none", "basic", "all"], Meta(description="of the graph; default: all")
+    ] = "all"
+    threads: Annotated[int, Meta(ge=1, description="default: 1")] = 1
 
 
 class OrtSession(OnnxSession):
     def __init__(
-        self, model: Weights, args: argparse.Namespace, recorder: Recorder, length: int
+        self, model: Weights, settings: Settings, recorder: Recorder, calls: Calls
     ) -> None:
-        self.args, self.own_weights = args, bool(args.quantize)
+        self.settings, self.own_weights = settings, bool(settings.quantize)
         self._proto: Any = None
-        super().__init__(model, recorder, length)
+        super().__init__(model, recorder, calls)
 
     def names(self) -> set[str]:
         if self._proto is None:  # large tensors lie in a file beside it
-            self._path = self._quantized() if self.args.quantize else self.graph.path
+            self._path = self._quantized() if self.settings.quantize else self.graph.path
             self._proto = onnx.load(str(self._path), load_external_data=False)
         return {name for node in self._proto.graph.node for name in node.output}
 
@@ -82,8 +86,8 @@ class OrtSession(OnnxSession):
                 if name not in there:
                     proto.graph.output.append(onnx.ValueInfoProto(name=name))
         options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = OPTIMIZE[self.args.optimize]
-        options.intra_op_num_threads = self.args.threads
+        options.graph_optimization_level = OPTIMIZE[self.settings.optimize]
+        options.intra_op_num_threads = self.settings.threads
         options.log_severity_level = 3
         try:
             path = self._path.with_name("run.onnx")
@@ -117,12 +121,11 @@ class OrtSession(OnnxSession):
             "name": "onnxruntime",
             "version": onnxruntime.__version__,
             "backend": "CPUExecutionProvider",
-            "threads": self.args.threads,
+            "threads": self.settings.threads,
             "watched": self.watched,
             "versions": {"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__},
         }
 
 
-def open(model: Weights, args: argparse.Namespace, recorder: Recorder, length: int) -> Session:
-    refuse_calls(args)
-    return OrtSession(model, args, recorder, length)
+def open(model: Weights, settings: Settings, recorder: Recorder, calls: Calls) -> Session:
+    return OrtSession(model, settings, recorder, calls)

@@ -4,40 +4,38 @@ The stages are added to the model's outputs, which can keep OpenVINO from fusing
 is run without them too, and the manifest says whether the logits are the same.
 """
 
-import argparse
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import openvino
+from msgspec import Meta
 
 from qwen_jax.weights.base import Weights
 from stages.errors import UserError
-from tools.collect.onnx_export import OnnxSession, refuse_calls
+from tools.collect.onnx_export import OnnxSession
+from tools.collect.options import Options
 from tools.collect.recorder import Recorder
-from tools.collect.session import Session
+from tools.collect.session import Calls, Session
 
 PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--precision",
-        choices=tuple(PRECISIONS),
-        default="f32",
-        help="INFERENCE_PRECISION_HINT, which a processor may not heed; default: f32",
-    )
-    add("--threads", type=int, default=1, metavar="N", help="default: 1")
+class Settings(Options, frozen=True):
+    precision: Annotated[
+        Literal["f32", "bf16", "f16"],
+        Meta(description="INFERENCE_PRECISION_HINT, which a processor may not heed; default: f32"),
+    ] = "f32"
+    threads: Annotated[int, Meta(ge=1, description="default: 1")] = 1
 
 
 class OpenVinoSession(OnnxSession):
     def __init__(
-        self, model: Weights, args: argparse.Namespace, recorder: Recorder, length: int
+        self, model: Weights, settings: Settings, recorder: Recorder, calls: Calls
     ) -> None:
-        self.args, self.used = args, ""
+        self.settings, self.used = settings, ""
         self._core = openvino.Core()
-        super().__init__(model, recorder, length)
+        super().__init__(model, recorder, calls)
 
     def _read(self) -> Any:
         try:
@@ -56,8 +54,8 @@ class OpenVinoSession(OnnxSession):
             wanted = dict.fromkeys(tap.value for tap in self.taps)
             model.add_outputs([name for name in wanted if name not in there])
         hints = {
-            "INFERENCE_PRECISION_HINT": self.args.precision,
-            "INFERENCE_NUM_THREADS": self.args.threads,
+            "INFERENCE_PRECISION_HINT": self.settings.precision,
+            "INFERENCE_NUM_THREADS": self.settings.threads,
         }
         try:
             compiled = self._core.compile_model(model, "CPU", hints)
@@ -75,13 +73,12 @@ class OpenVinoSession(OnnxSession):
             "version": version,
             "backend": "CPU",
             "device": self._core.get_property("CPU", "FULL_DEVICE_NAME"),
-            "threads": self.args.threads,
+            "threads": self.settings.threads,
             "precision": self.used,
             "watched": self.watched,
             "versions": {"openvino": version},
         }
 
 
-def open(model: Weights, args: argparse.Namespace, recorder: Recorder, length: int) -> Session:
-    refuse_calls(args)
-    return OpenVinoSession(model, args, recorder, length)
+def open(model: Weights, settings: Settings, recorder: Recorder, calls: Calls) -> Session:
+    return OpenVinoSession(model, settings, recorder, calls)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import msgspec
 import numpy as np
 from msgspec import UNSET
 
@@ -29,6 +30,7 @@ from stages.steps import changed_rows
 from stages.version import NAME, version
 from stages.writer import TraceWriter
 
+SCHEMA = 1  # of ``--json``
 NOT_SEEN = "the engine did not show it"
 
 
@@ -41,6 +43,8 @@ class Collected:
         absent: stage -> why it, or some of its layers, is not there.
         changed: rows of the cache that changed.
         bytes: of all files.
+        judged_by: what ``tools.localize --model`` should be; None without weights to judge by.
+        next_token: the likeliest after the last, where an engine was run.
     """
 
     path: Path
@@ -48,6 +52,36 @@ class Collected:
     absent: dict[str, str]
     changed: tuple[Changed, ...]
     bytes: int
+    judged_by: str | None = None
+    next_token: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of ``--json``."""
+        made = self.manifest
+        stages: dict[str, dict[str, Any]] = {}
+        for entry in made.files:
+            row = stages.setdefault(entry.stage, {"stage": entry.stage, "axes": list(entry.axes)})
+            row.setdefault("layers", []).append(entry.layer)
+            row["shape"] = list(entry.shape)
+        ran = {"weights": self.judged_by, "next_token": self.next_token}
+        return {
+            "schema": SCHEMA,
+            "engine": made.producer["name"],
+            "producer": made.producer,
+            "architecture": made.architecture,
+            "model": made.model.name,
+            "out": str(self.path),
+            "dtype": made.dtype,
+            "cache": made.cache,
+            "tokens": list(made.tokens),
+            "positions": list(made.positions),
+            "steps": list(made.steps),
+            "stages": list(stages.values()),
+            "absent": self.absent,
+            "cache_changed": [msgspec.to_builtins(each) for each in self.changed],
+            "files": len(made.files),
+            "bytes": self.bytes,
+        } | (ran if self.next_token is not None else {})
 
 
 class Call(NamedTuple):

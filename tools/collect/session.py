@@ -1,14 +1,33 @@
 """What an adapter of an engine is, and running one: a prompt, then tokens one by one."""
 
-import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from qwen_jax.weights.base import Weights
+from tools.collect.options import Options
 from tools.collect.recorder import Recorder
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls that a sequence is computed in: ``steps`` rows of the prompt each, then
+    ``generate`` tokens one by one."""
+
+    steps: tuple[int, ...]
+    generate: int = 0
+
+    @property
+    def length(self) -> int:
+        """How many rows there will be."""
+        return sum(self.steps) + self.generate
+
+    @property
+    def several(self) -> bool:
+        return len(self.steps) + self.generate > 1
 
 
 class Session(ABC):
@@ -55,17 +74,13 @@ class Session(ABC):
 
 
 class Adapter(Protocol):
-    """A module of ``tools.collect`` that runs one engine."""
+    """A module of ``tools.collect`` that runs one engine. ``Settings`` is what can be set of it."""
 
     __doc__: str | None
+    Settings: type[Options]
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """What can be set of the engine."""
-
-    def open(
-        self, model: Weights, args: argparse.Namespace, recorder: Recorder, length: int
-    ) -> Session:
-        """Load the model. ``length`` is how many rows there will be at most.
+    def open(self, model: Weights, settings: Any, recorder: Recorder, calls: Calls) -> Session:
+        """Load the model. ``settings`` are ``Settings``.
 
         Raises:
             UserError: the engine cannot load it, or options that do not go together.
@@ -76,22 +91,21 @@ def run(
     session: Session,
     tokens: Sequence[int],
     positions: Sequence[int],
-    steps: Sequence[int],
-    generate: int,
+    calls: Calls,
 ) -> tuple[tuple[int, ...], np.ndarray]:
-    """Compute a prompt, ``steps`` of its tokens a call, then ``generate`` tokens one by one, the
-    likeliest each time. Returns all tokens computed and the logits after the last.
+    """Compute a prompt and what is generated, the likeliest token each time. Returns all tokens
+    computed and the logits after the last.
 
     Raises:
         UserError: the engine refuses.
     """
     done, made = 0, list(tokens)
     logits = np.empty(0)
-    for count in steps:
+    for count in calls.steps:
         rows = slice(done, done + count)
         logits = session.step(made[rows], positions[rows])
         done += count
-    for place in range(generate):
+    for place in range(calls.generate):
         made.append(int(np.argmax(logits)))
         logits = session.step(made[-1:], [positions[-1] + 1 + place])
     return tuple(made), logits

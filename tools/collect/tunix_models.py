@@ -4,23 +4,24 @@ The modules are wrapped while the model is traced, and what they see is returned
 Biases are added outside of the projections, v's where nothing can be seen of it.
 """
 
-import argparse
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from msgspec import Meta
 
 from qwen_jax.weights.base import Weights
 from qwen_jax.weights.huggingface import HuggingFaceWeights
 from stages.errors import UserError
+from tools.collect.options import Options
 from tools.collect.recorder import Recorder
-from tools.collect.session import Session
+from tools.collect.session import Calls, Session
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 NAMES = {"attn": "self_attn"}  # tunix's name of a module -> Hugging Face's
@@ -29,12 +30,11 @@ INSIDE = "computed in the middle of a method, where no module ends"
 See = Callable[[str, str, Any], None]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from qwen_jax import trace_command
-
-    add = parser.add_argument
-    add("--dtype", type=trace_command.dtype, default="float32", metavar="DTYPE")
-    add("--no-jit", dest="jit", action="store_false", help="operation by operation")
+class Settings(Options, frozen=True):
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], Meta(description="default: float32")
+    ] = "float32"
+    jit: Annotated[bool, Meta(description="operation by operation")] = True
 
 
 class Watched:
@@ -86,19 +86,20 @@ class TunixSession(Session):
     """One model, compiled with what is seen among its results."""
 
     def __init__(
-        self, model: HuggingFaceWeights, args: argparse.Namespace, recorder: Recorder, length: int
+        self, model: HuggingFaceWeights, settings: Settings, recorder: Recorder, calls: Calls
     ) -> None:
-        self.args, self.model, self.recorder, self.length = args, model, recorder, length
+        self.settings, self.model, self.recorder = settings, model, recorder
+        self.length = calls.length
         recorder.biased = False
-        self.dtype = self.cache = args.dtype
+        self.dtype = self.cache = settings.dtype
         self.why = dict.fromkeys(("qkv_bias", "attn_scores", "attn_softmax", "ffn_silu"), INSIDE)
-        self._code, network = _load(model, args)
+        self._code, network = _load(model, settings)
         self._graph, self._state = nnx.split(network)
         self._seen: list[tuple[str, str]] = []
-        self._run = jax.jit(self._compute) if args.jit else self._compute
+        self._run = jax.jit(self._compute) if settings.jit else self._compute
         config = model.config
-        shape = (1, length, config.num_key_value_heads, config.head_dim)
-        empty = {name: jnp.zeros(shape, DTYPES[args.dtype]) for name in "kv"}
+        shape = (1, calls.length, config.num_key_value_heads, config.head_dim)
+        empty = {name: jnp.zeros(shape, DTYPES[settings.dtype]) for name in "kv"}
         empty["end_index"] = jnp.zeros((1,), jnp.int32)
         self._past: Any = {f"layer_{n}": empty for n in range(config.num_hidden_layers)}
 
@@ -156,14 +157,14 @@ class TunixSession(Session):
         return {
             "name": "tunix",
             "version": versions["google-tunix"],
-            "backend": "xla" if self.args.jit else "eager",
+            "backend": "xla" if self.settings.jit else "eager",
             "device": str(jax.devices()[0]),
             "versions": versions,
         }
 
 
-def _load(model: HuggingFaceWeights, args: argparse.Namespace) -> tuple[ModuleType, Any]:
-    config, dtype = model.config, DTYPES[args.dtype]
+def _load(model: HuggingFaceWeights, settings: Settings) -> tuple[ModuleType, Any]:
+    config, dtype = model.config, DTYPES[settings.dtype]
     where = f"tunix.models.{config.architecture}"
     code = importlib.import_module(f"{where}.model")
     params = importlib.import_module(f"{where}.params")
@@ -189,11 +190,9 @@ def _load(model: HuggingFaceWeights, args: argparse.Namespace) -> tuple[ModuleTy
         raise UserError(f"tunix cannot load {model.name}: {why}") from None
 
 
-def open(model: Weights, args: argparse.Namespace, recorder: Recorder, length: int) -> Session:
+def open(model: Weights, settings: Settings, recorder: Recorder, calls: Calls) -> Session:
     if not isinstance(model, HuggingFaceWeights):
         raise UserError(f"{model.name}: tunix reads Hugging Face directories only")
     if model.config.yarn or model.config.sliding_window:
         raise UserError(f"{model.name}: tunix knows neither YaRN nor sliding windows")
-    if args.dtype not in DTYPES:
-        raise UserError(f"--dtype {args.dtype}: expected one of {', '.join(DTYPES)}")
-    return TunixSession(model, args, recorder, length)
+    return TunixSession(model, settings, recorder, calls)
