@@ -313,19 +313,21 @@ def sum_in_f16(scores: Array, v: Array) -> Array:
     most = np.full((heads, rows), -np.inf, F32)
     weight = np.zeros((heads, rows), F32)
     total = np.zeros((heads, rows, v.shape[-1]), F32)
+    wide, added = v.astype(np.float64), np.empty(total.shape)
     for key in range(keys):
         score = scores[..., key]
-        seen = np.isfinite(score)
-        higher = seen & (score > most)
-        with np.errstate(invalid="ignore", over="ignore"):
-            shrink = np.where(higher, np.exp(most - score), F32(1)).astype(F32)
-            share = np.where(higher, F32(1), np.exp(score - most)).astype(F32)
-        share = np.where(seen, share, F32(0))
-        total = np.where(higher[..., None], f16(total * shrink[..., None]), total)
-        added = total.astype(np.float64) + share[..., None].astype(np.float64) * v[key][:, None]
-        total = f16(added.astype(F32))  # a fused multiply-add in float32, then stored
-        weight = weight * shrink + share
-        most = np.where(higher, score, most)
+        higher = score > most
+        if higher.any():
+            shrink = np.exp(most[higher] - score[higher])
+            total[higher] = f16(total[higher] * shrink[:, None])
+            weight[higher] *= shrink
+            most[higher] = score[higher]
+        with np.errstate(invalid="ignore"):
+            share = np.where(np.isfinite(score), np.exp(score - most), F32(0))
+        np.multiply(share[..., None].astype(np.float64), wide[key][:, None], out=added)
+        added += total
+        total = to_dtype(added, np.float16)  # a fused multiply-add in float32, then stored
+        weight += share
     return (total * _divided(F32(1), weight)[..., None]).swapaxes(0, 1)
 
 

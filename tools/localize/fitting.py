@@ -15,7 +15,7 @@ from qwen_jax.config import Config
 from qwen_jax.local_error import ErrorSums, allowance, error_sums
 from qwen_jax.replay import Measured, Replay
 from stages import verdict
-from stages.architecture import ACTIVATION, CACHE, ROTATION, Key
+from stages.architecture import ACTIVATION, CACHE, ROTATION, SCORES, WEIGHTED_SUM, Key
 from stages.architectures import any_stage
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError
@@ -48,6 +48,7 @@ SEARCHES = 4  # layers of one stage for which every format is tried
 ALIKE = 4.0  # bits that layers of one format may differ by
 HINTS = 4  # formats of other layers and stages that a stage is tried in
 CHANNELS = 768  # output channels of a linear stage that formats are tried on
+ROWS = 96  # last rows of a stage with a product for every key
 
 Formats = dict[Key, Format]
 
@@ -206,7 +207,7 @@ class _Trial:
         self.possible = self.case.replayable and self.case.rows == measured.rows
         if not self.possible:
             return
-        self.small = self.case.sampled(CHANNELS)
+        self.small = self._small(self.case)
         grid = coarsest_dtype(np.asarray(self.small.dump, np.float32).ravel()[:65536])
         put_away = item.row.kind is CACHE and dtype == "float32"  # the format is the cache's own
         self.grid = grid if grid in GRIDS and not put_away else None
@@ -221,6 +222,12 @@ class _Trial:
         formats = others | dict(own)
         where = self.replay, self.item.row, self.item.layer
         return StageReplay(*where, formats=formats, narrow=narrow, nudge=nudge)
+
+    def _small(self, case: StageReplay) -> StageReplay:
+        """The part of the stage that formats are tried on. The last rows are of all calls."""
+        if self.item.row.kind in (SCORES, WEIGHTED_SUM) and case.rows > ROWS:
+            return case.last(ROWS)
+        return case.sampled(CHANNELS)
 
     def _score(self, case: StageReplay) -> np.ndarray:
         """Significant bits of the dump against a case's value: of the whole, and of its middle row
@@ -265,10 +272,9 @@ class _Trial:
         return found if self._believed(score, found.values()) else None
 
     def _tried(self, found: Formats) -> np.ndarray:
-        case = self._case(found)
         if len(found) == 1 and self.item.key in found:
-            case = self.small.in_format(found[self.item.key])
-        return self._score(case)
+            return self._score(self.small.in_format(found[self.item.key]))
+        return self._score(self._small(self._case(found)))
 
     def total(self, found: Formats) -> float:
         """The bits of all of it."""
@@ -294,7 +300,7 @@ class _Trial:
             and self.item.level >= verdict.NOMINAL[self.grid] - 1.5
             and self.dtype == "float32"
         ):
-            return {self.item.key: GRID_FORMATS[self.grid]}
+            return {self.item.key: self._kept_v() or GRID_FORMATS[self.grid]}
         members = [self.item.key]
         if self.item.segment:
             members = [key for key in (self.item.key, *self.item.segment) if _may_have(key)]
@@ -333,6 +339,17 @@ class _Trial:
             level = self.judged(loose).level
             if level >= REACHED_OTHERS:
                 return loose
+        return None
+
+    def _kept_v(self) -> Format | None:
+        """Where a row attends to one key alone it is v as the cache holds it, and lies on a grid
+        that no result is rounded to."""
+        if self.item.row.kind is not WEIGHTED_SUM:
+            return None
+        for format in choices(self.item.row, self.replay.config):
+            value = None if format.whole else self.small.in_format(format).exact
+            if value is not None and bool((value == self.small.dump).all()):
+                return format
         return None
 
     def _by_weight(self) -> Formats | None:

@@ -1,6 +1,6 @@
 """Weights that are right but for their order or their type: what a converter or a loader did."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ from jax import Array
 from stages.architecture import ADD
 from tools.collect import ggml
 from tools.localize import emulated
-from tools.localize.formats import choices
+from tools.localize.formats import PLAIN_FORMAT, Format, choices, side_by_side
 from tools.localize.stage_replay import StageReplay
 
 Candidates = Iterator[tuple[str, Array]]
@@ -178,13 +178,18 @@ def rows(case: StageReplay) -> Candidates:
 Change = Callable[[np.ndarray], np.ndarray]
 
 
-def _tried(case: StageReplay, changes: Iterator[tuple[str, Change]]) -> Candidates:
-    """Changes of all weights, and of each alone, that bring bits to a few output channels."""
+def _tried(
+    case: StageReplay,
+    changes: Iterator[tuple[str, Change]],
+    of: Sequence[Sequence[str]] | None = None,
+) -> Candidates:
+    """Changes of all weights, and of each alone, that bring bits to a few output channels. ``of``:
+    of these weights only."""
     small = case.sampled(TRIED)
     base = small.scored(small.exact)
     every = list(case.weights)
     for says, change in changes:
-        for names in [every, *([name] for name in every if len(every) > 1)]:
+        for names in of or [every, *([name] for name in every if len(every) > 1)]:
             few = {name: change(np.asarray(small.weights[name])) for name in names}
             if small.scored(small.run(weights=few)) >= base + GAIN:
                 whole = {name: change(np.asarray(case.weights[name])) for name in names}
@@ -277,8 +282,19 @@ def requantised(case: StageReplay) -> Candidates:
         if width % each.block == 0:
             yield from _tried(case, iter([(each.name, each.quantise)]))
             if each.partner in formats:
-                partner = case.in_format(formats[each.partner])
-                yield from _tried(partner, iter([(each.name, each.quantise)]))
+                for partner, names in _with_partner(case, formats[each.partner]):
+                    yield from _tried(partner, iter([(each.name, each.quantise)]), [names])
+
+
+def _with_partner(case: StageReplay, format: Format) -> Iterator[tuple[StageReplay, list[str]]]:
+    """The stage with the inputs of all weights in a format, then of each alone, and which."""
+    every = list(case.weights)
+    yield case.in_format(format), every
+    own = case.format or PLAIN_FORMAT
+    for place, name in enumerate(every if len(every) > 1 else ()):
+        parts = list(own.parts or [own] * len(every))
+        parts[place] = format
+        yield case.in_format(side_by_side(parts)), [name]
 
 
 # --- the vocabulary
