@@ -92,7 +92,8 @@ class Forecast:
         ends = f"{name} ends at {_number(self.format.most)}"
         told = [row for row in self.rows if row.what != SUM]
         if over:
-            more = f", and in {len(over) - 1} more places" if len(over) > 1 else ""
+            places = "place" if len(over) == 2 else "places"
+            more = f", and in {len(over) - 1} more {places}" if len(over) > 1 else ""
             return f"in {name} overflows first {_place(over[0])}, {_says(over[0])}{more}; {ends}"
         if not told:
             return f"in {name} nothing overflows, or takes more than a quarter of its range; {ends}"

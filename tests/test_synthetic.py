@@ -7,6 +7,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qwen_jax
 from qwen_jax import runtime
 from qwen_jax.engine import JaxEngine
 from qwen_jax.prompt import Prompt, load_tokenizer, random_tokens
@@ -19,6 +20,7 @@ from qwen_jax.weights.synthetic import (
     _quantiles,
     size_names,
 )
+from stages import headroom
 from stages.architectures import QWEN2, QWEN3
 from stages.errors import UserError
 
@@ -162,6 +164,7 @@ ROWS = {
     "8b": "429a9a138fe30fb9",
     "qwen3-14b": "dc602ed26e6e861a",
     "qwen3-32b": "f9b41dc35aadd424",
+    "7b-overflow": "b727e198ab5988ea",
 }
 
 
@@ -234,6 +237,32 @@ def test_activations_stay_sane(size, dtype):
         assert massive == sorted(model.massive), layer
         assert 10 < by_channel[model.massive].mean() / np.median(by_channel) < 100, layer
     assert 1 < rms(found["lm_head", None]) < 10
+
+
+def test_one_size_overflows_in_float16_where_the_7b_does():
+    """q.k before the scale in the first layer and the SwiGLU of layer 2, forecast head by head and
+    channel by channel; in float32 everything is finite and as large as before."""
+    model, plain = (open_model(f"synthetic:7b{name}:3") for name in ("-overflow", ""))
+    assert {
+        t for t in model.shapes if model.rows(t, 0, 1).tobytes() != plain.rows(t, 0, 1).tobytes()
+    } == {"model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.down_proj.weight"}
+    wanted = "attn_scores,ffn_silu,ffn_up,ffn_swigl,post_ffn_residual"
+    given = {"tokens": random_tokens(8, model), "stages": wanted, "layers": "0-2"}
+    wide_run = qwen_jax.trace_model(model, **given)
+    found = {(r.layer, r.stage, r.what): r for r in headroom.measure(wide_run) if r.overflows}
+    assert set(found) == {(0, "attn_scores", "before the scale"), (2, "ffn_swigl", "value")}
+    assert 1 < rms(wide_run.read("post_ffn_residual", 2)) < 100
+
+    first = open_model("synthetic:7b-overflow:1")
+    half = qwen_jax.trace_model(first, **(given | {"layers": "0"}), dtype="float16")
+    seen = np.tri(8, dtype=bool)
+    heads = ~np.isfinite(np.where(seen, half.read("attn_scores", 0), 0)).all((1, 2))
+    assert (heads == found[0, "attn_scores", "before the scale"].over["head"]).all()
+    silu, up = (wide_run.read(s, 2).astype(np.float16) for s in ("ffn_silu", "ffn_up"))
+    with np.errstate(over="ignore"):
+        channels = ~np.isfinite(silu * up).all(0)
+    assert (channels == found[2, "ffn_swigl", "value"].over["channel"]).all()
+    assert set(np.flatnonzero(channels)) <= set(model.overflowing)
 
 
 # --- tokens

@@ -17,6 +17,11 @@ What the numbers are like, and why:
 - A few residual channels are tens of times the rest in every layer and at most tokens, and the
   norms' weights at these channels are small (arXiv 2601.22966, 2402.17762): there the rows of
   ``down_proj`` are 32 times as large, the norms' weights a sixteenth.
+- One more model, ``7b-overflow``, overflows in float16 where Qwen2-7B does: q.k before the scale in
+  the first and the last layer (llama.cpp#7805, transformers#33312), of which nothing is published
+  but that it does, and the SwiGLU of an early layer (llama.cpp#26044, layer 2 of the 7B). There the
+  bias of q is large too, and three channels of gate and up are, while the columns of ``down_proj``
+  that read them are as much smaller. All else is as in the 7B, number by number.
 """
 
 import json
@@ -43,6 +48,10 @@ K_BIAS_FIRST, K_BIAS_LAST = 27.0, 41.0  # 605 and 921 over sqrt(512); elsewhere 
 LAYER_NORM, FINAL_NORM, NORM_SPREAD = 2.0, 4.0, 1 / 8
 MASSIVE = 3  # channels
 MASSIVE_GAIN, MASSIVE_DAMP = 32.0, 1 / 16  # powers of two: exact in bfloat16
+OVERFLOW = "-overflow"  # after the size that it can be had of
+OVERFLOWING = "7b"
+Q_BIAS_ENDS = 120.0  # with a K bias of 27 and 41 and 128 channels, q.k has a deviation of 37,000
+SWIGLU_LAYER, SWIGLU_GAIN = 2, 256.0  # of gate and up; a power of two
 STEP = 1 << 16  # values that are looked up at once: numbers, indices and table stay in the cache
 
 
@@ -53,24 +62,37 @@ class SyntheticWeights(Weights):
         tables: the architecture.
         size: of its published sizes.
         layers: only the first so many of its layers; all by default.
+        overflows: as Qwen2-7B does in float16.
     """
 
     directory = None
 
-    def __init__(self, tables: Architecture, size: str, layers: int | None = None) -> None:
+    def __init__(
+        self, tables: Architecture, size: str, layers: int | None = None, overflows: bool = False
+    ) -> None:
         super().__init__()
         # Streams are named after the size; what Qwen2's are named after dates from before Qwen3.
         self.size = size if tables is QWEN2 else f"{tables.name} {size}"
         self.published_layers = tables.published[size]["num_hidden_layers"]
         called = size if tables is QWEN2 else f"{tables.name}-{size}"
+        called += OVERFLOW if overflows else ""
         self.name = f"synthetic-{called}" + (f"-{layers}" if layers else "")
         self.hf_config = hf_config(tables, size, layers or self.published_layers)
         self.config = from_hf(self.hf_config)
         self.tensors = tables.tensors(
             self.config.num_hidden_layers, self.config.tie_word_embeddings
         )
-        bits = np.random.PCG64DXSM(_seed(self.size, "massive channels")).random_raw(MASSIVE)
-        self.massive = np.unique(bits % np.uint64(self.config.hidden_size)).astype(int)
+        self.massive = self._channels("massive channels", self.config.hidden_size)
+        self.overflowing = (
+            self._channels("overflowing channels", self.config.intermediate_size)
+            if overflows
+            else np.array([], int)
+        )
+
+    def _channels(self, name: str, size: int) -> np.ndarray:
+        """A few of ``size`` channels."""
+        bits = np.random.PCG64DXSM(_seed(self.size, name)).random_raw(MASSIVE)
+        return np.unique(bits % np.uint64(size)).astype(int)
 
     def companions(self) -> dict[str, bytes]:
         return {"config.json": (json.dumps(self.hf_config, indent=2) + "\n").encode()}
@@ -84,6 +106,11 @@ class SyntheticWeights(Weights):
         stream = _seed(self.size, name)
         table = _quantiles(*self._statistics(parameter, layer))
         _fill(out.reshape(-1), stream, int(start) * columns, table)
+        if layer == SWIGLU_LAYER and parameter.axes[0] == "F":
+            large = self.overflowing - start
+            out[large[(large >= 0) & (large < len(out))]] *= DTYPE.type(SWIGLU_GAIN)
+        if layer == SWIGLU_LAYER and parameter.axes[-1] == "F":
+            out[:, self.overflowing] *= DTYPE.type(SWIGLU_GAIN**-2)
         if parameter.axes[0] != "D":
             return
         # What a massive channel gains where it is written, norms take away where it is read.
@@ -102,9 +129,12 @@ class SyntheticWeights(Weights):
         if parameter.axes[0] == "V":
             return 0.0, EMBEDDING_STD
         if parameter.name in BIASES:
-            ends = {0: K_BIAS_FIRST, self.published_layers - 1: K_BIAS_LAST}
             usual = BIASES[parameter.name]
-            return 0.0, ends.get(layer, usual) if parameter.name == "k_bias" else usual
+            first, last = {
+                "k_bias": (K_BIAS_FIRST, K_BIAS_LAST),
+                "q_bias": (Q_BIAS_ENDS, Q_BIAS_ENDS) if self.overflowing.size else (usual, usual),
+            }.get(parameter.name, (usual, usual))
+            return 0.0, {0: first, self.published_layers - 1: last}.get(layer, usual)
         return 0.0, tables.parameter_shape(parameter.name, self.config.dims(1))[1] ** -0.5
 
 
@@ -118,15 +148,17 @@ def open_synthetic(spec: str) -> SyntheticWeights:
     """
     given, _, layers = spec.removeprefix(PREFIX).partition(":")
     known = _sizes()
+    overflows = given.lower() == OVERFLOWING + OVERFLOW
+    given = OVERFLOWING if overflows else given
     if given.lower() not in known:
         raise UserError(f"{spec}: no size {given!r}; choose one of {', '.join(size_names())}")
     tables, size = known[given.lower()]
     most = tables.published[size]["num_hidden_layers"]
     if ":" not in spec.removeprefix(PREFIX):
-        return SyntheticWeights(tables, size)
+        return SyntheticWeights(tables, size, overflows=overflows)
     if not re.fullmatch("[0-9]{1,3}", layers) or not 1 <= int(layers) <= most:
         raise UserError(f"{spec}: {layers!r} layers; {given} can be cut to 1 up to {most}")
-    return SyntheticWeights(tables, size, int(layers))
+    return SyntheticWeights(tables, size, int(layers), overflows)
 
 
 @cache
@@ -145,7 +177,7 @@ def size_names() -> list[str]:
     shortest: dict[tuple[Architecture, str], str] = {}
     for name, what in _sizes().items():
         shortest.setdefault(what, name)
-    return list(shortest.values())
+    return [*shortest.values(), OVERFLOWING + OVERFLOW]
 
 
 def hf_config(tables: Architecture, size: str, layers: int) -> dict[str, Any]:
