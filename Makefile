@@ -22,11 +22,14 @@ help:
 trace: $(VENV)/core.stamp
 	$(PY) -m qwen_jax.trace --stages all --overwrite
 
+# A file of tests at a time in each process: what it makes once is made once. A process takes 3 GB.
+AT_ONCE := -n auto --maxprocesses=4 --dist loadfile
+
 test: $(VENV)/test.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest --durations=15 # tests/test_gate.py: python -m tools.parity --sweep quick must exit with 0
+	$(PY) -m pytest $(AT_ONCE) --durations=15 # tests/test_gate.py: python -m tools.parity --sweep quick must exit with 0
 
 # Goes on where it was stopped. Engines that `make test` does not install, where they are to be had:
 # pip install openvino mlx mlx-lm google-tunix
@@ -53,7 +56,7 @@ matrix:
 	set -e; for version in $(MATRIX); do \
 	  python$$version -m venv .venv-$$version; \
 	  .venv-$$version/bin/pip install --disable-pip-version-check -q -e '.[core-test,gguf]'; \
-	  .venv-$$version/bin/python -m pytest -q -p no:cacheprovider $(WITHOUT_TORCH); \
+	  .venv-$$version/bin/python -m pytest $(AT_ONCE) -q -p no:cacheprovider $(WITHOUT_TORCH); \
 	done
 
 lock: $(VENV)/test.stamp

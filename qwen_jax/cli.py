@@ -223,9 +223,14 @@ def _json_target(text: str) -> str:
 
 def writable(text: str) -> Path:
     """A file to write to, for argparse: refused where it could not be written."""
-    path = Path(text)
-    if path.is_dir():
+    if Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a directory")
+    return writable_directory(text)
+
+
+def writable_directory(text: str) -> Path:
+    """A directory to write to, for argparse: it, or the one above it, is there."""
+    path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"no such directory: {str(path.parent)!r}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):

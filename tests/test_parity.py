@@ -308,6 +308,30 @@ def test_a_process_that_dies_costs_one_point(
     assert len((tmp_path / "out" / parity.ROWS).read_text().splitlines()) == 2  # tried again
 
 
+@pytest.mark.parametrize("call", ["unlink", "write_text", "touch"])
+def test_killed_as_it_begins_it_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Also where it was to forget another sweep's points, which are never taken for its own."""
+
+    def killed(*given: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    for out, before in ((tmp_path / "new", None), (tmp_path / "used", {"code": "other"})):
+        out.mkdir()
+        if before:
+            assert parity.finished(out, before, False) == {}
+            (out / parity.ROWS).write_text('{"key": "of another sweep"}\n')
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, call, killed)
+            parity.finished(out, {"code": "this"}, overwrite=bool(before))
+        if (out / parity.ROWS).exists():  # as it was: nothing is done yet
+            with pytest.raises(UserError, match="another code"):
+                parity.finished(out, {"code": "this"}, False)
+        else:
+            assert parity.finished(out, {"code": "this"}, False) == {}
+
+
 def test_nothing_run_is_no_pass(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ and the same command, told to go on or to start anew, then makes what an undistu
 """
 
 import argparse
+import json
 import os
 import resource
 import shutil
@@ -22,6 +23,7 @@ from qwen_jax.weights import open_model
 from stages.errors import UserError
 from stages.trace import open_trace
 from tests import tiny
+from tools.parity import __main__ as parity
 
 ROOT = Path(__file__).parents[2]
 TOKENS = "--tokens=" + ",".join(map(str, range(1, 33)))
@@ -35,6 +37,7 @@ class Job:
         anew: what is added to it where something is left over.
         holds: a directory -> whether it opens as whole; UserError where it is refused.
         beside: what else it may leave, which must be refused too: a suffix.
+        tells: it says on stderr how far it is, a line a point.
     """
 
     name: str
@@ -42,11 +45,15 @@ class Job:
     anew: tuple[str, ...]
     holds: Callable[[Path], object]
     beside: str = ""
+    tells: bool = False
 
 
 def jobs(folder: Path) -> list[Job]:
     model = tiny.write_checkpoint(folder / "model", num_hidden_layers=6)
     large = tiny.write_checkpoint(folder / "large", vocab_size=40_000, hidden_size=64)
+    sweep = folder / "sweep.toml"
+    sweep.write_text("[[grid]]\nlength = [1, 2, 3]\n")
+    swept = ("tools.parity", "--model", str(model), TOKENS, "--sweep", str(sweep), "--jobs=1")
     traced = ("qwen_jax.trace", "--model", str(model), TOKENS, "--out", "{}")
     return [
         Job("trace, aprt", traced, ("--resume",), open_trace),
@@ -59,16 +66,33 @@ def jobs(folder: Path) -> list[Job]:
             open_trace,
         ),
         Job("convert", ("tools.convert", str(large), "{}"), (), open_model, ".partial"),
+        Job("parity", (*swept, "--out", "{}"), (), finished_sweep, tells=True),
     ]
 
 
+def finished_sweep(directory: Path) -> Path:
+    """The table of a sweep, which is written last.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (table := directory / parity.TABLE).is_file():
+        raise UserError(f"{directory}: no finished sweep")
+    return table
+
+
 def content(directory: Path) -> dict[str, bytes]:
-    """Every file but those whose bytes no two runs have in common: orbax notes the time."""
+    """Every file but those whose bytes no two runs have in common: orbax and a sweep note the time,
+    and a sweep's points come in any order."""
     files = {p.relative_to(directory).as_posix(): p for p in directory.rglob("*") if p.is_file()}
     if "orbax.json" in files:
         model = open_model(str(directory))
         return {name: model.read(name).tobytes() for name in model.shapes}
-    return {name: path.read_bytes() for name, path in files.items()}
+    found = {name: path.read_bytes() for name, path in files.items()}
+    if parity.ROWS in files:
+        points = [json.loads(line) | {"seconds": 0} for line in found.pop(parity.ROWS).splitlines()]
+        found |= {point["key"]: json.dumps(point).encode() for point in points}
+    return found
 
 
 def start(job: Job, out: Path, *more: str, most: int | None = None) -> subprocess.Popen[str]:
@@ -104,8 +128,11 @@ def trial(job: Job, good: dict[str, bytes], random: Random, folder: Path) -> tup
             _wait(process, out, beside, random)
             process.kill()
         error = process.communicate()[1]
-    if full and not (process.returncode == 2 and error.count("\n") == 1 and len(error) < 402):
-        return "full", f"exit {process.returncode}: {error[:300]!r}"
+    *told, last = error.splitlines() or [""]
+    if full and process.returncode:  # else all has fitted
+        refused = process.returncode == 2 and last.startswith("error: ") and len(last) <= 400
+        if not refused or (told and not job.tells):
+            return "full", f"exit {process.returncode}: {error[:300]!r}"
     try:
         job.holds(out)
         whole = True

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     cli.add_report(result)
     result.add_argument(
         "--repro",
-        type=Path,
+        type=cli.writable_directory,
         metavar="DIR",
         help="write the first fault, cut to its smallest slice, and a script that shows it",
     )
@@ -176,8 +176,6 @@ def _main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.expect_layer is not None and not args.expect_stage:
         raise UserError("--expect-layer is the layer of --expect-stage; give that too")
-    if args.repro and not args.repro.parent.is_dir():
-        raise UserError(f"--repro {args.repro}: no such directory: {args.repro.parent}")
     model, prompt = open_model(args.model), arguments.prompt_of(args)
     if args.expect_stage:
         tables, layers = model.config.tables.cached, model.config.num_hidden_layers

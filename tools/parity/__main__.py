@@ -246,8 +246,10 @@ def finished(out: Path, stamp: Row, overwrite: bool) -> dict[str, Row]:
         whole = [line for line in rows.read_text(encoding="utf-8").splitlines(True) if "\n" in line]
         rows.write_text("".join(whole), encoding="utf-8")
         return {row["key"]: row for row in map(json.loads, whole)}
-    rows.write_text("", encoding="utf-8")
+    # In this order: points without a stamp, or with another's, are none that the same command knows.
+    rows.unlink(missing_ok=True)
     path.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
+    rows.touch()
     return {}
 
 
@@ -289,6 +291,8 @@ def _locked(out: Path) -> Iterator[None]:
         raise UserError(f"--out {out}: {error.strerror}") from None
     try:
         yield
+    except OSError as error:  # a full disk, or one that may only be read
+        raise UserError(f"--out {out}: {error.strerror or error}; finished points stay") from None
     finally:
         os.close(descriptor)
 
