@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from qwen_jax import cli
+from qwen_jax import cli, compile_cache
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 
@@ -54,23 +54,26 @@ def stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "leave", sys.exit)
 
 
-PIECES = 20_000  # of memory; one file of tests adds up to 10,000, and Linux allows 65,530
+@pytest.fixture(scope="session", autouse=True)
+def keep_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one file of tests has compiled, the next reads from disk, in a tenth of the time: the
+    trials of the localizer have thousands of small programs in common. Of this process alone, for
+    JAX writes none of its files in one step."""
+    import jax
+
+    directory = str(tmp_path_factory.mktemp("programs"))
+    for name, value in {"jax_compilation_cache_dir": directory, **compile_cache.SETTINGS}.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
-    """What is compiled serves the next file of tests as well, until there is so much of it that it
-    would soon be more pieces of memory than Linux lets a process have (vm.max_map_count), where XLA
-    aborts."""
+    """What a file of tests has in memory of them goes with it: thousands in one process are more
+    pieces of memory than Linux lets one have (vm.max_map_count), and XLA then aborts."""
     yield
-    if (jax := sys.modules.get("jax")) and _pieces() > PIECES:
+    if jax := sys.modules.get("jax"):
         jax.clear_caches()
         gc.collect()
-
-
-def _pieces() -> int:
-    maps = Path("/proc/self/maps")
-    return maps.read_bytes().count(b"\n") if maps.exists() else PIECES + 1
 
 
 @pytest.fixture

@@ -17,15 +17,17 @@ from qwen_jax import compile_cache
 from stages.trace import open_trace
 
 DIRECTORY, ENABLED = "jax_compilation_cache_dir", "jax_enable_compilation_cache"
+LEAST = "jax_persistent_cache_min_compile_time_secs"
 
 
 @pytest.fixture(autouse=True)
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where programs are kept: nothing is there yet, and no one has set up JAX's cache."""
     monkeypatch.setattr(platformdirs, "user_cache_path", tmp_path.joinpath)
-    before = {name: getattr(jax.config, name) for name in (DIRECTORY, ENABLED)}
-    jax.config.update(DIRECTORY, None)
-    jax.config.update(ENABLED, True)
+    defaults = {DIRECTORY: None, ENABLED: True, LEAST: 1.0}
+    before = {name: getattr(jax.config, name) for name in defaults}
+    for name, value in defaults.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
     yield tmp_path / "qwen-jax-stages" / "programs"
     for name, value in before.items():
