@@ -246,7 +246,7 @@ def finished(out: Path, stamp: Row, overwrite: bool) -> dict[str, Row]:
         whole = [line for line in rows.read_text(encoding="utf-8").splitlines(True) if "\n" in line]
         rows.write_text("".join(whole), encoding="utf-8")
         return {row["key"]: row for row in map(json.loads, whole)}
-    # In this order: points without a stamp, or with another's, are none that the same command knows.
+    # In this order: points must never lie beside another's stamp, or beside none.
     rows.unlink(missing_ok=True)
     path.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
     rows.touch()
