@@ -29,7 +29,8 @@ from stages.trace import numpy_dtype, tensor_hash
 Planned = Mapping[Key, tuple[tuple[int, ...], str]]  # what there is to be: its shape and dtype
 
 THREADS = 2
-WAITING = 8  # stages that may wait to be written before the computation has to wait
+WAITING = 8  # stages that may wait to be written before the computation has to wait,
+SMALL = 1 << 25  # or more, of so many bytes in all: those of a decode come all at once
 GATHERED = 32  # rows of a decode that are written at once: a row alone takes longer than to compute
 NOTE_EVERY = 1.0  # seconds between two notes of what is finished, for a process that is killed
 
@@ -115,8 +116,9 @@ class TraceWriter:
     """A context manager that turns stages into a trace directory.
 
     ``add`` may be called with stages in any order, and returns before they are on disk; at most
-    ``WAITING`` wait at a time. ``finish`` writes the manifest. Without it, or after an error, the
-    directory stays marked as unfinished; the mark lists the stages that are whole.
+    ``WAITING``, or ``SMALL`` bytes of them, wait at a time. ``finish`` writes the manifest. Without
+    it, or after an error, the directory stays marked as unfinished; the mark lists the stages that
+    are whole.
 
     Arguments:
         overwrite: replace the trace that is there.
@@ -162,7 +164,9 @@ class TraceWriter:
         self._lock = threading.Lock()
         self._noted = time.monotonic()
         self._error: Exception | None = None
-        self._queue: queue.Queue[tuple[Key, np.ndarray, slice | None] | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[tuple[Key, np.ndarray, slice | None] | None] = queue.Queue()
+        self._room = threading.Condition()
+        self._waiting: list[int] = []  # bytes of each stage in the queue
         with ExitStack() as undo:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -212,7 +216,7 @@ class TraceWriter:
             raise self._failure()
         key = stage, layer
         if rows is None or rows.stop - rows.start >= GATHERED or not self._fits(key, value, rows):
-            self._queue.put((key, value, rows))  # what does not fit is refused there
+            self._hand_over(key, value, rows)  # what does not fit is refused there
             return
         if key in self._few and self._few[key][-1][1].stop != rows.start:
             self._gather(key)
@@ -243,7 +247,17 @@ class TraceWriter:
             there = [slice(size) for size in part.shape]  # of earlier rows of scores fewer keys
             there[along] = slice(rows.start - first, rows.stop - first)
             value[tuple(there)] = part
-        self._queue.put((key, value, slice(first, end.stop)))
+        self._hand_over(key, value, slice(first, end.stop))
+
+    def _hand_over(self, key: Key, value: np.ndarray, rows: slice | None) -> None:
+        def room() -> bool:
+            few = len(self._waiting) < WAITING
+            return few or sum(self._waiting) + value.nbytes <= SMALL
+
+        with self._room:
+            self._room.wait_for(room)
+            self._waiting.append(value.nbytes)
+        self._queue.put((key, value, rows))
 
     def note(self) -> None:
         """Have the mark say which files are whole by now, for a process that is killed."""
@@ -306,6 +320,9 @@ class TraceWriter:
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
+            with self._room:
+                self._waiting.remove(item[1].nbytes)
+                self._room.notify()
             if self._error is None:
                 try:
                     self._write(*item)

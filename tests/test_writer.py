@@ -635,8 +635,11 @@ def test_an_error_in_the_computation(tmp_path, error):
     assert "interrupted" in refusal(open_trace, tmp_path)
 
 
-def test_few_stages_are_in_memory_at_a_time(tmp_path, monkeypatch):
-    """While the disk stands still the computation does too, after a fixed number of stages."""
+@pytest.mark.parametrize(("small", "most"), [(0, writer.WAITING), (12 * 40, 12)])
+def test_few_stages_are_in_memory_at_a_time(tmp_path, monkeypatch, small, most):
+    """While the disk stands still the computation does too, after a fixed number of stages, or of
+    bytes where they are small."""
+    monkeypatch.setattr(writer, "SMALL", small)
     gate, added, stages = threading.Event(), [], [("ffn_up", layer) for layer in range(64)]
     all_ = dict.fromkeys(stages, ((2, 5), "float32"))
     real = TraceWriter._write
@@ -656,7 +659,7 @@ def test_few_stages_are_in_memory_at_a_time(tmp_path, monkeypatch):
 
         computing = threading.Thread(target=compute)
         computing.start()
-        bound = writer.WAITING + writer.THREADS
+        bound = most + writer.THREADS
         computing.join(0.3)
         assert computing.is_alive() and len(added) == bound < 16
         gate.set()
