@@ -1,8 +1,11 @@
 """Engines that run in calls: mistakes with a cache are placed to the call and named; sound caches
 of any format are never accused."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stages.trace import open_trace
@@ -14,6 +17,8 @@ from tools.localize.report import faults as reported
 from tools.localize.report import sentence
 from tools.numpy_engine import engine
 from tools.numpy_engine.cache_faults import CACHE_FAULTS
+from tools.numpy_engine.engine import Array, Context
+from tools.numpy_engine.faults import _attend, _flat, _scores
 
 MODES = ("f32", "bf16")
 NAMES = {
@@ -58,6 +63,56 @@ def test_a_cache_of_any_format_is_read_off_and_not_accused(
     assert report.precision["attn_scores"]["format"] is None  # judged by what was read back
 
 
+def _its_own(cached: str, new: Callable[[Context], Array], first: bool, c: Context) -> Array:
+    """What attention reads: rows of its own, or of the first call, before the cache rounds them."""
+    held: Array = c[cached]
+    return held if first and c.past else np.concatenate([held[: c.past], new(c)])
+
+
+@pytest.mark.parametrize(
+    ("cache", "first"), [("q8_0", True), ("q4_0", False), ("float8_e4m3fn", True)]
+)
+def test_a_prefill_may_read_what_the_cache_has_not_rounded(
+    directory: Path, cache: str, first: bool
+) -> None:
+    """As engines do that call a kernel of their own for it; with the cache dumped, and without."""
+    bench = make_bench("hard", "f32", directory, length=LENGTH, steps=CHUNKS["both"], cache=cache)
+    made = engine.Engine(*bench.loaded)
+    k = partial(_its_own, "k_cache", lambda c: c["k_post_rope"], first)
+    v = partial(_its_own, "v_cache", lambda c: c.attended()[2], first)
+    for layer in range(made.shape.layers):
+        made.replace("attn_scores", layer, lambda c: _scores(c, k=k(c)))
+        made.replace("attention", layer, lambda c: _flat(_attend(c, v(c))))
+    run = made.run(bench.tokens, "all", **bench.more)
+    when = "the first call" if first else "their own call"
+    for omit in ((), engine.CACHED):
+        report = bench.localize(run, omit)
+        assert report.verdict == "precision", sentence(report)
+        assert f"read unrounded in {when}" in sentence(report)
+        formats = {stage: entry["format"] for stage, entry in report.precision.items()}
+        where = ("attn_scores", "attention") if omit else engine.CACHED
+        assert {formats[stage] for stage in where} == {NAMES[cache]}
+
+
+# Each of them in v, and what shows in both or in k alone.
+UNSEEN = [f"cache.v_{what}" for what in (
+    "row_not_written", "row_stale", "tail_not_written", "slot_off_by_one", "of_another_sequence",
+    "not_appended", "before_bias",
+)] + [f"cache.{what}" for what in (
+    "kv_exchanged", "k_before_rope", "k_heads_exchanged", "k_of_another_sequence",
+    "k_slot_off_by_one",
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_a_mistake_in_a_cache_that_was_not_dumped(directory: Path, name: str) -> None:
+    """It shows in what is computed from it: k in the scores, v in the weighted sum."""
+    fault = CACHE_FAULTS[name]
+    mode = MODES[UNSEEN.index(name) % 2]
+    row = judge(bench_for(fault, mode, directory), fault, engine.CACHED)
+    assert row.placed and row.called and row.named, row
+
+
 @pytest.fixture(scope="module")
 def late(directory: Path) -> tuple[Bench, engine.Run]:
     """The decoded tokens' positions begin at 0 again."""
@@ -86,14 +141,6 @@ def test_a_mistake_of_every_call_says_nothing_of_calls(directory: Path) -> None:
     bench = bench_for(fault, "f32", directory)
     (found,) = reported(bench.localize(bench.plant(fault, "one")))
     assert found.when is None and "steps" not in found.to_json()
-
-
-def test_k_shows_in_the_scores_where_no_cache_was_dumped(directory: Path) -> None:
-    fault = CACHE_FAULTS["cache.k_slot_off_by_one"]
-    bench = bench_for(fault, "f32", directory)
-    (found,) = reported(bench.localize(bench.plant(fault, "one"), engine.CACHED))
-    assert (found.stage, found.layer, found.when and found.when.step) == ("attn_scores", 2, 3)
-    assert found.name == "cache_slot_off_by_one"
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,6 @@ ZERO, UNKNOWN = -1, -2
 NEARER = 0.2
 
 
-def has_calls(case: StageReplay) -> bool:
-    """Whether the engine has a cache to make mistakes with."""
-    stored = any(row.kind is CACHE for row in case.tables.stages)
-    return stored or len(case.replay.trace.steps) > 1
-
-
 def kept(case: StageReplay) -> Array:
     """[1, S, K, H]: the right rows that the stage puts away, or reads from the cache."""
     value = case.last(None).inputs[0 if case.stage.kind is CACHE else 1]
@@ -60,7 +54,7 @@ class Held:
         rows: [S] the number of the row that each one holds, ZERO or UNKNOWN.
         first: the first row of the sequence that was looked at.
         later: whether the rows are as later calls read them, not as they were written.
-        values: [S, K*H] what stands in rows that are UNKNOWN.
+        values: [S, K*H] what stands in rows that are UNKNOWN; of scores alone nobody can say.
     """
 
     rows: np.ndarray
@@ -78,7 +72,7 @@ def held(case: StageReplay) -> Held | None:
     if "_held" not in case.__dict__:
         looked = {CACHE: _of_cache, SCORES: _of_scores}.get(case.stage.kind, _of_sum)
         finite = bool(jnp.isfinite(jnp.where(case.finite, case.dump, np.nan)[..., 0]).any())
-        case.__dict__["_held"] = looked(case) if finite and has_calls(case) else None
+        case.__dict__["_held"] = looked(case) if finite and case.has_calls else None
     found: Held | None = case.__dict__["_held"]
     return found
 
@@ -160,7 +154,7 @@ def _of_sum(case: StageReplay) -> Held | None:
         rows[s] = (
             ZERO if none else _nearest(_distances(values[s : s + 1], flat)[0], values[s], int(s))
         )
-    return Held(rows, first, True)
+    return Held(rows, first, True, values)
 
 
 # --- names
@@ -203,7 +197,7 @@ def _is_stale(found: Held) -> str | None:
 
 def _is_foreign(found: Held) -> str | None:
     wrong = found.wrong
-    if found.values is None or UNKNOWN not in found.rows[wrong] or len(wrong) > len(found.rows) / 4:
+    if UNKNOWN not in found.rows[wrong] or len(wrong) > len(found.rows) / 4:
         return None
     return _rows(found, wrong)
 
@@ -248,10 +242,13 @@ def rows_as(pattern: Pattern, case: StageReplay) -> Candidates:
     rows = jnp.where(
         (found.rows < 0)[None, :, None, None], 0.0, right[:, np.maximum(found.rows, 0)]
     )
-    value = with_rows(case, rows)
-    unknown = np.flatnonzero(found.rows == UNKNOWN) - found.first
+    unknown = np.flatnonzero(found.rows == UNKNOWN)
     if unknown.size and found.values is not None:
-        value = value.at[:, unknown].set(case.dump[:, unknown])
+        values = found.values.reshape(right.shape[1:])
+        rows = rows.at[0, unknown].set(jnp.asarray(values[unknown]))
+    value = with_rows(case, rows)
+    if unknown.size and case.stage.kind is SCORES:  # of k nothing but its scores is known
+        value = value.at[..., unknown].set(case.dump[..., unknown])
     yield says, value
 
 
@@ -259,10 +256,33 @@ def rows_as(pattern: Pattern, case: StageReplay) -> Candidates:
 
 
 def exchanged(case: StageReplay) -> Candidates:
-    """v put away as k, k as v."""
-    other = case.other("v_cache" if case.stage.name == "k_cache" else "k_cache")
-    if "k_cache" in case.tables.stage and other.replayable:
-        yield "", with_rows(case, kept(other))
+    """v put away as k, k as v. Of a cache that was not dumped this shows in the scores; that the
+    sum is of k, too, has a name of its own."""
+    others = {"k_cache": "v_cache", "v_cache": "k_cache", "attn_scores": "attention"}
+    if ("k_cache" in case.tables.stage) == (case.stage.kind is CACHE):
+        other = case.other(others[case.stage.name]).last(None)
+        if other.replayable:
+            yield "", with_rows(case, kept(other))
+
+
+def heads_exchanged(case: StageReplay) -> Candidates:
+    """Each group of query heads reads the key/value head of the cache that fits best."""
+    if "k_cache" in case.tables.stage or not case.has_calls:
+        return
+    right, heads = kept(case), case.config.num_key_value_heads
+    tried = np.stack(
+        [np.asarray(with_rows(case, right[:, :, [head] * heads])) for head in range(heads)]
+    )
+    dump = np.where(np.asarray(case.finite), np.asarray(case.dump), np.nan)
+
+    def groups(value: np.ndarray) -> np.ndarray:  # [K, ...]
+        grid = case.stage.by_head(case.config.num_attention_heads, value)
+        return np.asarray(grid).reshape(heads, -1)
+
+    off = np.stack([np.nansum(np.square(groups(value - dump)), -1) for value in tried])
+    order = off.argmin(0).tolist()
+    if sorted(order) == [*range(heads)] and order != [*range(heads)]:
+        yield ",".join(map(str, order)), with_rows(case, right[:, :, order])
 
 
 FLOATS: dict[str, Any] = {
@@ -275,6 +295,11 @@ def _grid(dtype: Any) -> np.ndarray:
     """Every finite number of an 8-bit float, rising."""
     every = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
     return np.unique(every[np.isfinite(every)])
+
+
+def _rounded(x: np.ndarray, dtype: Any) -> np.ndarray:
+    most = float(ml_dtypes.finfo(dtype).max)
+    return np.clip(x, -most, most).astype(np.float32).astype(dtype).astype(np.float64)
 
 
 def scale_lost(case: StageReplay) -> Candidates:
@@ -291,22 +316,22 @@ def scale_lost(case: StageReplay) -> Candidates:
         at, x_in = at[inside], x[inside]
         ends = np.stack([middle[at - 1] / x_in, middle[at] / x_in])
         low, high = ends.min(0), ends.max(0)
-        # a few numbers lie on an edge, and are saturated at the ends of the grid
-        factor = (np.quantile(low, 0.995) + np.quantile(high, 0.005)) / 2
-        if abs(factor - 1) > 1e-3:
-            turned = np.asarray(kept(case)) * factor
-            most = grid[-1]
-            rounded = np.clip(turned, -most, most).astype(np.float32).astype(dtype)
-            value = jnp.asarray(rounded.astype(np.float64))[:, -case.rows :]
-            yield f"{1 / factor:.4g} ({name})", value
+        # numbers on an edge, and those that are saturated, may say something else
+        first, last = np.quantile(low, 0.99), np.quantile(high, 0.01)
+        tried = [(low.max() + high.min()) / 2, *np.linspace(first, last, 31)]
+        values = [_rounded(x * factor, dtype) for factor in tried]
+        best = int(np.argmin([np.square(value - dump).sum() for value in values]))
+        if abs(tried[best] - 1) > 1e-3:
+            says = f"{1 / tried[best]:.4g} ({name})"
+            yield says, jnp.asarray(values[best].reshape(case.dump.shape))
 
 
 def ring_order(case: StageReplay) -> Candidates:
     """A window's rows as they lie in a ring buffer of its size, where row s has slot s mod size."""
     size = case.config.sliding_window
-    if not case.sliding or size is None or not has_calls(case):
+    if not case.sliding or size is None or not case.has_calls:
         return
-    _, ends = bounds(case)
+    _, ends = case.bounds
     rows = np.arange(int(ends.max()))
     order = np.tile(rows, (case.rows, 1))
     for row, end in zip(order, ends[:, 0], strict=True):
@@ -321,7 +346,7 @@ def ring_order(case: StageReplay) -> Candidates:
 
 def read_before_write(case: StageReplay) -> Candidates:
     """A token's own k is not there yet: its score with itself is 0."""
-    if has_calls(case):
+    if case.has_calls:
         rows = np.arange(case.rows)
         own = rows + case.exact.shape[-1] - case.rows
         yield "", case.exact.at[:, :, rows, own].set(0.0)
@@ -330,7 +355,10 @@ def read_before_write(case: StageReplay) -> Candidates:
 def enter(mistake: Callable[..., Any]) -> None:
     """Enter all of this into the catalogue."""
     stored = "k_cache v_cache"
-    mistake("cache_kv_exchanged", "k and v of the cache exchanged", stored, None)(exchanged)
+    says = "k and v of the cache exchanged"
+    mistake("cache_kv_exchanged", says, f"{stored} attn_scores", None)(exchanged)
+    says = "key/value heads of the cache in the order {}"
+    mistake("cache_heads_permuted", says, "attn_scores attention")(heads_exchanged)
     mistake("cache_scale_lost", "the cache's scale {} not applied on reading", stored)(scale_lost)
     for name, says, pattern in PATTERNS:
         mistake(name, says, f"{stored} attn_scores attention")(partial(rows_as, pattern))
@@ -343,18 +371,10 @@ def enter(mistake: Callable[..., Any]) -> None:
 # --- the mask of a call that is not the first
 
 
-def bounds(case: StageReplay) -> tuple[np.ndarray, np.ndarray]:
-    """[rows, 1]: for each row the first row of its call, and the end of that."""
-    ends = np.cumsum(case.replay.trace.steps)
-    rows = np.arange(ends[-1] - case.rows, ends[-1])
-    step = np.searchsorted(ends, rows, "right")
-    return (ends[step] - np.asarray(case.replay.trace.steps)[step])[:, None], ends[step][:, None]
-
-
 def empty_slots(case: StageReplay) -> int | None:
     """How many slots a cache has whose empty ones were counted by a softmax, with score 0: what
     every row lacks of 1 says it."""
-    if not has_calls(case):
+    if not case.has_calls:
         return None
     mask = np.asarray(case.pos.mask)[:, None]
     scores = np.where(mask, np.asarray(case.inputs[0]), -np.inf)
@@ -365,6 +385,18 @@ def empty_slots(case: StageReplay) -> int | None:
         telling = np.isfinite(empty) & (kept_sum < 1 - 1e-3) & (kept_sum > 1e-6)
     if not telling.any():
         return None
-    _, ends = bounds(case)
+    _, ends = case.bounds
     slots = np.broadcast_to(ends[:, 0], empty.shape[1:])[None] + empty
     return int(np.rint(np.median(slots[telling])))
+
+
+def left_by_others(case: StageReplay) -> np.ndarray | None:
+    """What slots of memory that hold no key of the sequence, but were counted, leave of every row's
+    sum: [1, N, rows, 1]. None where a row has more than it should, or all have the same."""
+    if not case.has_calls:
+        return None
+    mask = np.asarray(case.pos.mask)[:, None]
+    with np.errstate(invalid="ignore"):
+        left = np.where(mask, np.asarray(case.dump), 0).sum(-1, keepdims=True)
+    sound = np.isfinite(left).all() and left.max() < 1 + 1e-3 and left.min() < left.max() - 1e-3
+    return left if sound else None

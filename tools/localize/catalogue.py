@@ -618,6 +618,8 @@ def _(case: StageReplay) -> Candidates:
             scores, softmax = case.other("attn_scores"), case.other("attn_softmax")
             if not (scores.replayable and softmax.replayable):
                 return
+            if any(f and size % f.block for f in (scores.format, case.format)):
+                continue  # a cache in blocks that do not divide such heads
             weights = softmax.run(scores.run(*map(heads, scores.inputs), config=config))
             weights = weights[:, :, -case.rows :]
             found = case.run(weights, heads(case.inputs[1]), config=config)
@@ -883,14 +885,14 @@ def _distance(case: StageReplay) -> np.ndarray:
 def _(case: StageReplay) -> Candidates:
     yield "", _masked_softmax(case, np.ones_like(_distance(case), bool))
     if len(case.replay.trace.steps) > 1:  # what there was of it in each call
-        _, end = caches.bounds(case)
+        _, end = case.bounds
         yield "", _masked_softmax(case, np.arange(_distance(case).shape[1]) < end)
 
 
 @mistake("mask_top_left", "causal mask aligned at the first key: row {}", "attn_softmax")
 def _(case: StageReplay) -> Candidates:
     if len(case.replay.trace.steps) > 1:
-        start, _ = caches.bounds(case)
+        start, _ = case.bounds
         rows = np.arange(len(start)) + _distance(case).shape[1] - len(start)
         allowed = np.arange(_distance(case).shape[1]) <= rows[:, None] - start
         yield "i of a call sees keys 0 to i", _masked_softmax(case, allowed)
@@ -899,22 +901,24 @@ def _(case: StageReplay) -> Candidates:
 @mistake("mask_past_missing", "a call sees its own keys alone, not the cache", "attn_softmax")
 def _(case: StageReplay) -> Candidates:
     if len(case.replay.trace.steps) > 1:
-        start, _ = caches.bounds(case)
+        start, _ = case.bounds
         own = np.arange(_distance(case).shape[1]) >= start
         yield "", _masked_softmax(case, (_distance(case) >= 0) & own)
 
 
-@mistake("mask_unfilled_slots", "empty slots of the cache, {} in all, not masked", "attn_softmax")
+@mistake("mask_unfilled_slots", "empty slots of the cache, {}, not masked", "attn_softmax")
 def _(case: StageReplay) -> Candidates:
     slots = caches.empty_slots(case)
     if slots is not None:
-        _, end = caches.bounds(case)
+        _, end = case.bounds
         kept = case.pos.mask[:, None]
         scores = jnp.where(kept, case.inputs[0], -jnp.inf)
         high = jnp.maximum(scores.max(-1, keepdims=True), 0)
         weights = jnp.exp(scores - high)
         total = weights.sum(-1, keepdims=True) + (slots - end) * jnp.exp(-high)
-        yield str(slots), weights / total
+        yield f"{slots} in all", weights / total
+    if (left := caches.left_by_others(case)) is not None:
+        yield "with what memory held in them", case.exact * left
 
 
 @mistake("mask_off_by_one", "causal mask off by one: sees {} future token", "attn_softmax")

@@ -181,6 +181,7 @@ PARTS = {
     "gate_up_swapped": ("gate_up_swapped",),
     "rope_before_norm": ("rope_before_norm", "rope_missing"),
     "bias_after_rope": ("bias_missing", "bias_after_rope", "bias_v_only"),
+    "cache_kv_exchanged": ("v_from_k",),
     "bias_missing": ("bias_after_rope",),
     "bias_v_only": ("bias_after_rope",),
 }

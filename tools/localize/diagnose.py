@@ -9,7 +9,7 @@ from jax import Array
 
 from qwen_jax.replay import Replay
 from stages import headroom, verdict
-from stages.architecture import ACTIVATION, CACHE, TOKENS, Key
+from stages.architecture import ACTIVATION, CACHE, TOKENS, WEIGHTED_SUM, Key
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError, Suspect
 from tools.localize import screening, shapes
@@ -289,6 +289,9 @@ def _nonfinite(case: StageReplay, suspect: Suspect) -> str:
         why = headroom.cause(case.stage, case.replay.trace.config, exact)
         if why:
             return f"overflow: {why}; {places}"
+        if case.stage.kind is WEIGHTED_SUM and case.has_calls:
+            # a weight of 0 takes nothing but a number away
+            places += "; all it may see is finite: 0 times what lies in slots never written"
     return f"NaN or infinity is born here: {places}"
 
 

@@ -316,7 +316,9 @@ class _Trial:
                     (self._tried(found | {key: f}), key, f)
                     for key in members
                     if key not in found or len(members) > 1
-                    for f in choices(self.replay.tables.stage[key[0]], self.replay.config)
+                    for f in choices(
+                        self.replay.tables.stage[key[0]], self.replay.config, self.case.has_calls
+                    )
                     if found.get(key) is not f
                 ]
                 top, key, format = _first_best(tried)

@@ -67,6 +67,7 @@ class Format:
         leaves: the bits that the emulation has at best, where it cannot follow every rounding.
         parts: of a stage of several weights side by side, the format of each.
         block: the width of an operand is a multiple of it; of a head in attention.
+        calls: it is of engines that run in calls alone.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Format:
     leaves: float | None = None
     parts: tuple["Format", ...] = ()
     block: int = 1
+    calls: bool = False
 
     def inputs(self, config: Config, given: Sequence[Array], nudge: float = 0.0) -> list[Array]:
         """The operands as the engine reads them."""
@@ -344,7 +346,7 @@ def _of_scores() -> list[Format]:
         found += [
             Format(
                 name,
-                f"a key cache in {name[3:]}",
+                f"a key cache in {_put(name)}",
                 _level(name[3:7]),
                 _pair(q, rounding),
                 block=_block(name),
@@ -365,6 +367,11 @@ def _pair(first: Rounding | None, second: Rounding) -> dict[int, Operand]:
 
 def _f16_query() -> Format:
     return Format("float16", "q rounded to float16", "tf32/f16", {0: _plain(emulated.f16)})
+
+
+def _put(name: str) -> str:
+    """The format of a cache, for people. A scale of 1 may be one that was never loaded."""
+    return f"{name[3:]} at scale 1" if name in ("kv float8_e4m3", "kv float8_e5m2") else name[3:]
 
 
 def _read_back(kept: Rounding, grid: Rounding, x: np.ndarray, nudge: float = 0.0) -> np.ndarray:
@@ -409,7 +416,7 @@ def _of_weighted_sums() -> list[Format]:
             both = {0: _plain(emulated.f16), 1: _of_v(kept)}
             found.append(Format(name, says, level, both, block=32))
     for name, rounding in OTHER_CACHES:
-        says = f"a value cache in {name[3:]}"
+        says = f"a value cache in {_put(name)}"
         operands = {1: _of_v(rounding)}
         found.append(Format(name, says, _level(name[3:7]), operands, block=_block(name)))
     for name, level, rounding in (
@@ -420,6 +427,86 @@ def _of_weighted_sums() -> list[Format]:
     return found
 
 
+def _unrounded_at_first(base: Format | None, first: bool) -> Format:
+    """Attention that reads keys and values of its own call before the cache rounds them, and those
+    of earlier calls from there; with ``first`` in the first call alone. ``base`` is the format of a
+    cache that was not dumped."""
+    when = "the first call" if first else "their own call"
+    if base is None:
+        base = Format(f"kv unrounded in {when}", f"keys and values read unrounded in {when}", "f32")
+    else:
+        base = replace(base, says=f"{base.says}, but read unrounded in {when}")
+
+    def whole(case: Any) -> Array | None:
+        plain, rounded = case.in_format(None), case.in_format(base)
+        put: Array | None = None  # k or v before the cache
+        if stored := {"k_cache", "v_cache"} & {*case.stage.inputs}:
+            cache = case.other(*stored).last(None)
+            if not cache.replayable:
+                return None
+            put = cache.in_format(None).exact
+        start, _ = case.bounds
+        own = np.arange(case.pos.mask.shape[-1]) >= start
+        own = jnp.asarray(own & (start == 0) if first else own)[None, None]
+        if case.stage.kind is SCORES:
+            return jnp.where(own, plain.run(None, put), rounded.exact)
+        weights = case.inputs[0]
+        return plain.run(weights * own, put) + rounded.run(weights * ~own)
+
+    return replace(base, whole=whole, calls=True)
+
+
+@lru_cache
+def _of_calls(kind: Kind) -> tuple[Format, ...]:
+    """What attention may do in an engine that runs in calls, beyond ``_of_kind``."""
+    kept = [f for f in _of_kind(kind) if [*f.operands] == [1] and f.name.startswith("kv")]
+    bases = [None, *{f.name: f for f in reversed(kept)}.values()]
+    return tuple(_unrounded_at_first(base, first) for base in bases for first in (True, False))
+
+
+def _at_a_scale(dtype: Any, case: Any) -> Array | None:
+    """A cache in an 8-bit float at a constant scale, one for all or one for each head. The scale is
+    read off: values of one power of two have few steps."""
+    plain = np.asarray(case.in_format(None).exact, np.float32)
+    dump = np.asarray(case.dump, np.float32)
+    found = np.empty_like(plain)
+    for head in range(plain.shape[2]):
+        scale = _scale_of(plain[:, :, head], dump[:, :, head], dtype)
+        if scale is None:
+            return None
+        found[:, :, head] = _scaled(plain[:, :, head], scale, dtype)
+    return _as_array(found)
+
+
+def _scaled(x: np.ndarray, scale: np.float32, dtype: Any) -> np.ndarray:
+    most = float(ml_dtypes.finfo(dtype).max)
+    return emulated.to_dtype(np.clip(x / scale, -most, most), dtype) * scale
+
+
+# Of values that are whole numbers of steps: how far from one rounding to float32 leaves them, and
+# how many have to be.
+OFF_STEP, ON_STEP = 1e-4, 0.98
+
+
+def _scale_of(x: np.ndarray, dump: np.ndarray, dtype: Any) -> np.float32 | None:
+    values = np.abs(dump[(dump != 0) & np.isfinite(dump)])
+    if not values.size:
+        return None
+    info = ml_dtypes.finfo(dtype)
+    steps = 2 ** (info.nmant + 1)
+    tried = []
+    for step in range(steps // 2, steps):  # that of the largest
+        scale = values.max() / np.float32(step)
+        part = np.frexp(values / scale)[0] * steps
+        on = np.abs(part - np.rint(part)) < OFF_STEP * steps
+        if on.mean() >= ON_STEP:
+            tried += [scale * np.float32(2.0**power) for power in range(-18, 12)]
+    largest = values.max() / float(info.max)
+    tried = [scale for scale in tried if scale >= largest * (1 - 1e-5)]
+    off = [np.square(_scaled(x, scale, dtype) - dump).sum() for scale in tried]
+    return tried[int(np.argmin(off))] if tried else None
+
+
 def _of_caches() -> list[Format]:
     """What is read back of k, or of the v of q, k and v side by side."""
     known = [(f"kv {_named(cache)}", _level(cache), kept) for cache, kept in emulated.CACHE.items()]
@@ -427,13 +514,23 @@ def _of_caches() -> list[Format]:
     return [
         Format(
             name,
-            f"a cache in {name[3:]}",
+            f"a cache in {_put(name)}",
             level,
             {0: _of_v(rounding)},
             block=_block(name),
         )
         for name, level, rounding in known
-    ]
+    ] + [
+        Format(
+            f"kv {name} at a constant scale",
+            f"a cache in {name} at a constant scale",
+            "lower",
+            whole=partial(_at_a_scale, dtype),
+        )
+        for name, dtype in (
+            ("float8_e4m3", ml_dtypes.float8_e4m3fn), ("float8_e5m2", ml_dtypes.float8_e5m2)
+        )
+    ]  # fmt: skip
 
 
 def _flash_f16() -> Format:
@@ -593,12 +690,15 @@ def _activation_in(case: Any, rounding: Rounding) -> Array:
     return _in_half(case.inputs[0], rounding)
 
 
-def choices(stage: Stage, config: Config) -> list[Format]:
-    """The formats that a stage may have."""
+def choices(stage: Stage, config: Config, calls: bool = True) -> list[Format]:
+    """The formats that a stage may have; of an engine that runs in calls, if it is one."""
     width = config.head_dim
     if stage.linear:
         width = axis_size(config.tables.cached.axes_of(stage.inputs[0])[-1], config.dims(1))
-    return [format for format in _of_kind(stage.kind) if width % format.block == 0]
+    every = _of_kind(stage.kind)
+    if calls and stage.kind in (SCORES, WEIGHTED_SUM):
+        every += _of_calls(stage.kind)
+    return [format for format in every if width % format.block == 0]
 
 
 @lru_cache

@@ -16,7 +16,7 @@ from qwen_jax.models.ops import Positional
 from qwen_jax.replay import Replay
 from qwen_jax.weights.base import Weights
 from stages import verdict
-from stages.architecture import ROTATION, TOKENS, Architecture, Key, Stage
+from stages.architecture import CACHE, ROTATION, TOKENS, Architecture, Key, Stage
 from tools.localize.formats import NUDGE, Format
 
 Weight = Array | np.ndarray
@@ -134,6 +134,22 @@ class StageReplay:
     def positions(self) -> np.ndarray:
         """[1, rows] int."""
         return self.replay.positions[:, -self.rows :]
+
+    @cached_property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """[rows, 1]: for each row the first row of its call, and the end of that."""
+        ends = np.cumsum(self.replay.trace.steps)
+        rows = np.arange(ends[-1] - self.rows, ends[-1])
+        step = np.searchsorted(ends, rows, "right")
+        return (ends[step] - np.asarray(self.replay.trace.steps)[step])[:, None], ends[step][
+            :, None
+        ]
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether the engine has a cache to make mistakes with."""
+        stored = any(row.kind is CACHE for row in self.tables.stages)
+        return stored or len(self.replay.trace.steps) > 1
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
