@@ -224,10 +224,18 @@ class _Trial:
         return StageReplay(*where, formats=formats, narrow=narrow, nudge=nudge)
 
     def _small(self, case: StageReplay) -> StageReplay:
-        """The part of the stage that formats are tried on. The last rows are of all calls."""
+        """The part of the stage that formats are tried on. The last rows are like all, unless the
+        first call was computed in another way than the others."""
         if self.item.row.kind in (SCORES, WEIGHTED_SUM) and case.rows > ROWS:
-            return case.last(ROWS)
+            return case if self._first_call_differs() else case.last(ROWS)
         return case.sampled(CHANNELS)
+
+    def _first_call_differs(self) -> bool:
+        levels, _ = self.item.slices["position"]
+        first = self.case.bounds[0][:, 0] == 0
+        if first.all() or not first.any():
+            return False
+        return bool(abs(np.median(levels[first]) - np.median(levels[~first])) > CLEAR)
 
     def _score(self, case: StageReplay) -> np.ndarray:
         """Significant bits of the dump against a case's value: of the whole, and of its middle row
