@@ -1,13 +1,11 @@
 """Headroom: one float32 trace forecasts where an engine in another format overflows."""
 
 import json
-import shutil
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from qwen_jax import trace
 from stages import headroom
@@ -16,6 +14,7 @@ from stages.errors import UserError
 from stages.headroom import FORMATS, Headroom
 from stages.trace import MemoryTrace
 from tests.described import as_described
+from tests.planted.checkpoints import copy_checkpoint, overflowing, unscaled_scores
 from tests.planted.matrix import Bench, make_bench
 from tests.planted.shares import memory_trace
 from tools.numpy_engine import engine
@@ -23,34 +22,11 @@ from tools.numpy_engine.engine import OPERATIONS, Array, Context, Run, Weights
 
 Site = tuple[int | None, str, int]  # a layer, a stage, and a channel; of scores, a head
 LENGTH = 24
-# float16 ends at 65504: the SwiGLU of early layers goes beyond it in a few channels and tokens, and
-# q.k before the scale where the bias of k is large (llama.cpp#7805, #26044).
-LARGE = {1: [3, 40, 41], 3: [7]}
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("headroom")
-
-
-def overflowing(bench: Bench) -> Weights:
-    """Weights under which sound values are too large for float16; qwen3 has no bias."""
-    weights = {name: w.copy() for name, w in bench.loaded[1].items()}
-    for layer, channels in LARGE.items():
-        for name in ("gate", "up"):
-            weights[f"model.layers.{layer}.mlp.{name}_proj.weight"][channels] *= 400
-    for layer in (0, bench.loaded[0].layers - 1):
-        for name in ("q", "k"):
-            bias = weights.get(f"model.layers.{layer}.self_attn.{name}_proj.bias")
-            if bias is not None:
-                bias[:64] *= 120 / np.abs(bias[:64]).mean()
-    return weights
-
-
-def _unscaled(c: Context) -> Array:
-    """q.k is rounded to float16 before it is scaled, as PyTorch's eager attention has it."""
-    q_k = engine.f16(c.scores(c["q_post_rope"], c.k))
-    return q_k * np.float32(c.shape.head**-0.5)
 
 
 def site(layer: int | None, stage: str, value: Array) -> set[Site]:
@@ -72,7 +48,7 @@ def in_float16(bench: Bench, weights: Weights, run: Run) -> set[Site]:
         given.setdefault("post_ffn_residual", run.stages[last, "post_ffn_residual"])
         given = {name: engine.f16(np.clip(v, -65504, 65504)) for name, v in given.items()}
         given |= {"tokens": np.array(bench.tokens), "positions": np.arange(len(bench.tokens))}
-        operation = _unscaled if stage == "attn_scores" else OPERATIONS[stage]
+        operation = unscaled_scores if stage == "attn_scores" else OPERATIONS[stage]
         with np.errstate(all="ignore"):
             value = engine.f16(operation(Context(wrong, layer, given)).astype(np.float32))
         found |= site(layer, stage, value)
@@ -92,7 +68,8 @@ def forecast(rows: list[Headroom]) -> set[Site]:
 def test_every_place_where_float16_overflows_and_no_other(directory: Path, name: str) -> None:
     """One false place a model is allowed: a value that rounds to the other side of the end."""
     bench = make_bench(name, "f32", directory, LENGTH)
-    weights = overflowing(bench)
+    weights = {name: w.copy() for name, w in bench.loaded[1].items()}
+    overflowing(weights)
     run = engine.Engine(bench.loaded[0], weights).run(bench.tokens, "all")
     rows = headroom.measure(memory_trace(bench, run))
     told, true = forecast(rows), in_float16(bench, weights, run)
@@ -103,7 +80,7 @@ def test_every_place_where_float16_overflows_and_no_other(directory: Path, name:
     # and of a whole run in float16, in which NaN spreads, what is born in it
     wrong = engine.Engine(bench.loaded[0], weights, "f16")
     for layer in range(bench.loaded[0].layers):
-        wrong.replace("attn_scores", layer, _unscaled)
+        wrong.replace("attn_scores", layer, unscaled_scores)
     stages = wrong.run(bench.tokens, "all").stages
     first = next((key, value) for key, value in stages.items() if site(*key, value))
     born = site(*first[0], first[1])
@@ -175,11 +152,9 @@ def test_the_command(
     directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = make_bench("hard", "f32", directory, LENGTH)
-    (made := directory / "overflows").mkdir()
     source = bench.model.directory
     assert source is not None
-    shutil.copytree(source, made, dirs_exist_ok=True)
-    save_file(overflowing(bench), made / "model.safetensors", metadata={"format": "pt"})
+    made = copy_checkpoint(source, directory / "overflows", overflowing)
     monkeypatch.setenv("COLUMNS", "80")
     argv = ["--model", str(made), "--tokens", ",".join(map(str, bench.tokens)), "--overwrite"]
     argv += ["--out", str(directory / "t"), "--json", str(directory / "j")]

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tools.numpy_engine.engine import BLOCK, Array, Engine, Run, Weights, f16
+from tools.numpy_engine.engine import BLOCK, Array, Context, Engine, Run, Weights, f16
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -258,3 +258,26 @@ def hardness(engine: Engine, run: Run) -> list[Hardness]:
 def rms(x: Array) -> float:
     """Root mean square."""
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
+# Where float16 ends: layer -> channels of its SwiGLU that go beyond 65504.
+LARGE_SWIGLU = {1: [3, 40, 41], 3: [7]}
+
+
+def overflowing(weights: Weights) -> None:
+    """Make sound values of the hard checkpoint too large for float16, as those of Qwen2-7B are: the
+    SwiGLU of early layers in a few channels and tokens, and q.k before the scale in the first and
+    the last layer (Qwen3 has no bias)."""
+    for layer, channels in LARGE_SWIGLU.items():
+        for name in ("gate", "up"):
+            weights[f"model.layers.{layer}.mlp.{name}_proj.weight"][channels] *= 400
+    for layer in (0, 3):
+        for name in ("q", "k"):
+            bias = weights.get(f"model.layers.{layer}.self_attn.{name}_proj.bias")
+            if bias is not None:
+                bias[:64] *= 120 / np.abs(bias[:64]).mean()
+
+
+def unscaled_scores(c: Context) -> Array:
+    """q.k is rounded to float16 before it is scaled, as PyTorch's eager attention has it."""
+    return f16(c.scores(c["q_post_rope"], c.k)) * np.float32(c.shape.head**-0.5)
