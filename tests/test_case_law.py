@@ -11,8 +11,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from stages import headroom
+from tests.planted import checkpoints
 from tests.planted.matrix import Bench, make_bench
+from tests.planted.shares import memory_trace
 from tools.localize import Localization
+from tools.localize.question import Question
 from tools.localize.report import faults as reported
 from tools.localize.report import sentence
 from tools.numpy_engine import engine, faults
@@ -430,3 +434,87 @@ def test_heads_of_another_size(benches: Callable[..., Bench]) -> None:
     (fault,) = reported(report)
     assert (fault.stage, fault.layer, fault.name) == ("q_post_rope", "all", "head_size")
     assert fault.also == ["k_post_rope", "attention"] and "heads of 16" in sentence(report)
+
+
+# --- what it matters: overflow by its cause, and error in nats
+
+
+@pytest.fixture(scope="module")
+def overflows(benches: Callable[..., Bench], tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """In float16, the checkpoint whose sound values are too large for it."""
+    source, at = benches().model.directory, tmp_path_factory.mktemp("overflows")
+    assert source is not None
+    made = checkpoints.copy_checkpoint(source, at / "made", checkpoints.overflowing)
+    return Bench(made, benches().tokens, "f16")
+
+
+def test_the_cause_of_nan_is_named_and_was_to_be_seen_before(overflows: Bench) -> None:
+    """llama.cpp#26044, llama.cpp#27016, openvino#30440: the first value beyond 65504, with its
+    channel; one float32 trace, taken before the port, has it."""
+    report = overflows.localize(overflows.right)
+    (fault,) = reported(report)
+    assert (fault.stage, fault.layer) == ("ffn_swigl", 1)
+    sound = engine.Engine(*overflows.loaded).run(overflows.tokens, "all")
+    rows = headroom.measure(memory_trace(overflows, sound))
+    first = next(row for row in rows if row.overflows and row.what == "value")
+    assert (first.stage, first.layer) == ("ffn_swigl", 1) and first.channel in (3, 40, 41)
+    assert f"in channel {first.channel} of ffn_swigl, and float16 ends at 65504" in sentence(report)
+
+
+def test_the_cause_of_nan_may_be_a_product_before_the_scale(overflows: Bench) -> None:
+    """llama.cpp#7805, exllamav2#493, QwenLM#761, transformers#33312: where the bias of k is large,
+    q.k is too large, and the score itself would not be."""
+    report = replaced(overflows, "attn_scores", checkpoints.unscaled_scores)
+    (fault,) = reported(report)
+    assert (fault.stage, fault.layer) == ("attn_scores", 0)
+    assert "before the scale, and float16 ends at 65504" in sentence(report)
+
+
+def test_the_sums_of_blocks_that_overflow_are_forecast(overflows: Bench) -> None:
+    """llama.cpp#21652, llama.cpp#22571: Q8_1's sums, by one float32 trace."""
+    sound = engine.Engine(*overflows.loaded).run(overflows.tokens, "all")
+    rows = headroom.measure(memory_trace(overflows, sound), headroom.FORMATS["q8_1"])
+    told = {(row.layer, row.stage) for row in rows if row.overflows}
+    read = {stage: v for stage, v in sound.stages.items() if stage[1] in ("ffn_swigl", "attn_norm")}
+    sums = {key: engine.f16(v.reshape(len(v), -1, 32).sum(-1)) for key, v in read.items()}
+    assert told == {key for key, value in sums.items() if not np.isfinite(value).all()} != set()
+
+
+def test_scores_rounded_to_bf16_are_felt_where_the_bias_of_k_is_large(
+    benches: Callable[..., Bench],
+) -> None:
+    """transformers#33317, transformers#33615: eager bfloat16 costs Qwen2-7B 12 % of perplexity. All
+    layers have the same bits, and the last one's scores are off by a hundred times as much."""
+    report = replaced(benches(), "attn_scores", lambda c: engine.bf16(OPERATIONS["attn_scores"](c)))
+    assert report.verdict == "precision"
+    bits = [item.shown_bits for item in report.items if item.stage == "attn_scores"]
+    assert max(bits) - min(bits) < 1
+    nats = {row.layer: row.rms for row in report.nats}
+    assert min(nats[0], nats[3]) > 10 * max(nats[1], nats[2])
+
+
+def test_a_cache_of_few_bits_is_felt_in_the_last_layer(benches: Callable[..., Bench]) -> None:
+    """sglang#13044: attention is wrong in the last layer of a qwen2 alone, where the bias of k is
+    largest; vllm#10411, exllamav2#493: 4 and 8 bits for k, and nonsense."""
+    bench = benches()
+    run = engine.Engine(*bench.loaded).run(bench.tokens, "all", cache="q4_0")
+    report = bench.localize(run)
+    assert report.verdict == "precision" and "q4_0" in sentence(report)
+    nats = {row.layer: row for row in report.nats}
+    assert min(nats[0].rms, nats[3].rms) > 10 * max(nats[1].rms, nats[2].rms)
+    assert report.costs and "feels it, whose scores are off by" in sentence(report)
+
+
+def test_a_token_that_flips_at_a_near_tie(benches: Callable[..., Bench]) -> None:
+    """vllm.cpp#3105, vllm#55944, colibri#100, pegainfer#833: it is said to be a near tie, and the
+    stages that tip it are listed."""
+    tokens = [0, *np.random.default_rng(9).integers(1, 512, LENGTH - 1).tolist()]
+    source = benches().model.directory
+    assert source is not None
+    bench = Bench(source, tokens, "bf16")
+    report = bench.localize(bench.right, harm=Question())
+    assert report.verdict == "precision" and report.harm is not None
+    harm = report.harm
+    assert harm.flips and abs(harm.margin) < 0.5
+    assert harm.sum == pytest.approx(harm.margin - harm.exact_margin, rel=0.05)
+    assert "exact arithmetic puts the other one first" in str(report)

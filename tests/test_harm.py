@@ -1,6 +1,7 @@
 """What error costs: the shares of the stages add up to what the error does to the next token."""
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from stages.architecture import LINEAR
 from stages.architectures import any_stage
 from stages.errors import UserError
 from tests.described import as_described
+from tests.planted import flips
 from tests.planted.matrix import Bench, make_bench
 from tests.planted.shares import log_softmax, measured, replay_of, true_changes
 from tests.traces import torch_trace
@@ -240,6 +242,13 @@ def test_two_engines_one_token_apart(directory: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert f"the margin of {first[0]} over {first[1]} is" in shown
     assert f"B puts {first[1]} first" in shown and "A - B" in shown
+
+
+def test_what_tips_a_token_is_confirmed_or_said_not_to_be_linear(directory: Path) -> None:
+    """Some of ``python -m tests.planted.flips``, by other prompts."""
+    for flip in islice(flips.Trial("small", directory, 3).flips(), 4):
+        assert flip.change > 0 and flip.sum == pytest.approx(flip.change, rel=0.02)
+        assert flip.confirmed and (flip.exact or not flip.share.linear)
 
 
 def test_nan_costs_nothing_that_can_be_said(directory: Path) -> None:

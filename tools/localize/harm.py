@@ -142,8 +142,8 @@ class Harm:
 
     @property
     def flips(self) -> bool:
-        """Whether exact arithmetic puts the other of the two first."""
-        return self.exact_margin * self.margin < 0
+        """Whether exact arithmetic puts the other of the two first; at a tie the token came."""
+        return (self.exact_margin < 0) != (self.margin < 0)
 
     @property
     def largest(self) -> list[tuple[Key, Share]]:
