@@ -319,3 +319,27 @@ def test_bits_are_those_against_exact_arithmetic(bench):
     low, high = found.precision["ffn_up"]["bits"]
     assert 5 < low <= high < 9 and found.precision["ffn_up"]["class"] == "8-bit"
     assert all(i.shown_bits <= EXACT_BITS for i in found.items)
+
+
+def test_attention_to_one_key_is_v_as_the_cache_holds_it(bench, tmp_path):
+    """It lies on the cache's grid, to which no result was rounded."""
+    single = make_bench("small", "f16_kv", tmp_path, length=1)
+    found = single.localize(single.right)
+    assert [f.name for f in found.fitted.names("attention")] == ["kv float16"]
+    assert found.verdict == "precision", sentence(found)
+
+
+def test_one_of_three_weights_in_a_type_whose_products_round_their_inputs(bench):
+    small = bench("f32")
+
+    def operation(context: engine.Context) -> Array:
+        value = engine.OPERATIONS["qkv_matmul"](context).copy()
+        v = context.weight("self_attn.v_proj.weight")
+        value[:, -len(v) :] = emulated.q8_0(context["attn_norm"]) @ emulated.q4_0(v).T
+        return value
+
+    made = engine.Engine(*small.loaded, "f32")
+    made.replace("qkv_matmul", 1, operation)
+    (fault,) = faults(judge(small, made))
+    assert (fault.stage, fault.layer, fault.name) == ("qkv_matmul", 1, "weight_requantised")
+    assert fault.first.diagnosis[0].says.endswith("Q4_0, of v_proj")
