@@ -306,20 +306,29 @@ def _plain_write(like: Path, folder: Path) -> float:
 
 
 def tools(work: Workload, repeat: int, doing: Doing) -> list[Figure]:
-    """diff of the trace with the oracle's, and localize of the trace."""
+    """diff of the trace with the oracle's, and localize of the trace, beside making it: whole
+    processes."""
     first, second = work.folder / "trace", work.folder / "oracle"
-    for module, out in (("qwen_jax.trace", first), ("oracle.trace", second)):
-        if not out.exists():
-            doing(f"{work.of}: {module}")
-            _process([module, "--device", "cpu", *work.arguments, "--out", str(out)], work.folder)
+    given = ["--device", "cpu", *work.arguments, "--overwrite", "--out"]
     model = ["--model", work.model] if work.model else []
-    taken: dict[str, list[float]] = {}
-    for turn in range(repeat):
-        doing(f"{work.of}: diff, {turn} of {repeat}")
-        seconds = _process(["tools.diff", str(first), str(second)], work.folder)
-        taken.setdefault("diff", []).append(seconds)
-        taken.setdefault("diff without start-up", []).append(_compare(first, second))
-    taken["localize"] = [_process(["tools.localize", str(first), *model], work.folder)]
+    if not second.exists():
+        doing(f"{work.of}: oracle.trace")
+        _process(["oracle.trace", *given, str(second)], work.folder)
+    commands = {
+        "trace": ["qwen_jax.trace", *given, str(first)],
+        "localize": ["tools.localize", str(first), *model],
+        "diff": ["tools.diff", str(first), str(second)],
+    }
+    taken: dict[str, list[float]] = {name: [] for name in (*commands, "diff without start-up")}
+    for turn in range(repeat + 1):
+        for name, command in commands.items():
+            doing(f"{work.of}: {name}, {turn} of {repeat}")
+            os.sync()
+            seconds = _process(command, work.folder)
+            if turn:  # the first round compiles
+                taken[name].append(seconds)
+        if turn:
+            taken["diff without start-up"].append(_compare(first, second))
     found = _seconds("tools", work, taken)
     bytes_ = sum(entry.stat().st_size for entry in first.rglob("*.bin"))
     seconds = statistics.median(taken["diff without start-up"])
@@ -331,7 +340,7 @@ def tools(work: Workload, repeat: int, doing: Doing) -> list[Figure]:
         unit="GB/s",
         bar=1.5,
     )
-    return [*found, speed]
+    return [*found, _ratio(found, "localize", "trace", 1, most=True), speed]
 
 
 def _compare(first: Path, second: Path) -> float:
@@ -371,6 +380,7 @@ def memory(model: str, length: int, bar: int, scratch: Path, doing: Doing) -> li
         figure("trace", found["file_bytes"] / 2**30, "GiB"),
         figure("localize, peak resident memory", most / 2**30, "GiB", bar / 2**30),
         figure("localize, whole process", judging, "s"),
+        figure("localize / trace", judging / seconds, "x", 1),
     ]
 
 
