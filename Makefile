@@ -22,8 +22,8 @@ help:
 trace: $(VENV)/core.stamp
 	$(PY) -m qwen_jax.trace --stages all --overwrite
 
-# A file of tests at a time in each process: what it makes once is made once. A process takes 3 GB.
-AT_ONCE := -n auto --maxprocesses=4 --dist loadfile
+# A file of tests at a time in each process: what it makes once is made once. A process grows to 6 GB.
+AT_ONCE := -n auto --maxprocesses=2 --dist loadfile
 
 test: $(VENV)/test.stamp
 	$(PY) -m ruff check .
