@@ -56,9 +56,9 @@ def stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def keep_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What one file of tests has compiled, the next reads from disk, in less than half of the time: the
-    trials of the localizer have thousands of small programs in common. Of this process alone, for
-    JAX writes none of its files in one step."""
+    """What one file of tests has compiled, the next reads from disk, in less than half of the time:
+    the trials of the localizer have thousands of small programs in common. Of this process alone,
+    for JAX writes none of its files in one step."""
     import jax
 
     directory = str(tmp_path_factory.mktemp("programs"))
