@@ -209,11 +209,7 @@ def write(directory: Path, model: Weights) -> Iterator[int]:
             chunk = array.chunk_layout.write_chunk.shape[0]
             row = math.prod(array.shape[1:]) * model.dtype(name).itemsize
             for start, rows in model.blocks(name, chunk * max(1, WRITE // (chunk * row))):
-                writing = array[start : start + len(rows)].write(rows)
-                try:
-                    writing.result()
-                finally:
-                    writing.exception()  # an interrupted write goes on by itself: wait for its end
+                _write(array, start, rows, chunk)
                 yield rows.nbytes
     except (ValueError, RuntimeError) as error:  # TensorStore's, an error of the system among them
         code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -221,6 +217,25 @@ def write(directory: Path, model: Weights) -> Iterator[int]:
         raise OSError(why) from None
     told = {"schema": SCHEMA, "kind": KIND, "files": _sizes(params)}
     (directory / MARK).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def _write(array: Any, start: int, rows: np.ndarray, chunk: int) -> None:
+    """Fill rows of an array, its chunks at once, and leave nothing that still writes.
+
+    The future of a write has an error as soon as one chunk has; the others go on by themselves, and
+    would make files below a directory that is being removed. So each chunk has its own.
+
+    Raises:
+        ValueError, RuntimeError: TensorStore's.
+    """
+    parts = [(start + i, rows[i : i + chunk]) for i in range(0, len(rows), chunk)]
+    writing = [array[i : i + len(part)].write(part) for i, part in parts]
+    try:
+        for each in writing:
+            each.result()
+    finally:
+        for each in writing:
+            each.exception()  # waits for its end
 
 
 def _make_arrays(params: Path, model: Weights) -> dict[str, Any]:
