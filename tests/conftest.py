@@ -48,6 +48,17 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def with_mount(mount: str, script: str) -> list[str]:
+    """What a command is appended to that ``script`` runs as "$0" "$@" after ``mount``, in a mount
+    namespace of its own. Skips the test where that is not allowed."""
+    shell = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    try:
+        subprocess.run([*shell, mount], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting is not allowed here")
+    return [*shell, f"{mount} && {script}"]
+
+
 @pytest.fixture(autouse=True)
 def stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that ends in the tests' own process must leave that process's garbage to it."""

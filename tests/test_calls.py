@@ -18,7 +18,7 @@ from tools.localize.report import sentence
 from tools.numpy_engine import engine
 from tools.numpy_engine.cache_faults import CACHE_FAULTS
 from tools.numpy_engine.engine import Array, Context
-from tools.numpy_engine.faults import _attend, _flat, _scores
+from tools.numpy_engine.faults import attend, flat, scores
 
 MODES = ("f32", "bf16")
 NAMES = {
@@ -81,8 +81,8 @@ def test_a_prefill_may_read_what_the_cache_has_not_rounded(
     k = partial(_its_own, "k_cache", lambda c: c["k_post_rope"], first)
     v = partial(_its_own, "v_cache", lambda c: c.attended()[2], first)
     for layer in range(made.shape.layers):
-        made.replace("attn_scores", layer, lambda c: _scores(c, k=k(c)))
-        made.replace("attention", layer, lambda c: _flat(_attend(c, v(c))))
+        made.replace("attn_scores", layer, lambda c: scores(c, k=k(c)))
+        made.replace("attention", layer, lambda c: flat(attend(c, v(c))))
     run = made.run(bench.tokens, "all", **bench.more)
     when = "the first call" if first else "their own call"
     for omit in ((), engine.CACHED):

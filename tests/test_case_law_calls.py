@@ -21,7 +21,7 @@ from tools.localize.report import sentence
 from tools.numpy_engine import engine
 from tools.numpy_engine.cache_faults import CACHE_FAULTS
 from tools.numpy_engine.engine import OPERATIONS, Array, Context
-from tools.numpy_engine.faults import FAULTS, _flat
+from tools.numpy_engine.faults import FAULTS, flat
 
 STEPS = CHUNKS["both"]  # three calls for the prompt, then eight tokens one by one
 BIASED = (0, 3)  # the layers with a bias of k that is tens of times k itself
@@ -237,7 +237,7 @@ def _memory_read_too(c: Context) -> Array:
     """The weighted sum over all slots of the cache; weights of those that are empty are 0."""
     v = c.memory["v_cache"]
     weights = np.pad(c["attn_softmax"], [(0, 0), (0, 0), (0, len(v) - c.keys)])
-    return _flat(c.mix(weights, v))
+    return flat(c.mix(weights, v))
 
 
 def _memory_of_others(c: Context) -> Array:
@@ -280,7 +280,7 @@ def _fused(c: Context) -> Array:
     """Scores, softmax and sum at once in float64, rounded once."""
     q, k, v = (x.astype(np.float64) for x in (c["q_post_rope"], c.k, c.v))
     weights = engine.softmax(c.scores(q, k) * c.shape.head**-0.5, c.allowed)
-    return _flat(c.mix(weights, v)).astype(np.float32)
+    return flat(c.mix(weights, v)).astype(np.float32)
 
 
 def test_the_more_exact_kernel_is_no_fault(directory: Path, bench: Bench) -> None:

@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
         name,
         args.model,
         args.out,
-        arguments.prompt_of(args),
+        prompt=arguments.prompt_of(args),
         stages=args.stages,
         layers=args.layers,
         steps=args.steps,

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ def collect(
     engine: str,
     model: Weights | str | Path,
     out: str | Path,
-    prompt: Prompt | str | tuple[int, ...],
+    tokens: str | Iterable[int] | None = None,
     *,
+    prompt: str | Prompt | None = None,
+    first_position: int = 0,
     stages: str = "all",
     layers: str = "all",
     steps: tuple[int, ...] | None = None,
@@ -41,7 +43,7 @@ def collect(
     Arguments:
         engine: one of ``tools.collect.engines.ENGINES``.
         model: what the engine loads; ``of`` is what that should be, where it may be wrong.
-        prompt: token ids, text, or a ``Prompt``.
+        tokens, prompt, first_position: as of ``qwen_jax.trace_model``; a ``Prompt`` says all three.
         stages, layers: as ``--stages`` and ``--layers``.
         steps: rows of the prompt in each call; None is all in one. ``generate``: then so many
             tokens, the likeliest each time, in calls of their own.
@@ -57,16 +59,14 @@ def collect(
     replaceable(out, overwrite)
     given = model if isinstance(model, Weights) else open_model(model)
     right = given if of is None else of if isinstance(of, Weights) else open_model(of)
-    if isinstance(prompt, str):
-        prompt = Prompt(text=prompt)
-    elif not isinstance(prompt, Prompt):
-        prompt = Prompt(tokens=prompt)
-    tokens = prompt.read(right)
-    positions = prompt.positions(tokens)
-    calls = Calls(steps or (len(tokens),), generate)
-    if sum(calls.steps) != len(tokens):
+    if not isinstance(prompt, Prompt):
+        prompt = Prompt(text=prompt, tokens=tokens, first_position=first_position)
+    ids = prompt.read(right)
+    positions = prompt.positions(ids)
+    calls = Calls(steps or (len(ids),), generate)
+    if sum(calls.steps) != len(ids):
         raise UserError(
-            f"--steps add up to {sum(calls.steps)}, but the prompt has {len(tokens)} tokens"
+            f"--steps add up to {sum(calls.steps)}, but the prompt has {len(ids)} tokens"
         )
     recorder = Recorder(right, stages, layers)
     if weights:
@@ -77,7 +77,7 @@ def collect(
                 f"--weights: {engine} multiplies by the values in the files of {given.name}; "
                 "tools.localize takes those"
             )
-        computed, logits = run(session, tokens, positions, calls)
+        computed, logits = run(session, ids, positions, calls)
         hashes, judged_by = _weights(session, given, weights)
         if of is not None:  # what it multiplies by is what is in question
             hashes, judged_by = {}, right.name

@@ -19,6 +19,7 @@ from jax import Array
 from qwen_jax.models.ops import split_heads
 from stages.architecture import CACHE, SCORES
 from stages.verdict import ranges
+from tools.localize import emulated
 from tools.localize.stage_replay import StageReplay
 
 Candidates = Iterator[tuple[str, Array]]
@@ -297,11 +298,6 @@ def _grid(dtype: Any) -> np.ndarray:
     return np.unique(every[np.isfinite(every)])
 
 
-def _rounded(x: np.ndarray, dtype: Any) -> np.ndarray:
-    most = float(ml_dtypes.finfo(dtype).max)
-    return np.clip(x, -most, most).astype(np.float32).astype(dtype).astype(np.float64)
-
-
 def scale_lost(case: StageReplay) -> Candidates:
     """Divided by a scale, rounded to an 8-bit float, and not multiplied again: every number of the
     dump bounds the scale, as it must have been nearest."""
@@ -319,7 +315,7 @@ def scale_lost(case: StageReplay) -> Candidates:
         # numbers on an edge, and those that are saturated, may say something else
         first, last = np.quantile(low, 0.99), np.quantile(high, 0.01)
         tried = [(low.max() + high.min()) / 2, *np.linspace(first, last, 31)]
-        values = [_rounded(x * factor, dtype) for factor in tried]
+        values = [emulated.saturated(x * factor, dtype) for factor in tried]
         best = int(np.argmin([np.square(value - dump).sum() for value in values]))
         if abs(tried[best] - 1) > 1e-3:
             says = f"{1 / tried[best]:.4g} ({name})"

@@ -223,15 +223,19 @@ def _affine_coded(x: Array, low: Array, high: Array, levels: int, nudge: float) 
 # --- 8-bit floats
 
 
+def saturated(x: Array, dtype: Any) -> Array:
+    """Rounded to an 8-bit float; what is beyond its end becomes that, as in engines' casts."""
+    most = F32(ml_dtypes.finfo(dtype).max)
+    return to_dtype(np.clip(np.asarray(x, F32), -most, most), dtype)
+
+
 def e4m3(x: Array, nudge: float = 0.0) -> Array:
-    """float8_e4m3fn, saturating as engines' casts do."""
-    x = np.asarray(x, F32) * F32(1 + nudge)
-    return to_dtype(np.clip(x, F32(-448), F32(448)), ml_dtypes.float8_e4m3fn)
+    """float8_e4m3fn."""
+    return saturated(np.asarray(x, F32) * F32(1 + nudge), ml_dtypes.float8_e4m3fn)
 
 
 def e5m2(x: Array, nudge: float = 0.0) -> Array:
-    x = np.asarray(x, F32) * F32(1 + nudge)
-    return to_dtype(np.clip(x, F32(-57344), F32(57344)), ml_dtypes.float8_e5m2)
+    return saturated(np.asarray(x, F32) * F32(1 + nudge), ml_dtypes.float8_e5m2)
 
 
 def scaled_e4m3(x: Array, block: int | None = None, nudge: float = 0.0) -> Array:

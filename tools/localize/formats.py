@@ -479,8 +479,7 @@ def _at_a_scale(dtype: Any, case: Any) -> Array | None:
 
 
 def _scaled(x: np.ndarray, scale: np.float32, dtype: Any) -> np.ndarray:
-    most = float(ml_dtypes.finfo(dtype).max)
-    return emulated.to_dtype(np.clip(x / scale, -most, most), dtype) * scale
+    return emulated.saturated(x / scale, dtype) * scale
 
 
 # Of values that are whole numbers of steps: how far from one rounding to float32 leaves them, and

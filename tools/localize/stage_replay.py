@@ -138,12 +138,10 @@ class StageReplay:
     @cached_property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """[rows, 1]: for each row the first row of its call, and the end of that."""
-        ends = np.cumsum(self.replay.trace.steps)
-        rows = np.arange(ends[-1] - self.rows, ends[-1])
-        step = np.searchsorted(ends, rows, "right")
-        return (ends[step] - np.asarray(self.replay.trace.steps)[step])[:, None], ends[step][
-            :, None
-        ]
+        steps = np.asarray(self.replay.trace.steps)
+        ends = np.repeat(np.cumsum(steps), steps)
+        starts = ends - np.repeat(steps, steps)
+        return starts[-self.rows :, None], ends[-self.rows :, None]
 
     @property
     def has_calls(self) -> bool:

@@ -28,7 +28,7 @@ from tools.numpy_engine.engine import (
     rotate,
     softmax,
 )
-from tools.numpy_engine.faults import FAULTS, Fault, _attend, _flat, _scores, _tiled
+from tools.numpy_engine.faults import FAULTS, Fault, attend, flat, scores, tiled
 
 CACHE_FAULTS: dict[str, Fault] = {}
 
@@ -318,40 +318,40 @@ def _unwritten(c: Context, held: Array) -> Array:
 
 _add(
     "k_row_overwritten",
-    {"attn_scores": lambda c: _scores(c, k=_overwritten(c, c.k))},
+    {"attn_scores": lambda c: scores(c, k=_overwritten(c, c.k))},
     "a later token's k is written over a row of the prompt",
     "cache_row_overwritten",
 )
 _add(
     "v_row_overwritten",
-    {"attention": lambda c: _flat(_attend(c, _overwritten(c, c.v)))},
+    {"attention": lambda c: flat(attend(c, _overwritten(c, c.v)))},
     "a later token's v is written over a row of the prompt",
     "cache_row_overwritten",
 )
 _add(
     "k_blocks_exchanged",
-    {"attn_scores": lambda c: _scores(c, k=_by_blocks(c, c.k))},
+    {"attn_scores": lambda c: scores(c, k=_by_blocks(c, c.k))},
     "blocks of k are read in another order",
     "cache_rows_permuted",
 )
 _add(
     "k_ring_order",
-    {"attn_scores": lambda c: _scores(c, k=_ring(c, c.k))},
+    {"attn_scores": lambda c: scores(c, k=_ring(c, c.k))},
     "a ring buffer of a sliding window is read from its first slot on",
     "cache_ring_order",
     window=True,
 )
 _add(
     "k_read_before_write",
-    {"attn_scores": lambda c: _scores(c, k=_unwritten(c, c.k))},
+    {"attn_scores": lambda c: scores(c, k=_unwritten(c, c.k))},
     "a token's own k is not there yet when its scores are computed",
     "cache_read_before_write",
 )
 _add(
     "gqa_tiled",
     {
-        "attn_scores": lambda c: _scores(c, groups=_tiled(c)),
-        "attention": lambda c: _flat(_attend(c, groups=_tiled(c))),
+        "attn_scores": lambda c: scores(c, groups=tiled(c)),
+        "attention": lambda c: flat(attend(c, groups=tiled(c))),
     },
     "query head n reads key/value head n % K of the cache",
     "gqa_tiled",

@@ -796,7 +796,7 @@ for _part, _stage in enumerate(("q_post_rope", "k_post_rope")):
 # --- attn_scores -----------------------------------------------------------------------------
 
 
-def _scores(
+def scores(
     c: Context,
     factor: float | None = None,
     q: Array | None = None,
@@ -812,7 +812,7 @@ def _softcap(x: Array, cap: float) -> Array:
     return _f32(cap) * np.tanh(x / _f32(cap))
 
 
-def _tiled(c: Context) -> Array:
+def tiled(c: Context) -> Array:
     """Query head n reads key/value head n % K, not n // G."""
     return np.arange(c.shape.heads) % c.shape.kv_heads
 
@@ -829,35 +829,35 @@ def _masked_scores(fill: float, engine: Engine, values: Mapping[Key, Array], key
     return np.where(causal(scores.shape[-1]), scores, _f32(fill))
 
 
-_add("attn_scores", "scale_missing", lambda c: _scores(c, 1), "not scaled")
+_add("attn_scores", "scale_missing", lambda c: scores(c, 1), "not scaled")
 _add(
     "attn_scores",
     "scale_hidden",
-    lambda c: _scores(c, c.shape.hidden**-0.5),
+    lambda c: scores(c, c.shape.hidden**-0.5),
     "over sqrt(D) instead of sqrt(H)",
 )
 _add(
-    "attn_scores", "scale_head", lambda c: _scores(c, 1 / c.shape.head), "over H instead of sqrt(H)"
+    "attn_scores", "scale_head", lambda c: scores(c, 1 / c.shape.head), "over H instead of sqrt(H)"
 )
 _add(
     "attn_scores",
     "gqa_tiled",
-    lambda c: _scores(c, groups=_tiled(c)),
+    lambda c: scores(c, groups=tiled(c)),
     "query head n reads key head n % K",
 )
 _add(
     "attn_scores",
     "scores_q_unrotated",
-    lambda c: _scores(c, q=c.attended()[0]),
+    lambda c: scores(c, q=c.attended()[0]),
     "reads q before RoPE",
 )
 _add(
     "attn_scores",
     "scores_k_unrotated",
-    lambda c: _scores(c, k=c.attended()[1]),
+    lambda c: scores(c, k=c.attended()[1]),
     "reads k before RoPE",
 )
-_add("attn_scores", "softcap", lambda c: _softcap(_scores(c), 50), "50 tanh(x / 50)")
+_add("attn_scores", "softcap", lambda c: _softcap(scores(c), 50), "50 tanh(x / 50)")
 _add_dump("attn_scores", "dump_before_scale", _raw_scores, "dumped before the scale")
 _add_dump(
     "attn_scores",
@@ -987,40 +987,40 @@ _add(
 # --- attention -------------------------------------------------------------------------------
 
 
-def _attend(c: Context, v: Array | None = None, groups: Array | None = None) -> Array:
+def attend(c: Context, v: Array | None = None, groups: Array | None = None) -> Array:
     """The right weighted sum, of this ``v``, still as [T, N, H]."""
     v = c.v if v is None else v
     return c.mix(c["attn_softmax"], v, groups)
 
 
-def _flat(x: Array) -> Array:
+def flat(x: Array) -> Array:
     return x.reshape(len(x), -1)
 
 
 def _v_late(c: Context) -> Array:
     v = c.v
-    return _flat(_attend(c, np.concatenate([0 * v[:1], v[:-1]])))
+    return flat(attend(c, np.concatenate([0 * v[:1], v[:-1]])))
 
 
 def _v_early(c: Context) -> Array:
     v = c.v
-    return _flat(_attend(c, np.concatenate([v[1:], v[-1:]])))
+    return flat(attend(c, np.concatenate([v[1:], v[-1:]])))
 
 
 def _dead_head(c: Context) -> Array:
-    mixed = _attend(c)
+    mixed = attend(c)
     mixed[:, 1] = 0
-    return _flat(mixed)
+    return flat(mixed)
 
 
 def _heads_permuted(c: Context) -> Array:
     s = c.shape
-    mixed = _attend(c).reshape(-1, s.kv_heads, s.heads // s.kv_heads, s.head)
-    return _flat(mixed.swapaxes(1, 2))
+    mixed = attend(c).reshape(-1, s.kv_heads, s.heads // s.kv_heads, s.head)
+    return flat(mixed.swapaxes(1, 2))
 
 
 def _stale_position(c: Context) -> Array:
-    mixed = _flat(_attend(c))
+    mixed = flat(attend(c))
     mixed[POSITION] = mixed[POSITION - 1]
     return mixed
 
@@ -1029,7 +1029,7 @@ POSITION = 13  # the one that one-position faults spoil
 _add(
     "attention",
     "gqa_tiled",
-    lambda c: _flat(_attend(c, groups=_tiled(c))),
+    lambda c: flat(attend(c, groups=tiled(c))),
     "query head n mixes value head n % K",
 )
 _add(
@@ -1039,11 +1039,11 @@ _add(
     "query head n reads key/value head n % K, twice",
     label="attn_scores_attention",
 )
-_add("attention", "v_from_k", lambda c: _flat(_attend(c, c["k_post_rope"])), "mixes the key cache")
+_add("attention", "v_from_k", lambda c: flat(attend(c, c["k_post_rope"])), "mixes the key cache")
 _add(
     "attention",
     "v_from_k_unrotated",
-    lambda c: _flat(_attend(c, c.attended()[1])),
+    lambda c: flat(attend(c, c.attended()[1])),
     "mixes k before RoPE",
     "v_from_k",
 )
@@ -1058,14 +1058,14 @@ _add(
 _add(
     "attention",
     "v_without_bias",
-    lambda c: _flat(_attend(c, c.heads(c["qkv_matmul"])[2])),
+    lambda c: flat(attend(c, c.heads(c["qkv_matmul"])[2])),
     "v before its bias",
     bias=True,
 )
 _add(
     "attention",
     "heads_not_transposed",
-    lambda c: np.ascontiguousarray(_attend(c).transpose(1, 0, 2)).reshape(len(c.positions), -1),
+    lambda c: np.ascontiguousarray(attend(c).transpose(1, 0, 2)).reshape(len(c.positions), -1),
     "[N, T, H] merged without a transpose",
 )
 _add("attention", "dead_head", _dead_head, "one head is zero", where={"heads": (1,)})
@@ -1551,7 +1551,7 @@ for _what, _rope, _says in [
 _add(
     "attn_scores",
     "scale_rounded",
-    lambda c: _scores(c, bf16(np.array([c.shape.head**-0.5], np.float32)).item()),
+    lambda c: scores(c, bf16(np.array([c.shape.head**-0.5], np.float32)).item()),
     "the scale rounded to bfloat16",
     accept=("constant_factor",),
 )
