@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwen_jax import trace_model
+from qwen_jax.replay import Replay
 from stages.architecture import LINEAR
 from stages.architectures import any_stage
 from stages.errors import UserError
 from tests.described import as_described
 from tests.planted import flips
 from tests.planted.matrix import Bench, make_bench
-from tests.planted.shares import log_softmax, measured, replay_of, true_changes
+from tests.planted.shares import exact_logits, log_softmax, measured, replay_of, true_changes
 from tests.traces import torch_trace
 from tools.localize import __main__, harm, nats
 from tools.localize.question import Question
@@ -97,6 +99,25 @@ def test_a_last_layer_of_one_row_and_prompts_that_begin_anywhere(directory: Path
     bench = bench_of(directory, "f16", **more)
     found = measured(bench, bench.right)
     assert worst(found, true_changes(bench, bench.right, found)) < 0.02
+
+
+@pytest.mark.parametrize("omit", [(), ("k_cache", "v_cache")])
+def test_a_decode_whose_cache_rounds(directory: Path, omit: tuple[str, ...]) -> None:
+    """What it costs is what the cache rounded, seen there or, undumped, where it is read."""
+    model = bench_of(directory, "f32").model
+    tokens = "1,2,3,4,5,6,7,8,9"
+    trace = trace_model(model, tokens, prefill_chunk=4, generate=6, cache="float8_e4m3fn")
+    for key in [key for key in trace.entries if key[0] in omit]:
+        del trace.entries[key]
+    found = harm.measure(Replay(trace, model, np.dtype("float32"), unoptimised=True), Question())
+    assert found is not None and found.row == len(trace.tokens) - 1
+    exact = log_softmax(exact_logits(model, trace.tokens, 0)[-1])
+    ours = log_softmax(trace.read("lm_head", None)[-1])
+    true = float(ours[found.token] - exact[found.token])
+    assert abs(true) > 1e-3
+    assert found.logprob_sum == pytest.approx(true, rel=0.02)
+    of_cache = {"attn_scores", "attention"} if omit else {"k_cache", "v_cache"}
+    assert all(key[0] in of_cache for key, share in found.largest if abs(share.margin) > 1e-4)
 
 
 def test_any_row_and_any_two_tokens(directory: Path) -> None:
