@@ -7,7 +7,7 @@ dump was created at that stage; what arrived there from before cannot show.
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,26 +109,27 @@ def question_of(args: argparse.Namespace, config: Config, length: int) -> Questi
     return None
 
 
-def _of_both(
-    ask: Ask, args: argparse.Namespace, prompt: Prompt, model: Weights, other: Weights,
-    config: Config, length: int,
-) -> Question | None:  # fmt: skip
-    """What is asked of A where B is asked the same."""
+def run_both(
+    given: Sequence[tuple[Path, Weights]], prompt: Prompt, ask: Ask = usual, exact: bool = False
+) -> list[Localization]:
+    """Localize two traces, each beside its own weights, and ask both about the same tokens."""
     from tools.localize.against import about_both
 
-    question = ask(config, length)
-    given = [(args.trace, model), (args.against, other)]
-    return question and about_both(
-        question, *(arguments.open_given(path, prompt, weights) for path, weights in given)
-    )
+    def of_both(config: Config, length: int) -> Question | None:
+        question = ask(config, length)
+        return question and about_both(
+            question, *(arguments.open_given(path, prompt, weights) for path, weights in given)
+        )
 
+    def the_same(config: Config, length: int) -> Question | None:
+        question, harm = ask(config, length), first.harm
+        if not (question and harm) or first.trace.config["vocab_size"] != config.vocab_size:
+            return question
+        return replace(question, token=harm.token, against=harm.against, of_clean=True)
 
-def _the_same(ask: Ask, first: Localization, config: Config, length: int) -> Question | None:
-    """What is asked of B: of the tokens that A was asked about."""
-    question, harm = ask(config, length), first.harm
-    if question is None or harm is None or first.trace.config["vocab_size"] != config.vocab_size:
-        return question
-    return replace(question, token=harm.token, against=harm.against, of_clean=True)
+    a, b = given
+    first = run(*a, prompt, of_both, exact)
+    return [first, run(*b, prompt, the_same, exact)]
 
 
 def run(
@@ -191,11 +192,11 @@ def _main(argv: list[str]) -> int:
         with compile_cache.use("localize", model.config, os.environ.get("XLA_FLAGS")):
             other = open_model(args.against_model) if args.against_model else model
             right = other if args.against_model and not args.against else None
-            asked = partial(_of_both, ask, args, prompt, model, other) if args.against else ask
-            reports = [run(args.trace, model, prompt, asked, args.exact, right)]
             if args.against:
-                asked = partial(_the_same, ask, reports[0])
-                reports.append(run(args.against, other, prompt, asked, args.exact))
+                given = [(args.trace, model), (args.against, other)]
+                reports = run_both(given, prompt, ask, args.exact)
+            else:
+                reports = [run(args.trace, model, prompt, ask, args.exact, right)]
     except NotComparable as error:
         if args.json:
             nothing: dict[str, Any] = {"faults": [], "precision": {}, "skipped": []}

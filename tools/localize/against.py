@@ -16,6 +16,7 @@ from tools.localize.question import Question
 from tools.localize.report import COLOURS, Localization
 from tools.localize.show_harm import named, placed
 
+MADE_BY = ("made by, in nats", "A", "B", "A - B")  # columns of the rows of ``margins``
 CLEAR = 2.0  # bits by which one side must be better to be called the right one
 
 
@@ -136,31 +137,43 @@ def show(console: Console, a: Localization, b: Localization) -> None:
     _show_apart(console, a, b)
 
 
-def _show_apart(console: Console, a: Localization, b: Localization) -> None:
+def margins(a: Localization, b: Localization) -> tuple[str, list[list[str]]] | None:
+    """``apart`` for people: a sentence, and the stages that are seen in the difference, each with
+    its share in A, in B, and A - B. None as of that."""
     found = apart(a, b)
     if found is None or a.harm is None:
-        return
+        return None
     token, rival = named(a.harm.token, a.harm.text), named(a.harm.against, a.harm.against_text)
     ours, theirs = found["margins"]
     sum = (
         "" if abs(found["difference"]) < SEEN else f" (sum of shares {found['sum_of_shares']:+.2g})"
     )
     told = f"B puts {rival} first" if ours * theirs < 0 else "both put the same one first"
-    console.print(
-        f"\nthe margin of {token} over {rival} is {ours:+.4g} in A and {theirs:+.4g} in B, "
-        f"{found['difference']:+.2g} apart{sum}: {told}", soft_wrap=True,
-    )  # fmt: skip
+    sentence = (
+        f"the margin of {token} over {rival} is {ours:+.4g} in A and {theirs:+.4g} in B, "
+        f"{found['difference']:+.2g} apart{sum}: {told}"
+    )
     rows = [row for row in found["shares"] if abs(row["difference"]) >= SEEN][:LARGEST]
-    if not rows:
+    sides = ("a", "b", "difference")
+    return sentence, [
+        [placed((row["stage"], row["layer"])), *(f"{row[side]:+.2g}" for side in sides)]
+        for row in rows
+    ]
+
+
+def _show_apart(console: Console, a: Localization, b: Localization) -> None:
+    found = margins(a, b)
+    if found is None:
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("made by, in nats")
-    for name in ("A", "B", "A - B"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        cells = [f"{row[side]:+.2g}" for side in ("a", "b", "difference")]
-        table.add_row(placed((row["stage"], row["layer"])), *cells)
-    console.print(table)
+    sentence, rows = found
+    console.print(f"\n{sentence}", soft_wrap=True)
+    if rows:
+        table = Table(MADE_BY[0], box=None, header_style="bold", pad_edge=False)
+        for name in MADE_BY[1:]:
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 def _range(side: dict[str, Any], stage: str) -> Text:

@@ -54,12 +54,14 @@ def main(argv: list[str]) -> int:
         models.append(open_model(args.against_model) if args.against_model else models[0])
 
     from qwen_jax import compile_cache, runtime
-    from tools.localize.__main__ import run
+    from tools.localize.__main__ import run, run_both
 
     runtime.for_a_command("cpu")
-    paths = [args.a, args.b] if args.b else [args.a]
     with compile_cache.use("localize", models[0].config, os.environ.get("XLA_FLAGS")):
-        reports = [run(p, m, prompt) for p, m in zip(paths, models, strict=True)]
+        if args.b:
+            reports = run_both([(args.a, models[0]), (args.b, models[1])], prompt)
+        else:
+            reports = [run(args.a, models[0], prompt)]
         code = _write(args.out, reports, models)
     if args.model_explorer:
         files = [path.name for path in explorer.write(reports[0], args.model_explorer)]

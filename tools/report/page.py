@@ -56,7 +56,7 @@ def of_localizations(
         *(_verdict(side, report, len(sides) > 1) for side, report in sides.items()),
         _difference(difference) if difference else "",
         _map(traces, found, {side: _faulty(report) for side, report in sides.items()}),
-        _right(*reports) if len(reports) == 2 else "",
+        _right(*reports) + _margins(*reports) if len(reports) == 2 else "",
         *(_faults(side, report, len(sides) > 1) for side, report in sides.items()),
         *(_unchecked(side, report, len(sides) > 1) for side, report in sides.items()),
         _provenance(traces, {side: report.model for side, report in sides.items()}),
@@ -235,6 +235,11 @@ def _right(a: Localization, b: Localization) -> str:
     note = " (each judged by its own weights)" if other else ""
     names = ("stage", "A bits", "B bits", "right")
     return _table(f"Which of the two is right{note}", names, rows)
+
+
+def _margins(a: Localization, b: Localization) -> str:
+    found = against.margins(a, b)
+    return _table(found[0], against.MADE_BY, found[1]) if found else ""
 
 
 def _table(caption: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
