@@ -36,6 +36,11 @@ class Prompt:
     first_position: int = 0
     chat: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises UserError: the same thing is said in two ways."""
+        if sum(each is not None for each in (self.text, self.file, self.tokens)) > 1:
+            raise UserError("a prompt is text, a file or token ids; give one of them")
+
     @property
     def given(self) -> bool:
         return any(each is not None for each in (self.text, self.file, self.tokens))

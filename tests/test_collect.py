@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import qwen_jax
+from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
@@ -474,6 +475,8 @@ def test_from_python_without_a_command_line(qwen2: Path, tmp_path: Path) -> None
     assert found.to_json()["producer"]["options"]["attention"] == "sdpa"
     assert open_trace(found.path).positions == tuple(range(12)) and found.judged_by == "qwen2"
     for wrong, message in [
+        ({"prompt": "the cat"}, "a prompt is text, a file or token ids; give one of them"),
+        ({"prompt": Prompt()}, "a Prompt has tokens and first position itself; do not give them"),
         (
             {"flavour": 1},
             "no option 'flavour'; this engine has attention, cache, dtype,",

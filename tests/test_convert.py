@@ -493,6 +493,30 @@ def test_a_disk_that_fills_half_way(tmp_path, to):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failed_write_waits_for_all_of_its_chunks():
+    """None goes on in a directory that is about to be removed."""
+    waited = []
+
+    class Writing:
+        def __init__(self, first):
+            self.first = first
+
+        def result(self):
+            if self.first == 4:
+                raise ValueError("full")
+
+        def exception(self):
+            waited.append(self.first)
+
+    class Store:
+        def __getitem__(self, rows):
+            return SimpleNamespace(write=lambda part: Writing(rows.start))
+
+    with pytest.raises(ValueError, match="full"):
+        orbax_module.write_rows(Store(), 4, np.zeros((7, 2)), chunk=3)
+    assert waited == [4, 7, 10]
+
+
 def started(tmp_path, to):
     """A conversion that has begun to write."""
     with interruptible():

@@ -206,6 +206,8 @@ def test_the_commands_write_it(bench: Bench, tmp_path: Path, capsys: Any) -> Non
     assert main([a, b, *model, "-o", str(out)]) == 1
     assert f"{out}: " in capsys.readouterr().out
     assert "Which of the two is right" in out.read_text()
+    table = out.read_text().partition("<caption>the margin of ")[2].partition("</table>")[0]
+    assert "A - B</th>" in table and '<th scope="row">layer 2 q_post_rope</th>' in table
     assert localize_command([b, *model, "--report", str(out)]) == 0
     assert '<h1 class="verdict">clean' in out.read_text()
     assert diff_command([a, b, *model, "--report", str(out)]) == 1

@@ -209,7 +209,7 @@ def write(directory: Path, model: Weights) -> Iterator[int]:
             chunk = array.chunk_layout.write_chunk.shape[0]
             row = math.prod(array.shape[1:]) * model.dtype(name).itemsize
             for start, rows in model.blocks(name, chunk * max(1, WRITE // (chunk * row))):
-                _write(array, start, rows, chunk)
+                write_rows(array, start, rows, chunk)
                 yield rows.nbytes
     except (ValueError, RuntimeError) as error:  # TensorStore's, an error of the system among them
         code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -219,7 +219,7 @@ def write(directory: Path, model: Weights) -> Iterator[int]:
     (directory / MARK).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
-def _write(array: Any, start: int, rows: np.ndarray, chunk: int) -> None:
+def write_rows(array: Any, start: int, rows: np.ndarray, chunk: int) -> None:
     """Fill rows of an array, its chunks at once, and leave nothing that still writes.
 
     The future of a write has an error as soon as one chunk has; the others go on by themselves, and

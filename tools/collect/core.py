@@ -61,6 +61,8 @@ def collect(
     right = given if of is None else of if isinstance(of, Weights) else open_model(of)
     if not isinstance(prompt, Prompt):
         prompt = Prompt(text=prompt, tokens=tokens, first_position=first_position)
+    elif tokens is not None or first_position:
+        raise UserError("a Prompt has tokens and first position itself; do not give them beside it")
     ids = prompt.read(right)
     positions = prompt.positions(ids)
     calls = Calls(steps or (len(ids),), generate)
