@@ -343,3 +343,10 @@ def test_one_of_three_weights_in_a_type_whose_products_round_their_inputs(bench)
     (fault,) = faults(judge(small, made))
     assert (fault.stage, fault.layer, fault.name) == ("qkv_matmul", 1, "weight_requantised")
     assert fault.first.diagnosis[0].says.endswith("Q4_0, of v_proj")
+
+
+@pytest.mark.parametrize("round_to, most", [(emulated.e4m3, 448.0), (emulated.e5m2, 57344.0)])
+def test_a_cast_to_8_bit_floats_saturates(round_to, most: float) -> None:
+    """What is beyond the end is the end, where ml_dtypes' own cast has NaN or infinity."""
+    x = np.array([1e6, -1e6, 1.06, most], np.float32)
+    assert round_to(x).tolist() == [most, -most, 1.0, most]
