@@ -54,6 +54,7 @@ class Kind:
         sums_products: its operands may be held in another format (quantised activations, a cache).
         masked: entries that the attention mask removes are no part of the computation.
         over_root: the axis by whose square root a sum of products is divided.
+        curved: it is no polynomial of second degree at most in what it reads.
     """
 
     name: str
@@ -62,17 +63,18 @@ class Kind:
     sums_products: bool = False
     masked: bool = False
     over_root: str = ""
+    curved: bool = False
 
 
 LOOKUP = Kind("lookup", "value")
-NORM = Kind("norm", "value")
+NORM = Kind("norm", "value", curved=True)
 LINEAR = Kind("linear", "terms", sums_products=True)
 ADD = Kind("add", "magnitudes")
 ROTATION = Kind("rotation", "rotated", allows="angle")
 SCORES = Kind("scores", "terms", sums_products=True, masked=True, over_root="H")
-SOFTMAX = Kind("softmax", "value", allows="depth")
+SOFTMAX = Kind("softmax", "value", allows="depth", curved=True)
 WEIGHTED_SUM = Kind("weighted sum", "terms", sums_products=True)
-ACTIVATION = Kind("activation", "value", allows="argument")
+ACTIVATION = Kind("activation", "value", allows="argument", curved=True)
 PRODUCT = Kind("product", "value")
 CACHE = Kind("cache", "value")  # what was put away in a number format is read back
 

@@ -23,6 +23,7 @@ from qwen_jax.replay import Replay
 from qwen_jax.weights import DEMO, open_model
 from stages.trace import Layout, open_trace
 from tests.planted import checkpoints
+from tools.convert import convert
 from tools.localize import Localization, localize
 from tools.localize.report import faults as reported
 from tools.localize.report import to_json
@@ -173,13 +174,20 @@ MAKE = {"hard": checkpoints.hard_checkpoint, "small": checkpoints.random_checkpo
 
 
 def make_bench(name: str, mode: str, directory: Path, length: int = 48, **more: Any) -> Bench:
-    """A bench on the demo model, on the "hard" checkpoint or a "small" random one, or on the Qwen3
-    of either, "hard-qwen3" and "small-qwen3". ``more`` is as of ``Bench``."""
+    """A bench on the demo model, on the "hard" checkpoint or a "small" random one, on the Qwen3 of
+    either, "hard-qwen3" and "small-qwen3", or on random weights in the size "0.5b" (8 GB).
+    ``more`` is as of ``Bench``."""
     if name == "demo":
         tokens = [0, *np.random.default_rng(0).integers(1, 2048, length - 1).tolist()]
         return Bench(DEMO, tokens, mode, **more)
     kind, _, architecture = name.partition("-")
     path = directory / name
+    if name == "0.5b":
+        if not path.exists():
+            path.mkdir()
+            convert(open_model("synthetic:0.5b"), "hf", path, wrote=lambda count: None)
+        tokens = np.random.default_rng(3).integers(0, 150_000, length).tolist()
+        return Bench(path, tokens, mode, **more)
     if not path.exists():
         MAKE[kind](path, **(checkpoints.QWEN3 if architecture else {}))
     if kind == "hard":

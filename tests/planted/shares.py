@@ -22,7 +22,7 @@ from tools.localize.core import trace_dtype
 from tools.numpy_engine.engine import Run
 
 MODES = ("f32", "f16", "bf16", "act8")
-CHECKPOINTS = ("demo", "small", "small-qwen3", "hard", "hard-qwen3")
+CHECKPOINTS = ("demo", "small", "small-qwen3", "hard", "hard-qwen3", "0.5b")
 
 
 def memory_trace(bench: Bench, run: Run, omit: tuple[str, ...] = ()) -> MemoryTrace:
@@ -40,8 +40,9 @@ def replay_of(bench: Bench, run: Run, omit: tuple[str, ...] = ()) -> Replay:
 
 
 def measured(bench: Bench, run: Run, omit: tuple[str, ...] = (), **asked: int) -> harm.Harm:
-    """What the error of a run costs."""
-    found = harm.measure(replay_of(bench, run, omit), harm.Question(**asked))
+    """What the error of a run costs, in the precision that a command takes for it."""
+    clean = bench.mode == "f32" and run is bench.right
+    found = harm.measure(replay_of(bench, run, omit), harm.Question(**asked), clean)
     assert found is not None
     return found
 

@@ -78,12 +78,13 @@ def localize(
     sound = {item.layer for item in items if item.row.kind is SCORES and item.estimated}
     felt = nats.measure(replay, sound)
     found = Localization(trace, weights.name, dtype, items, findings, skipped, fitted, felt)
-    if harm is not None and (harm.of_clean or found.verdict != "clean" or right is not None):
-        found.harm = measure(replay, harm)
+    clean = found.verdict == "clean"
+    if harm is not None and (harm.of_clean or not clean or right is not None):
+        found.harm = measure(replay, harm, clean)
     found.headroom = headroom.measure(trace)
     if right is not None and harm is not None:
         check_model(trace, right)
-        found.rounding = right.name, measure(Replay(trace, right, numpy_dtype(dtype)), harm)
+        found.rounding = right.name, measure(Replay(trace, right, numpy_dtype(dtype)), harm, clean)
     return found
 
 

@@ -5,9 +5,9 @@ over the dumped values, <lambda, dump - y*> is what the error created at that st
 quantity, to first order; the shares add up to the change against exact arithmetic. Two quantities
 go together, in nats both: the margin of the chosen token over a rival, and its log-probability.
 
-``Question.checked`` asks for the truth beside it: a forward in float64, slopes half-way between it
-and the dump (third order instead of second), and the largest shares tried by making that stage of
-the dump exact and computing what comes after it anew.
+``Question.checked`` asks for the truth beside it: a forward in float64, the mean of the slopes on
+the way from it to the dump, with which the shares add up to the change, and the largest shares
+tried by making that stage of the dump exact and computing what comes after it anew.
 
 Sources: reverse accumulation (Linnainmaa 1976, who did it for rounding errors), the dual-weighted
 residual (Becker & Rannacher 2001), attribution patching (Syed et al. 2023, arXiv 2310.10348).
@@ -33,7 +33,7 @@ from stages.errors import UserError
 from tools.localize import tape
 from tools.localize.question import Question
 
-HEAD_ROWS = 4096  # rows of the head in float64 at a time
+HEAD_ROWS = 4096  # rows of the head at a time
 LARGEST = 5  # shares of which it is said where they come from
 SLICES = 3  # heads, positions and channels that are named then
 PATCHED = 3  # shares that are tried by making that stage exact
@@ -184,8 +184,13 @@ def _share(key: Key, share: Share, whole: bool) -> dict[str, Any]:
     return row | ({"where": share.where} if whole else {})
 
 
-def measure(replay: Replay, question: Question) -> Harm | None:
+def measure(replay: Replay, question: Question, clean: bool = True) -> Harm | None:
     """The shares of every stage of a trace, one layer in memory at a time.
+
+    Arguments:
+        clean: whether every stage of the trace may have the bits of float32. Its shares are then
+            as small as what float32 rounds in a product (some 1e-6 nats), and every number is in
+            float64. Of coarser arithmetic the shares alone take float32: half the time and memory.
 
     None where the logits or a slope are not finite, or cannot be computed from the trace.
 
@@ -193,7 +198,7 @@ def measure(replay: Replay, question: Question) -> Harm | None:
         UserError: a row that the trace does not have, or a token outside the vocabulary.
     """
     with replay.numerics():
-        return _Measuring(replay, question).run()
+        return _Measuring(replay, question, clean).run()
 
 
 class _Measuring:
@@ -205,8 +210,9 @@ class _Measuring:
         right: the same of exact arithmetic; empty where that is not asked for.
     """
 
-    def __init__(self, replay: Replay, question: Question) -> None:
+    def __init__(self, replay: Replay, question: Question, clean: bool) -> None:
         self.replay, self.question = replay, question
+        self.dtype = tape.EXACT if question.checked or clean else jnp.float32
         self.config, self.tables = replay.config, replay.tables
         self.layers = self.config.num_hidden_layers
         *middle, self.head = self.tables.end_stages
@@ -288,7 +294,7 @@ class _Measuring:
     # Computing
 
     def _program(self, function: Callable[..., Any], rows: tuple[Stage, ...]) -> Any:
-        return tape.compiled(function, rows, self.config)
+        return tape.compiled(function, rows, self.config, self.dtype)
 
     def _pos(self, layer: int | None) -> Any:
         return self.replay.pos[layer is not None and self.config.sliding_layers[layer]]
@@ -334,7 +340,7 @@ class _Measuring:
         inputs = np.stack([x[0, after]] + ([] if right is None else [right[0, after]]), 1)
         products = np.empty((size, inputs.shape[1]))
         for first, weight in self._head_blocks():
-            products[first : first + len(weight)] = tape.times(weight, inputs)
+            products[first : first + len(weight)] = tape.times(weight, inputs, self.dtype)
         logits = products[:, 0] if dump is None else dump[0, after].astype(np.float64)
         exact = products[:, 1] if right is not None else logits
         if not (np.isfinite(logits).all() and np.isfinite(exact).all()):
@@ -342,12 +348,13 @@ class _Measuring:
         token, against = self._tokens(logits, exact)
         slope = np.zeros((2, size))
         slope[0, against], slope[0, token] = -1, 1
-        slope[1] = -np.exp(_log_softmax((logits + exact) / 2))
+        for place, weighs in tape.GAUSS:
+            slope[1] -= weighs * np.exp(_log_softmax(exact + place * (logits - exact)))
         slope[1, token] += 1
         back = np.zeros((2, 1, x.shape[1], x.shape[2]))
         for first, weight in self._head_blocks():
             part = np.ascontiguousarray(slope[:, first : first + len(weight)])
-            back[:, 0, after] += np.asarray(tape.times(part, weight))
+            back[:, 0, after] += np.asarray(tape.times(part, weight, self.dtype))
         if dump is not None:
             by_token = slope * (logits - products[:, 0])
             self._keep(
@@ -374,7 +381,7 @@ class _Measuring:
             "logprob": float(_log_softmax(logits)[token]),
             "truth": truth,
         }
-        return answer, {self.head.inputs[0]: jnp.asarray(back)}
+        return answer, {self.head.inputs[0]: jnp.asarray(back, self.dtype)}
 
     def _row(self, there: int) -> int:
         """The row that is asked for, of which the last ``there`` are in the trace.

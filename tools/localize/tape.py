@@ -1,18 +1,20 @@
 """The stage table as a tape: slopes carried back through some of its rows, changes carried forward.
 
-All values are in float64 with a batch axis in front, of 1 where nothing else is said. Stages that
-are not dumped are computed from what is.
+All values are in one precision, float64 where nothing else is said, with a batch axis in front, of
+1 where nothing else is said. Stages that are not dumped are computed from what is.
 
 Axis letters as in ``qwen_jax.models.ops``; Q quantities whose slopes are carried, P patches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial, reduce
 from itertools import accumulate
+from operator import add
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from qwen_jax import runtime
@@ -23,6 +25,13 @@ from qwen_jax.models.ops import Positional
 from stages.architecture import TOKENS, Architecture, Stage
 
 Values = Mapping[str, Array | None]  # by name; None for what is not known
+Point = tuple[float, Sequence[Array]]  # weight in a mean, and a stage's inputs
+
+# Gauss's quadrature between 0 and 1: (place, weight). One point is exact for slopes that change
+# evenly, as those of products do; of others three leave an error of seventh order.
+HALF_WAY = [(0.5, 1.0)]
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(3)
+GAUSS = [*zip(((1 + NODES) / 2).tolist(), (WEIGHTS / 2).tolist(), strict=True)]
 
 
 def _floats(stage: Stage) -> list[str]:
@@ -30,7 +39,7 @@ def _floats(stage: Stage) -> list[str]:
 
 
 class Layer:
-    """The values of some rows of the table, in float64: dumps, and what is missing computed."""
+    """The values of some rows of the table: dumps, and what is missing computed."""
 
     def __init__(
         self,
@@ -40,11 +49,12 @@ class Layer:
         pos: Positional,
         dumps: Mapping[str, Array],
         given: Values,
+        dtype: Any,
     ) -> None:
         self.config, self.pos = config, pos
         self.tables, self.length = config.tables.cached, pos.mask.shape[-1]
-        self.weights = {name: weight.astype(EXACT) for name, weight in parameters.items()}
-        as_float = {n: x if n == TOKENS else x.astype(EXACT) for n, x in dumps.items()}
+        self.weights = {name: weight.astype(dtype) for name, weight in parameters.items()}
+        as_float = {n: x if n == TOKENS else x.astype(dtype) for n, x in dumps.items()}
         self.values: dict[str, Array | None] = {**given, **as_float}
         for stage in rows:
             if stage.name not in self.values:
@@ -89,19 +99,24 @@ class Layer:
         return min(count, self.value(stage).shape[1 + stage.axes.index(stage.row_axis)])
 
     def pulled(
-        self, stage: Stage, count: int, inputs: Sequence[Array], slope: Array
+        self, stage: Stage, count: int, points: Sequence[Point], slope: Array
     ) -> dict[str, Array]:
-        """What the inputs have of a ``slope`` [Q, ...] of the stage's value, each with as many rows
-        as the layer has of it."""
+        """What the inputs have of a ``slope`` [Q, ...] of the stage's value, in the mean of some
+        points, each with as many rows as the layer has of it."""
         names = _floats(stage)
-        place = dict(zip(stage.inputs, inputs, strict=True))
 
-        def function(*floats: Array) -> Array:
-            changed = place | dict(zip(names, floats, strict=True))
-            return self.run(stage, count, [changed[name] for name in stage.inputs])
+        def at(inputs: Sequence[Array]) -> tuple[Array, ...]:
+            place = dict(zip(stage.inputs, inputs, strict=True))
 
-        _, pull = jax.vjp(function, *(place[name] for name in names))
-        found = jax.vmap(pull)(slope)
+            def function(*floats: Array) -> Array:
+                changed = place | dict(zip(names, floats, strict=True))
+                return self.run(stage, count, [changed[name] for name in stage.inputs])
+
+            _, pull = jax.vjp(function, *(place[name] for name in names))
+            return jax.vmap(pull)(slope)
+
+        parts = [[weight * each for each in at(inputs)] for weight, inputs in points]
+        found = [reduce(add, each) for each in zip(*parts, strict=True)]
         return {name: self.whole(name, each) for name, each in zip(names, found, strict=True)}
 
     def whole(self, name: str, slope: Array) -> Array:
@@ -114,6 +129,17 @@ class Layer:
         """Values of the stage's columns, in the last axis, cut to those of each parameter."""
         ends = list(accumulate(len(self.weights[name]) for name in stage.parameters))
         return dict(zip(stage.parameters, jnp.split(values, ends[:-1], axis=-1), strict=True))
+
+
+def _between(stage: Stage, inputs: Sequence[Array], there: Sequence[Array] | None) -> list[Point]:
+    """Where slopes are taken on the way from other inputs, if there are any, to these."""
+    if there is None:
+        return [(1.0, inputs)]
+    nodes = GAUSS if stage.kind.curved else HALF_WAY
+    return [
+        (weight, [place * a + (1 - place) * b for a, b in zip(inputs, there, strict=True)])
+        for place, weight in nodes
+    ]
 
 
 def _axis(tables: Architecture, name: str) -> int:
@@ -136,12 +162,18 @@ def _padded(tables: Architecture, name: str, slope: Array, shape: tuple[int, ...
 def _by_rows(stage: Stage, slope: Array, value: Array) -> tuple[Array, Array]:
     """<slope, value> of every row and of every column of the stage's matrix: [Q, ...] each."""
     matrix = jax.vmap(lambda each: stage.matrix(each * value))(slope)
-    return matrix.sum(2), matrix.sum(1)
+    return _sum(matrix, 2), _sum(matrix, 1)
+
+
+def _sum(x: Array, axes: int | tuple[int, ...]) -> Array:
+    """In float64: a share is what remains of terms that are much larger."""
+    return x.sum(axes, dtype=EXACT)
 
 
 def backward(
     rows: Sequence[Stage],
     config: Config,
+    dtype: Any,
     parameters: Parameters,
     pos: Positional,
     dumps: Mapping[str, Array],
@@ -151,8 +183,9 @@ def backward(
 ) -> tuple[dict[str, Any], dict[str, Array], dict[str, Array]]:
     """Carry slopes back through some rows of the table, and measure the dumped stages' shares.
 
-    A slope taken half-way between the dump and exact arithmetic gives what a product or a square
-    changes exactly, and anything else to third order (the midpoint rule).
+    With exact arithmetic beside the dump a stage's slope is the mean of those on the way from one
+    to the other, which is what it changes, divided by what its inputs change: the shares then add
+    up to the whole change (integrated gradients, stage by stage: Sundararajan et al. 2017).
 
     Arguments:
         dumps: stage name -> dump.
@@ -166,8 +199,8 @@ def backward(
         product of their own, [Q] of each parameter where there are several), the slopes of the
         values from before ``rows``, those of the values that cannot be computed from others).
     """
-    here = Layer(rows, config, parameters, pos, dumps, given)
-    exact = Layer(rows, config, parameters, pos, {}, right) if right else None
+    here = Layer(rows, config, parameters, pos, dumps, given, dtype)
+    exact = Layer(rows, config, parameters, pos, {}, right, dtype) if right else None
     tables = here.tables
     slopes, shares, lost = dict(slopes), {}, {}
     for stage in reversed(rows):
@@ -183,20 +216,15 @@ def backward(
         common = here.rows_of(stage, count)
         axis = _axis(tables, stage.name)
         slope = _padded(tables, stage.name, slope, (*slope.shape[1:axis], count))
-        at = inputs
-        if exact is not None:
-            at = [
-                (a + b) / 2
-                for a, b in zip(inputs, exact.like(stage, count, exact.values), strict=True)
-            ]
         through: dict[str, Array] = {}  # what the input of a linear stage has, by each weight
         if stage.linear:
             (source,) = _floats(stage)
             cut = here.by_parameter(stage, slope)
             through = {name: part @ here.weights[name] for name, part in cut.items()}
-            found = {source: here.whole(source, sum(through.values(), jnp.zeros(())))}
+            found = {source: here.whole(source, reduce(add, through.values()))}
         else:
-            found = here.pulled(stage, count, at, slope)
+            there = None if exact is None else exact.like(stage, count, exact.values)
+            found = here.pulled(stage, count, _between(stage, inputs, there), slope)
         if stage.name in dumps:
             value = last_rows(tables, stage.name, here.value(stage), common)
             kept = _padded(tables, stage.name, slope, value.shape)
@@ -206,10 +234,10 @@ def backward(
                 x = last_rows(tables, source, inputs[0], common)
                 parts = here.by_parameter(stage, kept * value)
                 by_row = {
-                    name: part.sum((1, 3)) - (through[name][:, :, -common:] * x).sum((1, 3))
+                    name: _sum(part, (1, 3)) - _sum(through[name][:, :, -common:] * x, (1, 3))
                     for name, part in parts.items()
                 }
-                ours, columns = sum(by_row.values(), jnp.zeros(())), None
+                ours, columns = reduce(add, by_row.values()), None
                 if len(by_row) > 1:
                     several = {name: each.sum(-1) for name, each in by_row.items()}
             else:
@@ -226,6 +254,7 @@ def backward(
 def forward(
     rows: Sequence[Stage],
     config: Config,
+    dtype: Any,
     parameters: Parameters,
     pos: Positional,
     dumps: Mapping[str, Array],
@@ -241,7 +270,7 @@ def forward(
         moved: the changed values from before ``rows``, [P, ...] each.
         keep: stage name -> [P], how much of its error it keeps: 0 is exact.
     """
-    here = Layer(rows, config, parameters, pos, dumps, given)
+    here = Layer(rows, config, parameters, pos, dumps, given, dtype)
     values = dict(here.values) | dict(moved)
     for stage in rows:
         value, ready = here.values[stage.name], here.ready(stage)
@@ -264,27 +293,30 @@ def forward(
 def complete(
     rows: Sequence[Stage],
     config: Config,
+    dtype: Any,
     parameters: Parameters,
     pos: Positional,
     dumps: Mapping[str, Array],
     given: Values,
 ) -> Array | None:
     """The value of the last of ``rows``, computed from what is there."""
-    return Layer(rows, config, parameters, pos, dumps, given).values[rows[-1].name]
+    return Layer(rows, config, parameters, pos, dumps, given, dtype).values[rows[-1].name]
 
 
 @cache
-def compiled(function: Callable[..., Any], rows: tuple[Stage, ...], config: Config) -> Any:
-    """One of the above under jit: called with what follows ``config``. Always optimised: without,
+def compiled(
+    function: Callable[..., Any], rows: tuple[Stage, ...], config: Config, dtype: Any
+) -> Any:
+    """One of the above under jit: called with what follows ``dtype``. Always optimised: without,
     XLA's exponential made NaN of the lowest float64, which stands for a masked score."""
 
     def program(*arguments: Any) -> Any:
-        return function(rows, config, *arguments)
+        return function(rows, config, dtype, *arguments)
 
     return jax.jit(program, compiler_options=runtime.compiler_options() | FRUGAL)
 
 
-@jax.jit
-def times(a: Array, b: Array) -> Array:
-    """The product of two matrices in float64."""
-    return a.astype(EXACT) @ b.astype(EXACT)
+@partial(jax.jit, static_argnums=2)
+def times(a: Array, b: Array, dtype: Any) -> Array:
+    """The product of two matrices."""
+    return a.astype(dtype) @ b.astype(dtype)
