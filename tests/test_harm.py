@@ -67,8 +67,27 @@ def test_shares_alone_are_nearly_as_good(directory: Path, mode: str) -> None:
     assert worst(found, true_changes(bench, bench.right, found)) < BOUNDS_AT_DUMP[mode]
     wide = harm.measure(replay_of(bench, bench.right), Question(checked=False))
     assert wide is not None
-    off = [wide.shares[key].margin - share.margin for key, share in found.shares.items()]
-    assert 0 < np.abs(off).max() < NARROW
+    assert 0 < furthest(found, wide) < NARROW
+
+
+def test_a_large_model_is_checked_in_float32(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_of(directory, "bf16")
+    wide = measured(bench, bench.right)
+    monkeypatch.setattr(harm, "CHECKED", 0)
+    found = harm.measure(replay_of(bench, bench.right), Question(), clean=False)
+    assert found is not None
+    assert 0 < furthest(found, wide) < NARROW
+    assert found.logprob_change == pytest.approx(wide.logprob_change, abs=NARROW)
+    patched = [(found.shares[key].patched, share.patched) for key, share in wide.shares.items()]
+    assert [a is None for a, _ in patched] == [b is None for _, b in patched]
+    assert all(a == pytest.approx(b, abs=NARROW) for a, b in patched if a is not None)
+
+
+def furthest(found: harm.Harm, wide: harm.Harm) -> float:
+    """By how much the shares of one differ at most."""
+    return max(abs(found.shares[key].margin - share.margin) for key, share in wide.shares.items())
 
 
 def test_pytorch_has_the_same_truth(directory: Path) -> None:

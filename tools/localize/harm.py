@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -31,7 +32,7 @@ from qwen_jax.replay import Replay
 from stages.architecture import LAYER_INPUT, TOKENS, Key, Stage
 from stages.errors import UserError
 from tools.localize import tape
-from tools.localize.question import Question
+from tools.localize.question import CHECKED, Question, work
 
 HEAD_ROWS = 4096  # rows of the head at a time
 LARGEST = 5  # shares of which it is said where they come from
@@ -190,7 +191,7 @@ def measure(replay: Replay, question: Question, clean: bool = True) -> Harm | No
     Arguments:
         clean: whether every stage of the trace may have the bits of float32. Its shares are then
             as small as what float32 rounds in a product (some 1e-6 nats), and every number is in
-            float64. Of coarser arithmetic the shares alone take float32: half the time and memory.
+            float64. Of coarser arithmetic float32 is enough, at half the time and memory.
 
     None where the logits or a slope are not finite, or cannot be computed from the trace.
 
@@ -212,8 +213,9 @@ class _Measuring:
 
     def __init__(self, replay: Replay, question: Question, clean: bool) -> None:
         self.replay, self.question = replay, question
-        self.dtype = tape.EXACT if question.checked or clean else jnp.float32
         self.config, self.tables = replay.config, replay.tables
+        small = question.checked and work(self.config, len(replay.trace.tokens)) <= CHECKED
+        self.dtype = tape.EXACT if clean or small else jnp.float32
         self.layers = self.config.num_hidden_layers
         *middle, self.head = self.tables.end_stages
         self.middle = tuple(middle)
@@ -294,7 +296,10 @@ class _Measuring:
     # Computing
 
     def _program(self, function: Callable[..., Any], rows: tuple[Stage, ...]) -> Any:
-        return tape.compiled(function, rows, self.config, self.dtype)
+        """Waits for what it computes: or layers would be read faster than they are worked on, and
+        all be in memory."""
+        program = tape.compiled(function, rows, self.config, self.dtype)
+        return lambda *arguments: jax.block_until_ready(program(*arguments))
 
     def _pos(self, layer: int | None) -> Any:
         return self.replay.pos[layer is not None and self.config.sliding_layers[layer]]
@@ -442,6 +447,9 @@ class _Measuring:
             before = self.tables.layer_output.name if layer is None else LAYER_INPUT
             right = {before: self.right[self.layers if layer is None else layer]}
         needed = {name: parameters[name] for row in rows for name in row.parameters}
+        if right:
+            # by itself, or every weight of a layer would be in memory in float32 or float64 at once
+            right = self._program(tape.values, rows)(needed, self._pos(layer), {}, right)
         program = self._program(tape.backward, rows)
         found, left, lost = program(needed, self._pos(layer), dumps, given, slopes, right)
         for stage in reversed(rows):
@@ -486,7 +494,7 @@ class _Measuring:
             }
 
         def moved(value: Any) -> Array:
-            return jnp.broadcast_to(value, (count, *value.shape[1:])).astype(tape.EXACT)
+            return jnp.broadcast_to(value, (count, *value.shape[1:])).astype(self.dtype)
 
         rows, (table, dumps) = self.tables.start_stages, self._start()
         program = self._program(tape.forward, rows)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from qwen_jax.config import Config
 
 HOW = ("checked", "shares", "none")
-# Multiplications of weights with rows up to which a command does as much by itself. The shares take
-# the products of one forward in float64, what is checked those of six: a minute of two cores each.
+# ``work`` up to which a command does as much by itself, a minute of two cores each. Up to as much
+# is checked in float64, where float32 would be enough for all but the smallest errors.
 CHECKED, SHARES = 2e11, 1e12
 
 
@@ -33,11 +33,16 @@ class Question:
     of_clean: bool = True
 
 
+def work(config: Config, length: int) -> int:
+    """The multiplications of weights with rows in all layers."""
+    shapes = [config.shapes[name] for name in config.tensor_names("layer", 0).values()]
+    return length * config.num_hidden_layers * sum(math.prod(shape) for shape in shapes)
+
+
 def affordable(config: Config, length: int) -> str:
     """Which of ``HOW`` takes no longer than about a minute."""
-    shapes = [config.shapes[name] for name in config.tensor_names("layer", 0).values()]
-    work = length * config.num_hidden_layers * sum(math.prod(shape) for shape in shapes)
-    return "checked" if work <= CHECKED else "shares" if work <= SHARES else "none"
+    asked = work(config, length)
+    return "checked" if asked <= CHECKED else "shares" if asked <= SHARES else "none"
 
 
 def usual(config: Config, length: int) -> Question | None:

@@ -86,9 +86,9 @@ class Layer:
             found.append(value if whole else last_rows(self.tables, name, value, count))
         return found
 
-    def created(self, stage: Stage, count: int, inputs: Sequence[Array], rows: int) -> Array:
-        """The error that the stage created, in its last rows."""
-        exact = last_rows(self.tables, stage.name, self.run(stage, count, inputs), rows)
+    def created(self, stage: Stage, exact: Array, rows: int) -> Array:
+        """The error that the stage created, in its last rows, beside its own value."""
+        exact = last_rows(self.tables, stage.name, exact, rows)
         error = last_rows(self.tables, stage.name, self.value(stage), rows) - exact
         if stage.kind.masked:
             error = jnp.where(self.pos.last(rows).mask[:, None], error, 0)
@@ -191,8 +191,8 @@ def backward(
         dumps: stage name -> dump.
         given: values from before ``rows`` that are not in ``dumps``.
         slopes: of the values that later stages read: [Q, 1, ...] each.
-        right: what exact arithmetic has for the values from before ``rows``; empty where that is
-            not known, and slopes are those at the dump.
+        right: what exact arithmetic has for all that ``rows`` read; empty where that is not
+            known, and slopes are those at the dump.
 
     Returns:
         (shares by stage: (rows [Q, rows], columns [Q, columns], or None where those would take a
@@ -200,7 +200,6 @@ def backward(
         values from before ``rows``, those of the values that cannot be computed from others).
     """
     here = Layer(rows, config, parameters, pos, dumps, given, dtype)
-    exact = Layer(rows, config, parameters, pos, {}, right, dtype) if right else None
     tables = here.tables
     slopes, shares, lost = dict(slopes), {}, {}
     for stage in reversed(rows):
@@ -223,7 +222,7 @@ def backward(
             through = {name: part @ here.weights[name] for name, part in cut.items()}
             found = {source: here.whole(source, reduce(add, through.values()))}
         else:
-            there = None if exact is None else exact.like(stage, count, exact.values)
+            there = here.like(stage, count, right) if right else None
             found = here.pulled(stage, count, _between(stage, inputs, there), slope)
         if stage.name in dumps:
             value = last_rows(tables, stage.name, here.value(stage), common)
@@ -241,7 +240,8 @@ def backward(
                 if len(by_row) > 1:
                     several = {name: each.sum(-1) for name, each in by_row.items()}
             else:
-                ours, columns = _by_rows(stage, kept, here.created(stage, count, inputs, common))
+                own = here.run(stage, count, inputs)
+                ours, columns = _by_rows(stage, kept, here.created(stage, own, common))
                 if len(stage.parameters) > 1:
                     parts = here.by_parameter(stage, columns)
                     several = {name: each.sum(-1) for name, each in parts.items()}
@@ -278,11 +278,17 @@ def forward(
             continue
         count, inputs = ready
         common = here.rows_of(stage, count)
-        now = here.run(stage, count, here.like(stage, count, values))
-        now = last_rows(here.tables, stage.name, now, common)
+        # the dump's own inputs go with the others: a weight is widened once for both
+        patches = len(keep[stage.name])
+        others = [
+            jnp.broadcast_to(x, (patches, *x.shape[1:])) for x in here.like(stage, count, values)
+        ]
+        both = [jnp.concatenate(each) for each in zip(inputs, others, strict=True)]
+        anew = here.run(stage, count, both)
+        own, now = anew[:1], last_rows(here.tables, stage.name, anew[1:], common)
         if stage.name in dumps:
             kept = keep[stage.name].reshape(-1, *[1] * (value.ndim - 1))
-            now = now + kept * here.created(stage, count, inputs, common)
+            now = now + kept * here.created(stage, own, common)
         axis = _axis(here.tables, stage.name) - 1
         before = jax.lax.slice_in_dim(value, 0, value.shape[axis] - common, axis=axis)
         before = jnp.broadcast_to(before, (now.shape[0], *before.shape[1:]))
@@ -290,7 +296,7 @@ def forward(
     return values[rows[-1].name]
 
 
-def complete(
+def values(
     rows: Sequence[Stage],
     config: Config,
     dtype: Any,
@@ -298,9 +304,14 @@ def complete(
     pos: Positional,
     dumps: Mapping[str, Array],
     given: Values,
-) -> Array | None:
-    """The value of the last of ``rows``, computed from what is there."""
-    return Layer(rows, config, parameters, pos, dumps, given, dtype).values[rows[-1].name]
+) -> dict[str, Array | None]:
+    """Every value of ``rows``, what is missing computed from what is there."""
+    return Layer(rows, config, parameters, pos, dumps, given, dtype).values
+
+
+def complete(rows: Sequence[Stage], *rest: Any) -> Array | None:
+    """The last of ``values``."""
+    return values(rows, *rest)[rows[-1].name]
 
 
 @cache
