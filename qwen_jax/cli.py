@@ -204,7 +204,7 @@ def progress(more: str = "") -> Progress:
 def add_report(parser: argparse.ArgumentParser) -> None:
     """--report, refused where FILE could not be written."""
     help = "also write a page to look at, as HTML"
-    parser.add_argument("--report", type=writable, metavar="FILE", help=help)
+    parser.add_argument("--report", type=page, metavar="FILE.html", help=help)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -226,6 +226,13 @@ def writable(text: str) -> Path:
     if Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a directory")
     return writable_directory(text)
+
+
+def page(text: str) -> Path:
+    """A page to write, for argparse: named as one, or a trace could be lost by a slip."""
+    if not text.endswith((".html", ".htm")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a name that ends with .html")
+    return writable(text)
 
 
 def writable_directory(text: str) -> Path:

@@ -86,7 +86,7 @@ def stages_in(path: Path, architecture: str) -> dict[Key, Found]:
 
     for file in sorted([*path.glob("*.bin"), *path.glob("layer-*/*.bin")]):
         if file.is_file():
-            count = (file.stat().st_size - aprt.HEADER.size) // 4
+            count = max(0, file.stat().st_size - aprt.HEADER.size) // 4
             add(file.relative_to(path).with_suffix("").as_posix(), Found(file, count))
     if (whole := path / onefile.NAME).is_file():
         for name, (dtype, count, start) in onefile.read_layout(whole).items():

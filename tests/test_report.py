@@ -17,9 +17,10 @@ from stages.errors import UserError
 from stages.trace import Trace, open_trace
 from tests.planted.checkpoints import random_checkpoint
 from tests.planted.matrix import Bench, make_bench
+from tools import diff as diff_module
 from tools.diff import diff
 from tools.diff import main as diff_command
-from tools.localize import Localization, localize
+from tools.localize import Localization, localize, show
 from tools.localize.__main__ import main as localize_command
 from tools.localize.question import Question
 from tools.numpy_engine import faults
@@ -213,9 +214,32 @@ def test_the_commands_write_it(bench: Bench, tmp_path: Path, capsys: Any) -> Non
     assert diff_command([a, b, *model, "--report", str(out)]) == 1
     assert "<h1>differ: the traces part at layer 2 q_post_rope" in out.read_text()
     assert [p.name for p in tmp_path.glob("report*")] == ["report.html"]
-    for wrong in (tmp_path, tmp_path / "no" / "where.html"):
+    value = tmp_path / "a" / "layer-0" / "attn_norm.bin"
+    before = value.read_bytes()
+    for wrong in (tmp_path, tmp_path / "no" / "where.html", value):
         with pytest.raises(UserError):
             main([a, *model, "-o", str(wrong)])
+    assert value.read_bytes() == before
+
+
+@pytest.mark.parametrize("shows", ["localize", "diff"])
+def test_a_reader_who_stops_early_has_the_page(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shows: str
+) -> None:
+    """As where the output is piped to ``head``."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(show, "show_localization", stop)
+    monkeypatch.setattr(diff_module, "show_difference", stop)
+    a = str(bench.right.dump(tmp_path / "a"))
+    model = ["--model", str(bench.model.directory), "--tokens", ",".join(map(str, bench.tokens))]
+    out = tmp_path / "report.html"
+    command = {"localize": [localize_command, a], "diff": [diff_command, a, a]}[shows]
+    with pytest.raises(BrokenPipeError):
+        command[0]([*command[1:], *model, "--report", str(out)])  # type: ignore[operator]
+    assert "</html>" in out.read_text()
 
 
 # --- in a browser
@@ -307,7 +331,7 @@ def test_views_are_switched(look: Any, bench: Bench, broken: Localization, monke
     monkeypatch.setattr(views, "to_json", lambda report: plain(report) | more)
     shown = look(page.of_localizations([broken], [bench.model]))
     for name, cell, expected in [
-        ("shares", f"2-{share['stage']}", format(share["share"], "+.1e")),
+        ("shares", f"2-{share['stage']}", format(share["share"], "+.0e")),
         ("nats", "1-attn_scores", format(felt, ".2g")),
         ("headroom", "2-ffn_swigl", "0.9"), ("l2", "0-embedding", "0"),
     ]:  # fmt: skip
@@ -335,10 +359,14 @@ def test_a_slider_goes_through_the_calls(look: Any, bench: Bench, tmp_path: Path
     trace.read = read  # type: ignore[method-assign]
     shown = look(page.of_localizations([localize(trace, bench.model)], [bench.model]))
     assert shown.inner_text("#call output") == "all"
-    found = []
+    found, marked = [], []
     for call in range(5):
         shown.locator("#call input").fill(str(call))
-        found.append(float(shown.inner_text("#A-1-ffn_up").rstrip("*")))
+        text = shown.inner_text("#A-1-ffn_up")
+        found.append(float(text.rstrip("*")))
+        marked.append(text.endswith("*"))
+        assert marked[-1] == ("fault" in shown.get_attribute("#A-1-ffn_up", "class"))
+    assert marked == [False, False, False, True, False]
     assert shown.inner_text("#call output") == "5 of 5: row 23"
     assert found[3] < 3 and min(found[:3] + found[4:]) > 20
     assert "rows of each call of the engine" in shown.inner_text("body")
@@ -353,7 +381,14 @@ def test_two_engines_side_by_side(look: Any, bench: Bench, broken: Any, sound: A
     shown.check("input[value=apart]")
     assert shown.inner_text("#A-1-ffn_out") == "0"
     row = shown.locator("table.plain tr", has_text="q_post_rope").inner_text().split()
-    assert row[0] == "q_post_rope" and row[-1] == "B"
+    assert row[0] == "q_post_rope" and row[-6:] == ["B", "(the", "other", "has", "a", "fault)"]
+
+
+def test_a_key_is_no_channel(look: Any, text: str) -> None:
+    shown = look(text)
+    shown.click("#A-1-attn_softmax button")
+    titles = shown.locator("#detail figure h3").all_inner_texts()
+    assert "bits by key" in titles and "bits by channel" not in titles
 
 
 def test_a_comparison_alone(look: Any, broken: Localization, sound: Localization) -> None:
@@ -384,4 +419,21 @@ def test_without_javascript(look: Any, text: str) -> None:
 def test_a_narrow_screen_scrolls_the_map_alone(look: Any, text: str) -> None:
     shown = look(text)
     shown.set_viewport_size({"width": 400, "height": 700})
+    assert shown.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+def test_a_narrow_screen_breaks_no_word(look: Any) -> None:
+    names = ["dtype", "T", "program", "flags", "differ", "rel. L2", "local bits", "verdict"]
+    row = ["float32", "17", "program", "reference", "0/88", "5.3e-07", "22.2", "identical"]
+    digest = "0123456789abcdef" * 4
+    tables = [("points", names, [row]), ("where from", ("", ""), [["weights", digest]])]
+    shown = look(page.of_tables("pass", "columns", tables), java_script_enabled=False)
+    shown.set_viewport_size({"width": 400, "height": 700})
+    heights = (
+        shown.locator("table.plain")
+        .first.locator("td")
+        .evaluate_all("cells => cells.map(cell => cell.clientHeight)")
+    )
+    assert len(set(heights)) == 1 and heights[0] < 40
+    assert shown.locator("td.long").bounding_box()["width"] < 400
     assert shown.evaluate("document.documentElement.scrollWidth") <= 400

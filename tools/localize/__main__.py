@@ -212,17 +212,17 @@ def _main(argv: list[str]) -> int:
         data["same_weights"] = against.same_weights(*reports)
         if apart := against.apart(*reports):
             data["apart"] = apart
+    if args.report:  # before a word is printed: whoever reads may stop after ten lines
+        from tools.report import write
+
+        models = [model, other] if args.against else [model]
+        write.localizations(args.report, reports, models)
     show = cli.report(args.json, data)
     show_localization(show, reports[0])
     if args.against:
         show.print()
         show_localization(show, reports[1])
         against.show(show, *reports)
-    if args.report:
-        from tools.report import write
-
-        models = [model, other] if args.against else [model]
-        write.localizations(args.report, reports, models)
     if args.repro and reports[0].findings:
         from tools.localize import repro
 

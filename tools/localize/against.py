@@ -128,13 +128,19 @@ def show(console: Console, a: Localization, b: Localization) -> None:
         table.add_column(name, justify="right" if "bits" in name else "left")
     for row in judgements(a, b):
         cells = [_range(row[side], row["stage"]) for side in ("a", "b")]
-        right = {"both": "both", "neither": "neither: a fault on both sides"}.get(row["right"])
-        reason = "more precise" if not (row["a"]["fault_layers"] or row["b"]["fault_layers"]) else (
-            "the other has a fault"
-        )  # fmt: skip
-        table.add_row(row["stage"], *cells, right or f"{row['right']} ({reason})")
+        table.add_row(row["stage"], *cells, said(row))
     console.print(table)
     _show_apart(console, a, b)
+
+
+def said(row: dict[str, Any]) -> str:
+    """Who is right at a stage, and why, for people; of a row of ``judgements``."""
+    if row["right"] == "both":
+        return "both"
+    if row["right"] == "neither":
+        return "neither: a fault on both sides"
+    faulty = row["a"]["fault_layers"] or row["b"]["fault_layers"]
+    return f"{row['right']} ({'the other has a fault' if faulty else 'more precise'})"
 
 
 def margins(a: Localization, b: Localization) -> tuple[str, list[list[str]]] | None:

@@ -248,4 +248,8 @@ def place(fault: Fault) -> str:
         stage = f"the segment {' > '.join(chain)} (not dumped in between)"
     if layer is None:
         return stage
+    if fault.first.suspect.item.segment:
+        began = [n for _, n in fault.first.suspect.item.segment if n not in (None, layer)]
+        if began and layer != "all":
+            return f"layers {began[0]} to {layer} {stage}"
     return f"{stage} of all layers" if layer == "all" else f"layer {layer} {stage}"

@@ -102,6 +102,8 @@ def main(argv: list[str]) -> int:
         raise UserError("--execute: what is executed is compiled for a device; add --aot h100")
     if args.aot and args.device != "cpu":
         raise UserError("--aot compiles with no GPU at hand; leave --device out")
+    if args.invariance and (args.aot or args.report):
+        raise UserError("--invariance is a sweep of its own; leave --aot and --report out")
     points = grid.load(args.sweep)
     device, sheet = (args.device, report) if not args.aot else ("gpu", gpu_report)
     if args.aot:
@@ -151,15 +153,15 @@ def main(argv: list[str]) -> int:
         "seconds": round(time.perf_counter() - began, 1),
         "points": [_entry(point, row, sheet.failure(point, row)) for point, row in pairs],
     }
+    if args.report and (ran or failures):  # before a word is printed: the reader may stop early
+        from tools.report import write
+
+        write.sweep(args.report, data, sections, sheet.LEGEND)
     show = cli.report(args.json, data)
     report.show(show, sections)
     _summary(show, pairs, failures, kept)
     if not ran and not failures:
         raise NotComparable(f"nothing compared: none of the {len(pairs)} points could be run")
-    if args.report:
-        from tools.report import write
-
-        write.sweep(args.report, data, sections)
     verdict = ("fail", "bold red") if failures else ("pass", "bold green")
     show.print(Text.assemble(verdict, f"; the table is in {out / TABLE}, what it means in --help"))
     return 1 if failures else 0

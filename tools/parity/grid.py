@@ -101,7 +101,7 @@ class Point(Struct, frozen=True, kw_only=True):
             parts.append(f"matmul {self.precision}")
         parts.append(f"flags {self.flags}" + (", excess precision" if self.excess else ""))
         if self.device != "any":
-            parts.append(f"on the {self.device}")
+            parts.append(f"for the {self.device}")
         if self.trial != "reference":
             parts.append(f"trial {self.trial}")
         if self.plant:

@@ -28,9 +28,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "-o",
         "--out",
-        type=cli.writable,
+        type=cli.page,
         default=Path("report.html"),
-        metavar="FILE",
+        metavar="FILE.html",
         help="default: report.html",
     )
     result.add_argument(

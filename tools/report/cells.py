@@ -12,9 +12,9 @@ import numpy as np
 from qwen_jax.replay import Replay
 from qwen_jax.weights.base import Weights
 from stages import verdict
-from stages.architecture import Key
+from stages.architecture import SOFTMAX, Key
 from stages.trace import numpy_dtype
-from stages.verdict import LocalError
+from stages.verdict import LocalError, Suspect
 from tools.localize.report import Localization
 from tools.localize.stage_replay import StageReplay
 
@@ -50,12 +50,14 @@ def lowest(levels: np.ndarray, most: int) -> tuple[np.ndarray, int]:
 
 
 def measured(item: LocalError) -> dict[str, Any]:
-    """The slices that the localizer itself measured: {"head" | "position" | "channel": ...}."""
+    """The slices that the localizer itself measured: {"head" | "position" | "channel" | "key":
+    ...}. The channels of scores and softmax are the positions of keys."""
     found = {}
     for axis, (levels, _) in item.slices.items():
         kept, step = lowest(np.asarray(levels), BARS)
         first = item.skipped_rows if axis == "position" else 0
-        found[axis] = {"levels": packed(kept), "step": step, "first": first, "size": levels.size}
+        name = "key" if axis == "channel" and item.row.heads_lead else axis
+        found[name] = {"levels": packed(kept), "step": step, "first": first, "size": levels.size}
     return found
 
 
@@ -65,6 +67,14 @@ def by_call(item: LocalError, ends: np.ndarray) -> str:
     levels[item.skipped_rows :] = item.slices["position"][0]
     parts = np.split(levels, ends[:-1])
     return packed([np.nanmin(p) if np.isfinite(p).any() else np.nan for p in parts])
+
+
+def wrong_calls(suspect: Suspect, ends: np.ndarray) -> list[bool] | None:
+    """In which calls of the engine the suspect rows are; None where no rows are known."""
+    if "position" not in suspect.masks:
+        return None
+    rows = suspect.item.skipped_rows + np.flatnonzero(suspect.masks["position"])
+    return [bool(part.size) for part in np.split(rows, np.searchsorted(rows, ends[:-1]))]
 
 
 def details(report: Localization, weights: Weights) -> Iterator[tuple[Key, dict[str, Any]]]:
@@ -100,6 +110,8 @@ def detail(case: StageReplay) -> dict[str, Any]:
     """What only the values themselves show, of one stage of one layer."""
     exact, dump, size = (np.asarray(x, np.float64) for x in (case.exact, case.dump, case.size))
     keep = np.asarray(case.finite) & np.isfinite(exact)
+    if case.stage.kind is SOFTMAX:
+        keep &= np.asarray(case.pos.mask)[:, None]  # what the mask removes is zero, and no element
     with np.errstate(all="ignore"):
         error = np.where(keep, dump - exact, 0.0)
         scale = np.where(keep, size + np.square(exact), 0.0)

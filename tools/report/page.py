@@ -21,6 +21,7 @@ from stages.trace import Trace
 from stages.version import NAME, version
 from tools.diff import TraceDifference, where
 from tools.localize import against
+from tools.localize.core import trace_dtype
 from tools.localize.report import Fault, Localization, faults, place, sentence
 from tools.localize.show_harm import summary
 from tools.report import cells, views
@@ -72,18 +73,19 @@ def of_difference(found: TraceDifference) -> str:
     body = [
         f"<header><h1>{escape(said(found))}</h1></header>",
         _logits(found),
-        _map({"A": found.a}, [view], {"A": set()}),
+        _map({"A": found.a}, [view], {"A": set()}, f"{found.a.name} against {found.b.name}"),
         _provenance({"A": found.a, "B": found.b}, {}),
     ]
     return _document(said(found), body, _script_data([view], behind, []))
 
 
 def of_tables(
-    title: str, tables: Iterable[tuple[str, Sequence[str], Sequence[Sequence[str]]]]
+    title: str, legend: str, tables: Iterable[tuple[str, Sequence[str], Sequence[Sequence[str]]]]
 ) -> str:
-    """A page of tables alone: (caption, names of the columns, rows)."""
+    """A page of tables alone: (caption, names of the columns, rows), and what they mean."""
     made = [_table(caption, names, rows) for caption, names, rows in tables]
-    return _document(title, [f"<header><h1>{escape(title)}</h1></header>", *made], "")
+    head = f"<header><h1>{escape(title)}</h1></header>"
+    return _document(title, [head, *made, f"<pre>{escape(legend)}</pre>"], "")
 
 
 # --- parts
@@ -136,10 +138,18 @@ def _faulty(report: Localization) -> set[Key]:
     return {finding.suspect.key for finding in report.findings}
 
 
-def _map(traces: Mapping[str, Trace], found: list[View], faulty: Mapping[str, set[Key]]) -> str:
+def _map(
+    traces: Mapping[str, Trace],
+    found: list[View],
+    faulty: Mapping[str, set[Key]],
+    caption: str = "",
+) -> str:
     """The heat map: a table a side, with the first view in its cells."""
     first = found[0]
-    tables = "".join(_heat_map(side, trace, first, faulty[side]) for side, trace in traces.items())
+    tables = "".join(
+        _heat_map(side, trace, first, faulty[side], caption or f"{side}: {trace.name}")
+        for side, trace in traces.items()
+    )
     choices = "".join(
         f'<label><input type="radio" name="view" value="{view.name}"'
         f"{' checked' if view is first else ''}> {escape(view.label)}</label>"
@@ -159,7 +169,7 @@ def _map(traces: Mapping[str, Trace], found: list[View], faulty: Mapping[str, se
     )
 
 
-def _heat_map(side: str, trace: Trace, view: View, faulty: set[Key]) -> str:
+def _heat_map(side: str, trace: Trace, view: View, faulty: set[Key], caption: str) -> str:
     count = trace.config["num_hidden_layers"]
     values = view.cells[side]
     there = set(trace.entries)
@@ -175,8 +185,8 @@ def _heat_map(side: str, trace: Trace, view: View, faulty: set[Key]) -> str:
         name = "end" if layer is None else str(layer)
         lines.append(f'<tr><th scope="row">{name}</th>{"".join(line)}</tr>')
     return (
-        f'<div class="scroll"><table class="heat" data-side="{side}"><caption>{side}: '
-        f'{escape(trace.name)}</caption><thead><tr><th scope="col">layer</th>{head}</tr></thead>'
+        f'<div class="scroll"><table class="heat" data-side="{side}"><caption>'
+        f'{escape(caption)}</caption><thead><tr><th scope="col">layer</th>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -187,6 +197,7 @@ def _cell(side: str, key: Key, view: View, values: Mapping[Key, float | None], f
         return f'<td {name} class="none">–</td>'
     text, shade = view.text(values[key]), view.shade(values[key])
     mark, more = ("*", " fault") if faulty else ("", "")
+    name += " data-fault" * faulty
     return f'<td {name} class="s{shade}{more}">{text}{mark}</td>'
 
 
@@ -214,7 +225,8 @@ def fault_lines(fault: Fault) -> list[str]:
     axes = ", ".join(f"{axis} {places}" for axis, places in entry["where"].items())
     lines = []
     if "nonfinite" in entry:
-        lines.append(f"{entry['nonfinite']} elements are NaN or infinite; their inputs are finite")
+        count = entry["nonfinite"]
+        lines.append(f"{_elements(count)} NaN or infinite; finite inputs")
     else:
         lines.append(f"{entry['bits']} bits, {entry['expected_bits']} expected; {axes}")
     for each in entry["diagnosis"]:
@@ -225,12 +237,16 @@ def fault_lines(fault: Fault) -> list[str]:
     return lines
 
 
+def _elements(count: int) -> str:
+    return f"{count:,} element{'s' * (count != 1)}"
+
+
 def _right(a: Localization, b: Localization) -> str:
     rows = []
     for row in against.judgements(a, b):
         said = [" to ".join(dict.fromkeys(f"{x:.1f}" for x in row[s]["bits"])) for s in "ab"]
         marked = [t + "*" * bool(row[s]["fault_layers"]) for s, t in zip("ab", said, strict=True)]
-        rows.append([row["stage"], *marked, row["right"]])
+        rows.append([row["stage"], *marked, against.said(row)])
     other = against.same_weights(a, b) is False or a.model != b.model
     note = " (each judged by its own weights)" if other else ""
     names = ("stage", "A bits", "B bits", "right")
@@ -239,14 +255,17 @@ def _right(a: Localization, b: Localization) -> str:
 
 def _margins(a: Localization, b: Localization) -> str:
     found = against.margins(a, b)
-    return _table(found[0], against.MADE_BY, found[1]) if found else ""
+    if found is None:
+        return ""
+    sentence, rows = found
+    return _table(sentence, against.MADE_BY, rows) if rows else f"<p>{escape(sentence)}</p>"
 
 
 def _table(caption: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "".join(f"<td{_long(cell)}>{escape(cell)}</td>" for cell in row[1:])
         + "</tr>"
         for row in rows
     )
@@ -254,6 +273,11 @@ def _table(caption: str, names: Sequence[str], rows: Sequence[Sequence[str]]) ->
         f'<section><div class="scroll"><table class="plain"><caption>{escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
     )
+
+
+def _long(cell: str) -> str:
+    """Whether a cell may be broken in the middle of a word: a path or a hash, and no number."""
+    return ' class="long"' if len(cell) > 24 else ""
 
 
 def _unchecked(side: str, report: Localization, several: bool) -> str:
@@ -264,7 +288,7 @@ def _unchecked(side: str, report: Localization, several: bool) -> str:
         through = entry.get("checked_through")
         then = f"checked together with {', '.join(through)}" if through else "not checked"
         entries.append(f"{entry['stage']}{of}: {entry['why']}; {then}")
-    entries = entries or ["every stage was checked alone"]
+    entries = entries or ["nothing was left out: every stage was checked alone"]
     of = f" of {side}" if several else ""
     listed = "".join(f"<li>{escape(line)}</li>" for line in entries)
     return f"<section><h2>What was not checked{of}</h2><ul>{listed}</ul></section>"
@@ -284,7 +308,7 @@ def _made(trace: Trace, model: str | None) -> Iterator[tuple[str, str]]:
     if model:
         yield "judged by the weights of", model
     yield "architecture", trace.tables.name
-    yield "dtype", trace.dtype or "not said"
+    yield "dtype", trace.dtype or f"not said; its values are {trace_dtype(trace)}"
     yield "tokens", f"{len(trace.tokens)}, positions {trace.positions[0]} to {trace.positions[-1]}"
     more = ", ..." if len(trace.steps) > 12 else ""
     yield "rows of each call of the engine", ", ".join(map(str, trace.steps[:12])) + more
@@ -296,8 +320,14 @@ def _made(trace: Trace, model: str | None) -> Iterator[tuple[str, str]]:
     hashes = sorted(w.xxh3 for w in manifest.model.weights.values())
     yield "weights", f"{manifest.model.name}, {len(hashes)} tensors, {_digest(hashes)}"
     for name, value in manifest.producer.items():
-        said = value if isinstance(value, str) else json.dumps(value)
-        yield name, said.strip('"{}')
+        yield name, listed(value)
+
+
+def listed(value: Any) -> str:
+    """What a manifest or a result says, for people."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {listed(each)}" for name, each in value.items())
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _digest(hashes: Sequence[str]) -> str:
@@ -319,6 +349,7 @@ def _behind(
             lines = [f"fault {number}: {place(fault)}", *fault_lines(fault)]
             said.setdefault(finding.suspect.key, []).extend(lines)
     precision, found = report.precision, {}
+    suspects = {finding.suspect.key: finding.suspect for finding in report.findings}
     steps = report.trace.steps
     ends = np.cumsum(steps) if len(steps) > 1 else None
     for item in report.items:
@@ -327,15 +358,17 @@ def _behind(
         facts = [["significant bits", "NaN" if item.born else f"{item.bits:.1f}"]]
         if item.exact_bits is not None:
             facts.append(["against exact arithmetic", f"{item.exact_bits:.1f} bits"])
-        facts.append(["precision class", number_class])
+        if not item.born:
+            facts.append(["precision class", number_class])
         if format := precision.get(item.stage, {}).get("format"):
             facts.append(["number format", format])
         if item.segment:
             facts.append(["computed through", ", ".join(dict.fromkeys(s for s, _ in item.segment))])
         if item.born:
-            facts.append(["NaN or infinite", f"{item.born} elements, from finite inputs"])
+            facts.append(["NaN or infinite", f"{_elements(item.born)}, from finite inputs"])
         if report.harm and (share := report.harm.shares.get(item.key)):
             facts.append(["share of the margin", f"{share.margin:+.2g} nats"])
+        suspect = suspects.get(item.key)
         found[_id(item.key)] = {
             "facts": facts + _numbers(more),
             "fault": said.get(item.key, []),
@@ -344,6 +377,8 @@ def _behind(
             "histogram": more.get("histogram"),
             "calls": None if ends is None or "position" not in item.slices
             else cells.by_call(item, ends),
+            "wrong": None if ends is None or suspect is None
+            else cells.wrong_calls(suspect, ends),
         }  # fmt: skip
     for key in said.keys() - {item.key for item in report.items}:  # of no stage alone
         found[_id(key)] = {"facts": [], "fault": said[key]}
@@ -397,6 +432,7 @@ def _script_data(
     shown = [
         {
             "name": view.name,
+            "label": view.label,
             "says": view.says,
             "edges": view.edges,
             "good": view.good,

@@ -31,7 +31,7 @@
       cell.replaceChildren(button);
       buttons.set(cell.id, button);
     }
-    const first = table.querySelector("td.fault button") ?? table.querySelector("button");
+    const first = table.querySelector("td[data-fault] button") ?? table.querySelector("button");
     if (first) first.tabIndex = 0;
     table.addEventListener("keydown", move);
   }
@@ -55,12 +55,15 @@
     return value === null ? undefined : [value >= 53 ? "exact" : value.toFixed(1), shade(value)];
   }
 
+  // Whether a fault is in the rows of the call that is shown.
+  const wrong = (id) => behind[id[0]]?.[id.slice(2)]?.wrong?.[call] ?? true;
+
   function draw() {
     for (const table of tables) {
       const side = table.dataset.side;
       for (const cell of table.querySelectorAll("td[id]")) {
         const [text, number] = shown(side, cell.id.slice(2)) ?? ["–", null];
-        const faulty = cell.classList.contains("fault");
+        const faulty = cell.hasAttribute("data-fault") && (call < 0 || view.name !== "bits" || wrong(cell.id));
         cell.className = [number === null ? "none" : `s${number}`, faulty ? "fault" : "",
           cell.id === open ? "open" : ""].filter(Boolean).join(" ");
         const place = buttons.get(cell.id) ?? cell;
@@ -136,15 +139,19 @@
     return figure;
   }
 
+  // At most twelve of the places of an axis, each a whole number.
+  const whole = (count, first, step) =>
+    d3.range(0, count, Math.ceil(count / 12)).map((i) => first + i * step);
+
   function slices(axis, slice) {
     const data = levels(slice.levels).map((bits, i) => ({ place: slice.first + i * slice.step, bits }));
-    const name = axis === "position" ? "position (row of the sequence)" : axis;
+    const name = { position: "position (row of the sequence)", key: "position of the key" }[axis] ?? axis;
     const lowest = data.reduce((a, b) => ((b.bits ?? 99) < (a.bits ?? 99) ? b : a));
     const more = slice.step > 1 ? `; the lowest of ${slice.step} neighbours each` : "";
     const known = data.map((d) => d.bits).filter((bits) => bits !== null);
     return chart(`bits by ${axis}`, `lowest: ${lowest.bits} bits at ${lowest.place}${more}`, {
-      x: { label: name, tickFormat: "d" },
-      y: { label: "bits", grid: true, domain: [d3.min(known) - 1, d3.max(known) + 1] },
+      x: { label: name, tickFormat: "d", ticks: whole(data.length, slice.first, slice.step) },
+      y: { label: "bits", grid: true, tickFormat: "~r", domain: [d3.min(known) - 1, d3.max(known) + 1] },
       height: 160,
       marks: [
         Plot.line(data, { x: "place", y: "bits", stroke: "#1d91c0", curve: "step" }),
@@ -162,12 +169,14 @@
       position: found.first + (i % width) * found.width,
       bits,
     }));
+    const [least, most] = d3.extent(values.filter((bits) => bits !== null));
+    if (least === most) return make("p", `${least} bits in every ${found.of} and position.`);
     const text = found.of + (found.height > 1 ? ` (${found.height} together)` : "");
     return chart(`bits by ${found.of} and position`, "", {
       marginLeft: 60,
       x: { label: found.width > 1 ? `position (${found.width} together)` : "position", tickFormat: (d) => `${d}`,
-        ticks: d3.range(0, width, Math.ceil(width / 12)).map((i) => found.first + i * found.width) },
-      y: { label: text, ticks: d3.range(0, found.rows, Math.ceil(found.rows / 12)).map((i) => i * found.height) },
+        ticks: whole(width, found.first, found.width) },
+      y: { label: text, ticks: whole(found.rows, 0, found.height) },
       color: { ...scheme, label: "bits", reverse: true },
       marks: [Plot.cell(data, { x: "position", y: "row", fill: "bits", inset: 0.2, tip: true })],
     });
@@ -198,7 +207,7 @@
     if (data.length < 3) return "";
     return chart(`${stage} over the layers`, "", {
       x: { label: "layer", tickFormat: "d", ticks: d3.range(0, data.length, Math.ceil(data.length / 14)) },
-      y: { label: view.name, grid: true, type: view.good || data.some((d) => d.value <= 0) ? "linear" : "log" },
+      y: { label: view.label, grid: true, tickFormat: view.good ? "~r" : "~e", type: view.good || data.some((d) => d.value <= 0) ? "linear" : "log" },
       color: { domain: ["A", "B"], range: ["#1d91c0", "#d55e00"], legend: tables.length > 1 },
       height: 180,
       marks: [
@@ -210,13 +219,13 @@
   }
 
   function numbers(found) {
-    const whole = make("details");
-    whole.append(make("summary", "the slices as numbers"));
+    const listed = make("details");
+    listed.append(make("summary", "the slices as numbers"));
     for (const [axis, slice] of Object.entries(found.slices ?? {})) {
       const text = levels(slice.levels).map((bits, i) => `${slice.first + i * slice.step}: ${bits}`).join(", ");
-      whole.append(make("p", `bits by ${axis}: ${text}`));
+      listed.append(make("p", `bits by ${axis}: ${text}`));
     }
-    return whole;
+    return listed;
   }
 
   function behindOne(side, key) {
@@ -235,7 +244,7 @@
     columns.append(facts);
     if (found.grid) columns.append(grid(found.grid));
     if (found.histogram) columns.append(histogram(found.histogram));
-    for (const axis of ["head", "position", "channel"]) {
+    for (const axis of ["head", "position", "channel", "key"]) {
       if (found.slices?.[axis]) columns.append(slices(axis, found.slices[axis]));
     }
     columns.append(layers(side, key));

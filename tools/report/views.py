@@ -87,13 +87,13 @@ def of_localizations(
              "in float64 on the engine's own inputs; * marks a fault.", BITS, True, ".1f", bits),
         View("shares", "shares (nats)", "How far the error created at each stage moves the margin "
              "of the next token over its rival, in nats; the sum is the change against exact "
-             "arithmetic.", NATS, False, "+.1e", shares),
+             "arithmetic.", NATS, False, "+.0e", shares),
         View("nats", "score error (nats)", "Largest error of the attention scores over the keys "
              "that are seen, in nats: what the softmax feels.", NATS, False, ".2g", nats),
         View("l2", "relative L2", "Relative L2 of the error created at each stage alone.",
-             L2, False, ".1e", created),
+             L2, False, ".0e", created),
         View("headroom", "headroom", "Largest value, or partial sum, as a part of what float16 "
-             "holds: 1 overflows.", RANGE, False, ".2g", headroom),
+             "holds: 1 overflows; – is less than a quarter.", RANGE, False, ".2g", headroom),
     ]  # fmt: skip
     return [view for view in found if any(view.cells.values())]
 
@@ -102,7 +102,7 @@ def of_difference(found: TraceDifference) -> View:
     """How far two traces have come apart."""
     cells = {key: None if row.unmatched else row.relative_l2 for key, row in found.rows.items()}
     says = "Relative L2 of A against B: what arrived at a stage and what was created there."
-    return View("apart", "A against B", says, L2, False, ".1e", {"A": cells, "B": {}})
+    return View("apart", "A against B", says, L2, False, ".0e", {"A": cells, "B": {}})
 
 
 def _shares(data: dict[str, Any]) -> dict[Key, float | None]:

@@ -1,6 +1,5 @@
 """``--report FILE`` and ``-o FILE``: pages, written whole or not at all."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,8 @@ from qwen_jax.weights.base import Weights
 from stages.errors import UserError
 from tools.diff import TraceDifference
 from tools.localize.report import Localization
+
+SAID = {"executed": "executed by an interpreter"}
 
 if TYPE_CHECKING:
     from tools.parity.report import Section
@@ -36,23 +37,24 @@ def comparison(path: Path, found: TraceDifference) -> None:
     _whole(path, page.of_difference(found))
 
 
-def sweep(path: Path, data: dict[str, Any], sections: "Iterable[Section]") -> None:
+def sweep(path: Path, data: dict[str, Any], sections: "Iterable[Section]", legend: str) -> None:
     """The page of a sweep of ``tools.parity``: what it said, as tables.
 
-    ``data`` is the object of its ``--json``.
+    ``data`` is the object of its ``--json``, ``legend`` what the columns mean.
     """
     from tools.report import page
 
     counts = Counter(point["verdict"] for point in data["points"])
-    listed = ", ".join(f"{count} {name}" for name, count in counts.items())
-    title = f"{data['verdict']}: {len(data['points'])} points of {data['sweep']}: {listed}"
+    told = ", ".join(f"{count} {SAID.get(name, name)}" for name, count in counts.items())
+    count = len(data["points"])
+    title = f"{data['verdict']}: {count} point{'s' * (count != 1)} of {data['sweep']}: {told}"
+    if data["compiled_for"]:
+        title += f"; compiled for {data['compiled_for']}, not run on hardware"
     tables = [(s.title, s.names, [row for row, _ in s.rows]) for s in sections]
     made = {"model": data["model"], "device": data["device"], **data["machine"]}
-    about = [
-        [name, value if isinstance(value, str) else json.dumps(value)]
-        for name, value in made.items()
-    ]
-    _whole(path, page.of_tables(title, [*tables, ("Where this is from", ("", ""), about)]))
+    about = [[name, page.listed(value)] for name, value in made.items()]
+    tables.append(("Where this is from", ["", ""], about))
+    _whole(path, page.of_tables(title, legend, tables))
 
 
 def said(path: Path) -> str:
