@@ -136,13 +136,14 @@ def read_prompts(path: Path, first_position: int, chat: bool) -> list[Prompt]:
         UserError: no such file, not text, no line, or an empty one.
     """
     try:
-        lines = path.read_bytes().decode().splitlines()
+        text = path.read_bytes().decode("utf-8-sig").removesuffix("\n")
     except UnicodeError as error:
         raise UserError(f"--prompts {path}: not UTF-8 text: {error}") from None
     except OSError as error:
         raise UserError(f"--prompts {path}: {error.strerror}") from None
-    if not lines:
+    if not text:
         raise UserError(f"--prompts {path}: is empty; expected a prompt a line")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]  # splitlines knows ten more ends
     if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
         raise UserError(f"--prompts {path}: line {empty[0]} is empty; expected a prompt a line")
     return [Prompt(text=line, first_position=first_position, chat=chat) for line in lines]

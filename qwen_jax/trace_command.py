@@ -143,13 +143,14 @@ def main(
     out = out_of(args, plan, suffix)
     if args.headroom:
         forecast.check(args.headroom, plan.dtype)
+    _note_positions(plans)
     if args.dry_run:
         length = len(plans) * len(plan.positions)
         needed = memory(plan.model, length, plan.dtype, plan.logits, plan.cache is not None)
         refused = _refused(plan, out, args)
         told = _said(plans, out, [{} for _ in plans], needed, {"refused": refused})
         show = cli.report(args.json, told)
-        show.print(_table(plan))
+        show.print(_table(plan, len(plans)))
         show.print(
             f"dry run: nothing was computed or written; --out would be {out!s}/, peak memory about "
             f"{cli.size(needed)}"
@@ -172,7 +173,7 @@ def main(
         if ahead:
             facts["headroom"] = ahead.to_json()
     show = cli.report(args.json, _said(plans, out, found, peak, {"seconds": round(seconds, 3)}))
-    show.print(_table(plan))
+    show.print(_table(plan, len(plans)))
     for each, facts, ahead in zip(written, found, forecasts, strict=True):
         if plan.batch:
             show.print(f"\n{each.path}/: {len(facts['tokens'])} tokens")
@@ -188,6 +189,17 @@ def main(
         f"{rows} tokens, in {seconds:.1f} s, peak memory {cli.size(peak)}"
     )
     return int(any(ahead and ahead.overflows for ahead in forecasts))
+
+
+def _note_positions(plans: Sequence[Plan]) -> None:
+    """Of a sequence that is longer than the model was made for. A run is not refused: engines go on
+    too, and what they do there is to be compared."""
+    last, known = max(p.positions[-1] for p in plans), plans[0].model.config.max_position_embeddings
+    if last >= known:
+        cli.console(to_stderr=True).print(
+            f"note: position {last} is beyond those of {plans[0].model.name}, 0 to {known - 1} "
+            "(max_position_embeddings)"
+        )
 
 
 def _said(
@@ -338,10 +350,11 @@ def _summary(plan: Plan, out: Path) -> dict[str, Any]:
     }
 
 
-def _table(plan: Plan) -> Table:
+def _table(plan: Plan, sequences: int) -> Table:
+    """What is written of a sequence: of a batch, of its longest."""
     rows = _rows(plan)
     table = Table(box=None, header_style="bold", show_footer=True, pad_edge=False)
-    table.add_column("stage", "total")
+    table.add_column("stage", f"longest of {sequences} sequences" if sequences > 1 else "total")
     table.add_column("axes")
     table.add_column("shape")
     table.add_column("files", str(len(plan.stored)), justify="right")

@@ -45,6 +45,8 @@ def open_foreign(path: Path, layout: Layout | None) -> Trace:
     calls = steps.directories(path)
     known = ARCHITECTURES if layout is None else [layout.config["architecture"]]
     if not any(stages_in(each, name) for each in [path, *calls] for name in known):
+        if (first := path / "sequence-0").is_dir():
+            raise UserError(f"{path}: a batch of traces; give one of them, such as {first}")
         raise UserError(
             f"{path}: no trace: neither {manifest.NAME} nor layer-<N>/<stage>.bin files"
         )

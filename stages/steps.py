@@ -84,11 +84,13 @@ class StepsTrace(Trace):
             )
         entries = {}
         for key, parts in self._parts.items():
-            if parts[-1].call != len(calls) - 1:
+            there = [part.call for part in parts]  # may begin late, and must go on then
+            if there != [*range(there[0], len(calls))]:
+                lacks = next(n for n in range(there[0], len(calls)) if n not in there)
                 name = key[0] if key[1] is None else f"{key[0]} of layer {key[1]}"
                 raise UserError(
-                    f"{calls[-1]}: lacks {name}, which {calls[parts[-1].call].name} has; are both "
-                    "of one model?"
+                    f"{calls[lacks]}: lacks {name}, which {calls[lacks - 1].name} has; are both "
+                    "of one model, and written to the end?"
                 )
             entries[key] = self._whole(key, parts, layout)
         config = dict(layout.config)
@@ -96,8 +98,8 @@ class StepsTrace(Trace):
         self.steps = tuple(steps)
 
     def _whole(self, key: Key, parts: list[Part], layout: Layout) -> FileEntry:
-        """The stage of all calls. A trace's rows are the last ones of its sequence: parts before a
-        gap are put aside."""
+        """The stage of all calls. A trace's rows are the last ones of its sequence: what a call
+        computed for its last row alone begins where no row is missing any more."""
         tables = ARCHITECTURES[layout.config["architecture"]].cached
         row, length = tables.stage[key[0]], len(layout.tokens)
         if other := next((p for p in parts if p.file.dtype != parts[0].file.dtype), None):

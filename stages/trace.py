@@ -255,7 +255,7 @@ def open_trace(path: Path, layout: Layout | None = None) -> Trace:
     if (path / manifest.PARTIAL).exists():
         raise UserError(
             f"{path}: an interrupted trace ({manifest.PARTIAL} is there); the command that began "
-            "it goes on with --resume"
+            "it goes on with --resume, or begins again with --overwrite"
         )
     if (path / manifest.NAME).exists():
         return _open_whole(path)

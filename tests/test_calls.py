@@ -15,7 +15,7 @@ from tools.localize import localize
 from tools.localize.calls import decoded_from
 from tools.localize.report import faults as reported
 from tools.localize.report import sentence
-from tools.numpy_engine import engine
+from tools.numpy_engine import engine, faults
 from tools.numpy_engine.cache_faults import CACHE_FAULTS
 from tools.numpy_engine.engine import Array, Context
 from tools.numpy_engine.faults import attend, flat, scores
@@ -26,6 +26,11 @@ NAMES = {
     "float8_e5m2": "kv float8_e5m2", "q8_0": "kv q8_0", "q4_0": "kv q4_0",
     "int8": "kv int8 per token and head",
 }  # fmt: skip
+
+REPEATED = (
+    "v_tail_not_written", "v_row_stale", "v_slot_off_by_one", "v_row_not_written",
+    "v_of_another_sequence",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,29 @@ def test_a_mistake_is_placed_to_the_call_and_named(directory: Path, name: str) -
     mode = MODES[[*known()].index(name) % 2]
     row = judge(bench_for(fault, mode, directory), fault)
     assert row.placed and row.called and row.named, row
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_equal_tokens_have_the_same_v(directory: Path, name: str) -> None:
+    """In layer 0, where every row of such a token could as well be another one of them."""
+    fault = CACHE_FAULTS[f"cache.{name}"]
+    some = bench_for(fault, "bf16", directory)
+    few = sorted(set(some.tokens))[:12]
+    tokens = np.random.default_rng(5).choice(few, len(some.tokens)).tolist()
+    bench = Bench(some.model.directory, tokens, "bf16", **some.more)
+    run = faults.plant(bench.loaded, tokens, fault, [0], bench.mode, "all", **bench.more)
+    (found,) = reported(bench.localize(run))
+    assert found.layer == 0 and found.diagnosis[0].name == fault.diagnosis
+
+
+def test_a_position_is_one_of_the_sequence(directory: Path) -> None:
+    """Not of the calls that are wrong, to which the search for a name is confined."""
+    bench = make_bench("hard", "f32", directory, length=LENGTH, steps=CHUNKS["both"])
+    row = LENGTH - 3
+    run = engine.Engine(*bench.loaded, "f32").run(bench.tokens, "all", **bench.more)
+    run.stages[1, "ffn_up"][row] = 0
+    (found,) = reported(bench.localize(run))
+    assert found.diagnosis[0].says == f"zero in position {row}"
 
 
 def test_there_are_mistakes_enough() -> None:

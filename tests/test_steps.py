@@ -286,6 +286,18 @@ def test_calls_that_are_missing_or_twice(checkpoint, whole, tmp_path):
     assert "step-0002 and step-2 are the same call" in refusal(checkpoint, directory)
 
 
+def test_a_call_in_the_middle_that_lacks_a_layer(checkpoint, whole, tmp_path):
+    """What comes before it would be left out without a word."""
+    directory = split(whole, tmp_path / "dump")
+    shutil.rmtree(directory / "step-0002/layer-1")
+    message = refusal(checkpoint, directory)
+    assert message.startswith(f"{directory / 'step-0002'}: lacks ")
+    assert "of layer 1, which step-0001 has" in message
+    for call in (0, 1):  # a capture may begin late
+        shutil.rmtree(directory / f"step-{call:04}/layer-1")
+    assert opened(checkpoint, directory).read("ffn_up", 1).shape[0] == 2
+
+
 def test_calls_beside_a_whole(checkpoint, whole, tmp_path):
     directory = split(whole, tmp_path / "dump")
     shutil.copytree(directory / "step-0000/layer-1", directory / "layer-1")

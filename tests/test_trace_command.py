@@ -365,9 +365,31 @@ def test_a_batch_is_a_directory_of_traces(world, run):
     first, second = (open_trace(world / f"batch/sequence-{i}") for i in (0, 1))
     assert [len(t.tokens) for t in (first, second)] == [7, 3]
     assert second.manifest.batch == manifest.Batch(row=1, size=2, padding=4)
+    with pytest.raises(UserError, match="a batch of traces; give one of them, such as .*sequence-0"):
+        open_trace(world / "batch")
     for each, trace_ in zip(data["sequences"], (first, second), strict=True):
         assert each["tokens"] == list(trace_.tokens)
         assert each["tokens"][-1] == each["generated"][0]["token"] and len(each["generated"]) == 2
+
+
+def test_a_line_is_what_ends_in_a_line_feed(world, run):
+    """Not at a form feed, or a separator of lines; and a byte-order mark is no text."""
+    (world / "odd.txt").write_bytes("\ufeffthe cat\f sat\r\nthe\u2028cat\n".encode())
+    asked = ("--model", "model", "--dry-run", "--json", "-")
+    data = strict_json(run(*asked, "--prompts", "odd.txt").stdout)
+    plain = strict_json(run(*asked, "--prompt", "the cat\f sat").stdout)
+    assert [len(data["sequences"]), data["sequences"][0]["tokens"]] == [2, plain["tokens"]]
+    told = run("--model", "model", "--prompts", "two.txt", "--dry-run").stdout
+    assert "longest of 2 sequences" in told
+
+
+def test_positions_that_the_model_was_not_made_for_are_said(world, run):
+    asked = ("--model", "model", "--tokens", "1,2,3", "--dry-run")
+    known = json.loads((world / "model/config.json").read_text())["max_position_embeddings"]
+    within = run(*asked, "--first-position", str(known - 3))
+    beyond = run(*asked, "--first-position", str(known - 2))
+    assert within.code == beyond.code == 0 and "note:" not in within.stderr
+    assert f"note: position {known} is beyond those of model, 0 to {known - 1}" in beyond.stderr
 
 
 def test_overwrite(world, run, fake):

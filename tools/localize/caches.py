@@ -27,6 +27,10 @@ Candidates = Iterator[tuple[str, Array]]
 ZERO, UNKNOWN = -1, -2
 # A row is another one if it is so much nearer to it than to the rest.
 NEARER = 0.2
+# Rows of equal tokens have the same v in layer 0: a squared distance so little larger than another
+# is no larger. It is far below that of rows which differ, and above what the last bits make.
+TIED = 1 + 1e-3
+ALIKE = 1e-9
 
 
 def kept(case: StageReplay) -> Array:
@@ -56,16 +60,26 @@ class Held:
         first: the first row of the sequence that was looked at.
         later: whether the rows are as later calls read them, not as they were written.
         values: [S, K*H] what stands in rows that are UNKNOWN; of scores alone nobody can say.
+        right: [S, K*H] what should stand in them; as of ``values``.
     """
 
     rows: np.ndarray
     first: int
     later: bool
     values: np.ndarray | None = None
+    right: np.ndarray | None = None
 
     @property
     def wrong(self) -> np.ndarray:
         return np.flatnonzero(self.rows != np.arange(len(self.rows)))
+
+    def holds(self, row: int, other: int) -> bool:
+        """Whether a row holds another one, or one that is no different."""
+        found = int(self.rows[row])
+        if found == other or found < 0 or self.right is None:
+            return found == other
+        a, b = self.right[found], self.right[other]
+        return bool(np.square(a - b).sum() <= ALIKE * np.square(b).sum())
 
 
 def held(case: StageReplay) -> Held | None:
@@ -86,7 +100,7 @@ def _of_cache(case: StageReplay) -> Held:
     off = _distances(found, exact)
     rows = np.arange(len(exact))
     rows[first:] = [_nearest(off[n], row, first + n) for n, row in enumerate(found)]
-    return Held(rows, first, False, np.asarray(whole.dump)[0].reshape(exact.shape))
+    return Held(rows, first, False, np.asarray(whole.dump)[0].reshape(exact.shape), exact)
 
 
 def _distances(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
@@ -95,10 +109,11 @@ def _distances(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
 
 
 def _nearest(off: np.ndarray, row: np.ndarray, own: int) -> int:
-    """The row that one is, by its squared distances to all."""
+    """The row that one is, by its squared distances to all; of several alike the one nearest by."""
     if not row.any():
         return ZERO
-    best = int(off.argmin())
+    tied = np.flatnonzero(off <= TIED * off.min())
+    best = int(tied[np.abs(tied - own).argmin()])
     if best == own:
         return own
     others = np.delete(off, best)
@@ -155,7 +170,7 @@ def _of_sum(case: StageReplay) -> Held | None:
         rows[s] = (
             ZERO if none else _nearest(_distances(values[s : s + 1], flat)[0], values[s], int(s))
         )
-    return Held(rows, first, True, values)
+    return Held(rows, first, True, values, flat)
 
 
 # --- names
@@ -169,10 +184,10 @@ def _is_zero(found: Held) -> str | None:
 def _is_slot(found: Held) -> str | None:
     """Each row in the slot behind its own; the first of them is then nobody's."""
     wrong, rows = found.wrong, found.rows
-    run = len(wrong) > 1 and bool((np.diff(wrong) == 1).all())
-    if run and (rows[wrong[1:]] == wrong[:-1]).all() and rows[wrong[0]] in (ZERO, UNKNOWN):
-        return f"from row {wrong[0]} on"
-    return None
+    if len(wrong) < 2 or rows[wrong[0]] not in (ZERO, UNKNOWN):
+        return None
+    behind = all(found.holds(s, s - 1) for s in range(wrong[0] + 1, wrong[-1] + 1))
+    return f"from row {wrong[0]} on" if behind else None
 
 
 def _permuted(found: Held) -> bool:

@@ -23,7 +23,8 @@ def fits(case: StageReplay, masks: dict[str, np.ndarray], focus: Array | None) -
     here = jnp.ones(dump.shape, bool) if focus is None else focus
     finite = here & case.finite & jnp.isfinite(exact)
     d, y = jnp.where(finite, dump, 0.0), jnp.where(finite, exact, 0.0)
-    place = _place(masks)
+    first = len(case.replay.trace.tokens) - case.rows
+    place = _place(masks, first)
     confined = [axis for axis, mask in masks.items() if mask.any() and not mask.all()]
 
     name = "dead_head" if "head" in confined or _dead_heads(case) is not None else "zeros"
@@ -45,7 +46,7 @@ def fits(case: StageReplay, masks: dict[str, np.ndarray], focus: Array | None) -
     for name, says, candidate in _linear_fits(case, d, y, finite, here):
         if name == "constant_factor":
             renamed = "row_scaled" if one else name
-            yield renamed, f"{_subject(masks)} multiplied by {says}", candidate
+            yield renamed, f"{_subject(masks, first)} multiplied by {says}", candidate
         else:
             yield name, f"{says} added{place}", candidate
     high, low = float(d.max()), float(d.min())
@@ -127,20 +128,24 @@ def _zero_heads(case: StageReplay, dead: np.ndarray) -> Array:
     return jnp.where(case.stage.spread("head", dead, case.exact.shape), 0.0, case.exact)
 
 
-def _place(masks: dict[str, np.ndarray]) -> str:
+def _place(masks: dict[str, np.ndarray], first: int) -> str:
+    """Which slices, as far as not all; ``first`` is the first row of the sequence in them."""
     parts = [
-        f"{axis} {ranges(mask)}" for axis, mask in masks.items() if mask.any() and not mask.all()
+        f"{axis} {ranges(mask, first if axis == 'position' else 0)}"
+        for axis, mask in masks.items()
+        if mask.any() and not mask.all()
     ]
     return f" in {', '.join(parts)}" if parts else ""
 
 
-def _subject(masks: dict[str, np.ndarray]) -> str:
-    place = _place(masks).removeprefix(" in ")
+def _subject(masks: dict[str, np.ndarray], first: int) -> str:
+    place = _place(masks, first).removeprefix(" in ")
     return place or "everything"
 
 
 def describe(case: StageReplay, masks: dict[str, np.ndarray], focus: Array | None) -> str:
     """One line on an error that nothing explains: where it is, and how large."""
+    first = len(case.replay.trace.tokens) - case.rows
     finite = case.finite & jnp.isfinite(case.exact)
     if focus is not None:
         finite &= focus
@@ -149,7 +154,8 @@ def describe(case: StageReplay, masks: dict[str, np.ndarray], focus: Array | Non
     wrong = int((np.abs(d - y) > 1e-3 * np.abs(y).max()).sum())
     correlation = float((d * y).sum() / (np.sqrt((d**2).sum()) * size)) if size and d.any() else 0.0
     relative = error / size if size else np.inf
+    place = _place(masks, first)
     return (
-        f"no known mistake fits: relative error {relative:.2g}{_place(masks)}, {wrong} elements "
+        f"no known mistake fits: relative error {relative:.2g}{place}, {wrong} elements "
         f"clearly off, correlation with the right value {correlation:.3f}"
     )
