@@ -80,7 +80,7 @@ class StepsTrace(Trace):
             shown = ", ".join(map(str, steps[:6])) + (", ..." if len(steps) > 6 else "")
             raise UserError(
                 f"{path}: its {len(steps)} calls computed {sum(steps)} rows ({shown}), but there "
-                f"are {length} --tokens; give every token that was computed"
+                f"are {length} tokens; give --tokens every one that was computed"
             )
         entries = {}
         for key, parts in self._parts.items():

@@ -70,6 +70,15 @@ def test_a_position_is_one_of_the_sequence(directory: Path) -> None:
     assert found.diagnosis[0].says == f"zero in position {row}"
 
 
+@pytest.mark.parametrize("cache", ["q4_0", "q8_0", "int8"])
+def test_a_row_of_blocks_that_is_never_written(directory: Path, cache: str) -> None:
+    fault = CACHE_FAULTS["cache.k_row_not_written"]
+    steps = CHUNKS["both"]
+    bench = make_bench("hard", "f32", directory, length=LENGTH, steps=steps, cache=cache)
+    (found,) = reported(bench.localize(bench.plant(fault, "one")))
+    assert found.stage == "k_cache" and found.diagnosis[0].name == fault.diagnosis
+
+
 def test_there_are_mistakes_enough() -> None:
     assert len(CACHE_FAULTS) >= 30
     assert set(ASIDE) < set(CACHE_FAULTS) and len(DECODING) >= 6

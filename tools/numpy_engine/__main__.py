@@ -55,8 +55,7 @@ def main() -> None:
     known = faults.of(loaded[0])
     known |= {name: fault for name, fault in CACHE_FAULTS.items() if fault.applies(loaded[0])}
     if args.fault == "list":
-        for name, fault in known.items():
-            print(f"{name}: {fault.says}")
+        print("\n".join(f"{name}: {fault.says}" for name, fault in known.items()))
         return
     planted = known.get(args.fault)
     if planted is None and args.fault != "none":

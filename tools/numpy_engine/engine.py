@@ -78,7 +78,7 @@ def q8_0(x: Array) -> Array:
     """Rounded to 8 bits in blocks of 32 along the last axis, with a float16 scale, as ggml does."""
     length = x.shape[-1]
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -length % BLOCK)])
-    blocks = padded.reshape(*x.shape[:-1], -1, BLOCK)
+    blocks = padded.reshape(*x.shape[:-1], padded.shape[-1] // BLOCK, BLOCK)
     scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
     with np.errstate(divide="ignore"):
         inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0))
@@ -89,7 +89,7 @@ def q8_0(x: Array) -> Array:
 def q4_0(x: Array) -> Array:
     """Rounded to sixteen steps in blocks of 32 along the last axis, as ggml does: the value of
     largest magnitude is the lowest step."""
-    blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
     largest = np.abs(blocks).argmax(axis=-1, keepdims=True)
     scale = np.take_along_axis(blocks, largest, axis=-1) / np.float32(-8)
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
