@@ -307,7 +307,10 @@ def test_calls_beside_a_whole(checkpoint, whole, tmp_path):
 def test_other_tokens(checkpoint, whole, tmp_path):
     directory = split(whole, tmp_path / "dump")
     message = refusal(checkpoint, directory, TOKENS[:4])
-    assert "5 calls computed 10 rows (4, 3, 1, 1, 1), but there are 4 tokens; give --tokens every one" in message
+    assert (
+        "5 calls computed 10 rows (4, 3, 1, 1, 1), but there are 4 tokens; give --tokens every one"
+        in message
+    )
 
 
 @pytest.mark.parametrize(

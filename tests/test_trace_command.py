@@ -365,7 +365,7 @@ def test_a_batch_is_a_directory_of_traces(world, run):
     first, second = (open_trace(world / f"batch/sequence-{i}") for i in (0, 1))
     assert [len(t.tokens) for t in (first, second)] == [7, 3]
     assert second.manifest.batch == manifest.Batch(row=1, size=2, padding=4)
-    with pytest.raises(UserError, match="a batch of traces; give one of them, such as .*sequence-0"):
+    with pytest.raises(UserError, match="a batch of traces; give one of them"):
         open_trace(world / "batch")
     for each, trace_ in zip(data["sequences"], (first, second), strict=True):
         assert each["tokens"] == list(trace_.tokens)
