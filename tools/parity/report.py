@@ -37,27 +37,38 @@ SECOND = {
 }
 LEGEND = """\
 columns:
-  T, B        T tokens in each of B sequences; every second sequence is half as long, and padded
-  program     layer: one layer compiled, and run for each. program, scan: the whole model as one
-              program. fused: attention by jax.nn.dot_product_attention; online: by the online
-              softmax of flash attention. products: float32 products as a GPU may have them
-  flags       of XLA on the CPU: reference (no fused multiply-add, no YNNPACK) or its default;
-              excess: XLA may keep more precision than the dtype has
-  second run  what differs from the first; logits alone: a program that returns nothing else
+  T, B        T tokens in each of B sequences; every second sequence is half as
+              long, and padded
+  program     layer: one layer compiled, and run for each. program, scan: the
+              whole model as one program. fused: attention by
+              jax.nn.dot_product_attention; online: by the online softmax of
+              flash attention. products: float32 products as a GPU may have
+              them
+  flags       of XLA on the CPU: reference (no fused multiply-add, no YNNPACK)
+              or its default; excess: XLA may keep more precision than the
+              dtype has
+  second run  what differs from the first; logits alone: a program that returns
+              nothing else
   differ      stages with other bytes; first: the first of them, and its layer
-  rel. L2     the largest difference of any stage, with all that arrived there from before
-  local bits  significant bits of the least exact stage, each replayed by itself in float64
-  class       the precision that these bits show; where kinds of stages differ, by kind
+  rel. L2     the largest difference of any stage, with all that arrived there
+              from before
+  local bits  significant bits of the least exact stage, each replayed by
+              itself in float64
+  class       the precision that these bits show; where kinds of stages differ,
+              by kind
   arg-max     positions with the same next token
   KL          largest divergence of the next token's probabilities, in nats
 
 verdicts:
   identical   every byte of every stage is the same
-  precision   bytes differ, and every stage is as exact as its dtype allows: rounding, no mistake
-  fault       a stage is less exact than its dtype, or has a NaN of its own: the sweep fails
+  precision   bytes differ, and every stage is as exact as its dtype allows:
+              rounding, no mistake
+  fault       a stage is less exact than its dtype, or has a NaN of its own:
+              the sweep fails
   not run     impossible here, for the reason given; neither passes nor fails
 
-exit codes: 0 pass, 1 a fault or a requirement not met, 2 wrong use, 3 nothing could be run"""
+exit codes: 0 pass, 1 a fault or a requirement not met, 2 wrong use, 3 nothing
+could be run"""
 
 
 def failure(point: Point, row: Row) -> str | None:

@@ -17,20 +17,29 @@ EXECUTED = ("differ", "created", *COMPARED[1:4], "moved", *COMPARED[4:])
 FOUND = ("programs", "kernels", "PTX", "products", "approximate", "fma", "verdict")
 LEGEND = """\
 --aot: columns and verdicts (nothing of it is a run on hardware):
-  programs    compiled, one layer by one layer or as a whole; each with Triton products and, where
-              it has products, with cuBLAS's. Tiles are the compiler's first choice: none is timed
+  programs    compiled, one layer by one layer or as a whole; each with Triton
+              products and, where it has products, with cuBLAS's. Tiles are the
+              compiler's first choice: none is timed
   kernels     of the program's own, and PTX: their instructions
-  products    the formats that products multiply in, with Triton and with cuBLAS
-  approximate PTX instructions that do not round to nearest, all on the list of those allowed, and
-              how often they stand in the code; ex2, rcp, div, sqrt: 2, 1, 2 and 1 ulp at most
+  products    the formats that products multiply in, with Triton and with
+              cuBLAS
+  approximate PTX instructions that do not round to nearest, all on the list of
+              those allowed, and how often they stand in the code; ex2, rcp,
+              div, sqrt: 2, 1, 2 and 1 ulp at most
   fma         fused multiply-adds outside of products and exponentials
-  checked     compiled, and every rule holds: products as asked for, arithmetic rounds to nearest or
-              is on the list, every stage is an output, no atomics, no call but cuBLAS's
-  violation   one does not: the sweep fails and names program, stage and instruction
---execute: the programs with Triton products, up to 64 tokens, by an interpreter; columns as above:
-  created     values that differ from the un-jitted stage on the same inputs; differ: from un-jitted
-  moved       local bits where approximate results are moved at random within their errors
-  executed    checked, and every stage as exact as its dtype allows in that arithmetic"""
+  checked     compiled, and every rule holds: products as asked for, arithmetic
+              rounds to nearest or is on the list, every stage is an output, no
+              atomics, no call but cuBLAS's
+  violation   one does not: the sweep fails and names program, stage and
+              instruction
+--execute: the programs with Triton products, up to 64 tokens, by an
+interpreter; columns as above:
+  created     values that differ from the un-jitted stage on the same inputs;
+              differ: from un-jitted
+  moved       local bits where approximate results are moved at random within
+              their errors
+  executed    checked, and every stage as exact as its dtype allows in that
+              arithmetic"""
 
 
 def failure(point: Point, row: Row) -> str | None:
