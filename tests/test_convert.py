@@ -493,6 +493,19 @@ def test_a_disk_that_fills_half_way(tmp_path, to):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_left_of_a_failed_write_is_said(tmp_path, monkeypatch):
+    def fails(directory):
+        raise OSError(5, "Input/output error")
+
+    with (
+        pytest.raises(UserError, match=r"No space.*; .*x\.partial is left; remove it$"),
+        convert.unfinished(tmp_path / "x"),
+    ):
+        monkeypatch.setattr(convert, "_clear", fails)
+        raise OSError(28, "No space left on device")
+    assert (tmp_path / "x.partial" / UNFINISHED).exists()  # so no command takes it for a model
+
+
 def test_a_failed_write_waits_for_all_of_its_chunks():
     """None goes on in a directory that is about to be removed."""
     waited = []

@@ -109,14 +109,20 @@ def unfinished(destination: Path) -> Iterator[Path]:
         directory.rename(destination)
     except OSError as error:
         why = error.strerror or str(error)
-        raise UserError(f"{destination}: writing stopped: {why}; nothing was kept") from None
+        kept = "nothing was kept" if _removed(directory) else f"{directory} is left; remove it"
+        raise UserError(f"{destination}: writing stopped: {why}; {kept}") from None
     finally:
         os.close(descriptor)
-        if directory.exists():
-            with suppress(OSError):
-                _clear(directory)
-                (directory / UNFINISHED).unlink()
-                directory.rmdir()
+        _removed(directory)
+
+
+def _removed(directory: Path) -> bool:
+    if directory.exists():
+        with suppress(OSError):
+            _clear(directory)
+            (directory / UNFINISHED).unlink()
+            directory.rmdir()
+    return not directory.exists()
 
 
 def _clear(directory: Path) -> None:
