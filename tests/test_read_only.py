@@ -45,9 +45,9 @@ def commands(model: Path, whole: Path, place: Path) -> list[list[str]]:
         ["tools.convert", str(model), new],
         ["tools.parity.__main__", *given, "--out", new],
         ["tools.diff", old, old, "--json", new],
-        ["tools.diff", old, old, "--report", new],
+        ["tools.diff", old, old, "--report", f"{new}.html"],
         ["tools.localize.__main__", old, f"--model={model}", "--repro", new],
-        ["tools.report.__main__", old, f"--model={model}", "-o", new],
+        ["tools.report.__main__", old, f"--model={model}", "-o", f"{new}.html"],
     ]
 
 
