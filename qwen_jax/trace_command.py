@@ -192,8 +192,8 @@ def main(
 
 
 def _note_positions(plans: Sequence[Plan]) -> None:
-    """Of a sequence that is longer than the model was made for. A run is not refused: engines go on
-    too, and what they do there is to be compared."""
+    """Of a prompt that is longer than the model was made for. It is not refused, as tokens to be
+    generated there are: engines go on too, and what they do is to be compared."""
     last, known = max(p.positions[-1] for p in plans), plans[0].model.config.max_position_embeddings
     if last >= known:
         cli.console(to_stderr=True).print(

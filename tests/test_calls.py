@@ -11,7 +11,7 @@ import pytest
 from stages.trace import open_trace
 from tests.planted.cached import ASIDE, CHUNKS, DECODING, LENGTH, bench_for, judge, known
 from tests.planted.matrix import Bench, make_bench
-from tools.localize import localize
+from tools.localize import caches, localize
 from tools.localize.calls import decoded_from
 from tools.localize.report import faults as reported
 from tools.localize.report import sentence
@@ -58,6 +58,28 @@ def test_equal_tokens_have_the_same_v(directory: Path, name: str) -> None:
     run = faults.plant(bench.loaded, tokens, fault, [0], bench.mode, "all", **bench.more)
     (found,) = reported(bench.localize(run))
     assert found.layer == 0 and found.diagnosis[0].name == fault.diagnosis
+
+
+V = np.random.default_rng(4).normal(size=(9, 6))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "holds", "name"),
+    [
+        ("777777123", {8: 6}, "cache_row_stale"),  # most tokens are one
+        ("123412356", {0: 4, 1: 5, 2: 6, 4: 0, 5: 1, 6: 2, 3: 7, 7: 3}, "cache_rows_permuted"),
+        ("122345678", {5: 4, 6: 5, 7: 6, 4: caches.ZERO}, "cache_slot_off_by_one"),
+        ("112233445", {1: 0, 3: 2}, None),  # what it holds is what it should
+    ],
+)
+def test_rows_that_are_alike(tokens: str, holds: dict[int, int], name: str | None) -> None:
+    right = V[[int(t) for t in tokens]]
+    there = np.vstack([right, np.zeros(6)])[[holds.get(n, n) for n in range(9)]]
+    alike, off = caches._alike(right), caches._distances(there, right)
+    rows = np.array([caches._nearest(off[n], there[n], n, alike) for n in range(9)])
+    found = caches.Held(rows, 0, False, alike)
+    told = [entry for entry, _, pattern in caches.PATTERNS if found.wrong.size and pattern(found)]
+    assert told[:1] == ([name] if name else [])
 
 
 def test_a_position_is_one_of_the_sequence(directory: Path) -> None:

@@ -24,7 +24,7 @@ from tests.planted import checkpoints
 from tests.planted.matrix import NAMES, Bench, Row, cosine, make_bench, markdown, rows, summary
 from tools.localize import __main__, localize, stage_replay
 from tools.localize.report import faults as faulty
-from tools.localize.report import sentence
+from tools.localize.report import place, sentence
 from tools.numpy_engine import engine, faults
 
 SETTINGS = [("f32", "one"), ("f32", "all"), ("bf16", "one"), ("bf16", "all")]
@@ -187,6 +187,19 @@ PATTERNS = {
 def test_a_pattern_of_precision_is_explained(mode, tmp_path):
     bench = make_bench("demo", mode, tmp_path, length=48)
     assert PATTERNS[mode] in sentence(bench.localize(bench.right))
+
+
+@pytest.mark.parametrize(
+    ("layer", "began", "says"),
+    [(3, 3, "layer 3 the"), (3, 2, "layers 2 to 3 the"), ("2-3", 2, "layer 2-3 the"),
+     ("all", 0, "the segment ffn_swigl > ffn_out (not dumped in between) of all layers"),
+     (None, 4, "the segment")],
+)  # fmt: skip
+def test_a_segment_says_where_it_begins(layer, began, says):
+    item = SimpleNamespace(segment=(("ffn_swigl", began),))
+    first = SimpleNamespace(suspect=SimpleNamespace(item=item))
+    fault = SimpleNamespace(stage="ffn_out", also=(), layer=layer, first=first)
+    assert place(fault).startswith(says)
 
 
 def test_a_segment_is_accused_where_stages_are_missing(directory):

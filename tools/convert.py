@@ -117,6 +117,7 @@ def unfinished(destination: Path) -> Iterator[Path]:
 
 
 def _removed(directory: Path) -> bool:
+    """Remove it; whether it is gone."""
     if directory.exists():
         with suppress(OSError):
             _clear(directory)

@@ -518,11 +518,11 @@ def main(argv: list[str]) -> int:
             why = {"schema": SCHEMA, "verdict": "not_comparable", "why": str(error)}
             cli.report(args.json, why)
         raise
+    show = cli.report(args.json, found.to_json())
     if args.report:  # before a word is printed: whoever reads may stop after ten lines
         from tools.report import write
 
         write.comparison(args.report, found)
-    show = cli.report(args.json, found.to_json())
     given = _given(found.a, found.b, args.model)
     show_difference(show, replace(found, every_layer=args.every_layer, given=given))
     return 0 if found.agree else 1

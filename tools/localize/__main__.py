@@ -212,23 +212,27 @@ def _main(argv: list[str]) -> int:
         data["same_weights"] = against.same_weights(*reports)
         if apart := against.apart(*reports):
             data["apart"] = apart
-    if args.report:  # before a word is printed: whoever reads may stop after ten lines
+    show = cli.report(args.json, data)
+    # all files before a word is printed: whoever reads may stop after ten lines
+    if args.report:
         from tools.report import write
 
         models = [model, other] if args.against else [model]
         write.localizations(args.report, reports, models)
-    show = cli.report(args.json, data)
+    made = ""
+    if args.repro:
+        from tools.localize import repro
+
+        made = f"no fault, so nothing was written to {args.repro}"
+        if reports[0].findings:
+            made = repro.write(reports[0], model, args.repro)
     show_localization(show, reports[0])
     if args.against:
         show.print()
         show_localization(show, reports[1])
         against.show(show, *reports)
-    if args.repro and reports[0].findings:
-        from tools.localize import repro
-
-        show.print(f"\n{repro.write(reports[0], model, args.repro)}")
-    elif args.repro:
-        show.print(f"\nno fault, so nothing was written to {args.repro}")
+    if made:
+        show.print(f"\n{made}")
     if args.expect_stage:
         there = expectation.there(reports[0], expected)
         show.print(f"\n{expectation.says(there, args.expect_stage, args.expect_layer)}")

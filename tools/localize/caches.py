@@ -27,9 +27,8 @@ Candidates = Iterator[tuple[str, Array]]
 ZERO, UNKNOWN = -1, -2
 # A row is another one if it is so much nearer to it than to the rest.
 NEARER = 0.2
-# Rows of equal tokens have the same v in layer 0: a squared distance so little larger than another
-# is no larger. It is far below that of rows which differ, and above what the last bits make.
-TIED = 1 + 1e-3
+# Rows of equal tokens have the same v in layer 0. They differ by last bits at most: by less than
+# this of their squares, and other rows by far more.
 ALIKE = 1e-9
 
 
@@ -60,14 +59,14 @@ class Held:
         first: the first row of the sequence that was looked at.
         later: whether the rows are as later calls read them, not as they were written.
         values: [S, K*H] what stands in rows that are UNKNOWN; of scores alone nobody can say.
-        right: [S, K*H] what should stand in them; as of ``values``.
+        alike: [S] the first row that should hold the same as each one.
     """
 
     rows: np.ndarray
     first: int
     later: bool
+    alike: np.ndarray
     values: np.ndarray | None = None
-    right: np.ndarray | None = None
 
     @property
     def wrong(self) -> np.ndarray:
@@ -75,11 +74,8 @@ class Held:
 
     def holds(self, row: int, other: int) -> bool:
         """Whether a row holds another one, or one that is no different."""
-        found = int(self.rows[row])
-        if found == other or found < 0 or self.right is None:
-            return found == other
-        a, b = self.right[found], self.right[other]
-        return bool(np.square(a - b).sum() <= ALIKE * np.square(b).sum())
+        found = self.rows[row]
+        return bool(found >= 0 and self.alike[found] == self.alike[other])
 
 
 def held(case: StageReplay) -> Held | None:
@@ -99,8 +95,16 @@ def _of_cache(case: StageReplay) -> Held:
     first = len(exact) - len(found)
     off = _distances(found, exact)
     rows = np.arange(len(exact))
-    rows[first:] = [_nearest(off[n], row, first + n) for n, row in enumerate(found)]
-    return Held(rows, first, False, np.asarray(whole.dump)[0].reshape(exact.shape), exact)
+    alike = _alike(exact)
+    rows[first:] = [_nearest(off[n], row, first + n, alike) for n, row in enumerate(found)]
+    return Held(rows, first, False, alike, np.asarray(whole.dump)[0].reshape(exact.shape))
+
+
+def _alike(right: np.ndarray) -> np.ndarray:
+    """[S] the first of the rows [S, K*H] that each one is the same as."""
+    squares = np.square(right).sum(-1)
+    apart = squares[:, None] + squares - 2 * right @ right.T
+    return (apart <= ALIKE * squares[:, None]).argmax(1)
 
 
 def _distances(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
@@ -108,15 +112,16 @@ def _distances(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
     return np.square(found[:, None] - exact[None]).sum(-1)
 
 
-def _nearest(off: np.ndarray, row: np.ndarray, own: int) -> int:
-    """The row that one is, by its squared distances to all; of several alike the one nearest by."""
+def _nearest(off: np.ndarray, row: np.ndarray, own: int, alike: np.ndarray) -> int:
+    """The row that one is, by its squared distances to all; of several alike its own, or else the
+    nearest by."""
     if not row.any():
         return ZERO
-    tied = np.flatnonzero(off <= TIED * off.min())
-    best = int(tied[np.abs(tied - own).argmin()])
-    if best == own:
+    same = alike == alike[off.argmin()]
+    if same[own]:
         return own
-    others = np.delete(off, best)
+    several, others = np.flatnonzero(same), off[~same]
+    best = int(several[np.abs(several - own).argmin()])
     return best if off[best] < NEARER**2 * np.median(others) else UNKNOWN
 
 
@@ -125,13 +130,14 @@ def _of_scores(case: StageReplay) -> Held:
     seen = np.asarray(case.pos.mask)[0]  # [rows, S]
     dump, exact = (np.asarray(x)[0] for x in (case.dump, case.exact))  # [N, rows, S]
     rows = np.arange(exact.shape[-1])
+    alike = rows.copy()  # k differs by position, if by nothing else
     for s in rows:
         here = seen[:, s]
         column = dump[:, here, s].ravel()
         if column.size and np.isfinite(column).all():
             candidates = exact[:, here].reshape(-1, len(rows)).T
-            rows[s] = _nearest(_distances(column[None], candidates)[0], column, s)
-    return Held(rows, len(rows) - case.rows, True)
+            rows[s] = _nearest(_distances(column[None], candidates)[0], column, s, alike)
+    return Held(rows, len(rows) - case.rows, True, alike)
 
 
 def _of_sum(case: StageReplay) -> Held | None:
@@ -164,13 +170,13 @@ def _of_sum(case: StageReplay) -> Held | None:
     values = right.reshape(length, -1).copy()
     values[some] += solved(some)[1].reshape(len(some), -1)
     rows, flat = np.arange(length), right.reshape(length, -1)
+    alike = _alike(flat)
     size = np.square(flat).sum(-1).mean()
     for s in some:
         none = np.square(values[s]).sum() < NEARER**4 * size
-        rows[s] = (
-            ZERO if none else _nearest(_distances(values[s : s + 1], flat)[0], values[s], int(s))
-        )
-    return Held(rows, first, True, values, flat)
+        off = _distances(values[s : s + 1], flat)[0]
+        rows[s] = ZERO if none else _nearest(off, values[s], int(s), alike)
+    return Held(rows, first, True, alike, values)
 
 
 # --- names
@@ -191,8 +197,9 @@ def _is_slot(found: Held) -> str | None:
 
 
 def _permuted(found: Held) -> bool:
-    wrong = found.wrong
-    return len(wrong) > 1 and sorted(found.rows[wrong]) == wrong.tolist()
+    wrong, rows = found.wrong, found.rows[found.wrong]
+    known = len(wrong) > 1 and bool((rows >= 0).all())
+    return known and sorted(found.alike[rows]) == sorted(found.alike[wrong])
 
 
 def _is_permuted(found: Held) -> str | None:

@@ -32,15 +32,25 @@ class When:
         return {"steps": self.steps, "first": {"step": self.step, "position": self.position}}
 
 
-def when(trace: Trace, suspect: Suspect) -> When | None:
-    """In which calls a suspect's error is; None where there was one call, or it is in all."""
+def wrong_rows(suspect: Suspect) -> list[int]:
+    """The rows of the sequence in which a suspect's error is."""
     mask = suspect.masks.get("position", np.zeros(1, bool))
     if not mask.any() or mask.all():  # another axis stands out more
         mask = bad_slices(suspect.item, suspect.expected)["position"]
-    rows = [suspect.item.skipped_rows + int(row) for row in np.flatnonzero(mask)]
+    return [suspect.item.skipped_rows + int(row) for row in np.flatnonzero(mask)]
+
+
+def wrong_calls(trace: Trace, suspect: Suspect) -> np.ndarray:
+    """In which calls of the engine a suspect's error is: [calls]; all, where none is known."""
     wrong = np.zeros(len(trace.steps), bool)
-    wrong[[trace.step_of(row) for row in rows]] = True
-    if wrong.all() or not wrong.any():
+    wrong[[trace.step_of(row) for row in wrong_rows(suspect)]] = True
+    return wrong if wrong.any() else ~wrong
+
+
+def when(trace: Trace, suspect: Suspect) -> When | None:
+    """In which calls a suspect's error is; None where there was one call, or it is in all."""
+    rows, wrong = wrong_rows(suspect), wrong_calls(trace, suspect)
+    if wrong.all():
         return None
     step, position = trace.step_of(rows[0]), trace.positions[rows[0]]
     return When(

@@ -5,8 +5,8 @@ over the dumped values, <lambda, dump - y*> is what the error created at that st
 quantity, to first order; the shares add up to the change against exact arithmetic. Two quantities
 go together, in nats both: the margin of the chosen token over a rival, and its log-probability.
 
-``Question.checked`` asks for the truth beside it: a forward in float64, the mean of the slopes on
-the way from it to the dump, with which the shares add up to the change, and the largest shares
+``Question.checked`` asks for the truth beside it: an exact forward, the mean of the slopes on the
+way from it to the dump, with which the shares all but add up to the change, and the largest shares
 tried by making that stage of the dump exact and computing what comes after it anew.
 
 Sources: reverse accumulation (Linnainmaa 1976, who did it for rounding errors), the dual-weighted
@@ -89,7 +89,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """What a forward in float64 has: margin, log-probability, and the token it puts first."""
+    """What an exact forward has: margin, log-probability, and the token it puts first."""
 
     margin: float
     logprob: float
@@ -190,8 +190,7 @@ def measure(replay: Replay, question: Question, clean: bool = True) -> Harm | No
 
     Arguments:
         clean: whether every stage of the trace may have the bits of float32. Its shares are then
-            as small as what float32 rounds in a product (some 1e-6 nats), and every number is in
-            float64. Of coarser arithmetic float32 is enough, at half the time and memory.
+            as small as what float32 rounds in a product (some 1e-6 nats).
 
     None where the logits or a slope are not finite, or cannot be computed from the trace.
 
@@ -214,6 +213,8 @@ class _Measuring:
     def __init__(self, replay: Replay, question: Question, clean: bool) -> None:
         self.replay, self.question = replay, question
         self.config, self.tables = replay.config, replay.tables
+        # Of coarser arithmetic float32 is enough, at half the time and memory. It is off by some
+        # 1e-6 nats; a model that is small enough is checked without that.
         small = question.checked and work(self.config, len(replay.trace.tokens)) <= CHECKED
         self.dtype = tape.EXACT if clean or small else jnp.float32
         self.layers = self.config.num_hidden_layers
@@ -490,7 +491,8 @@ class _Measuring:
 
         def keep(rows: tuple[Stage, ...], layer: int | None) -> dict[str, np.ndarray]:
             return {
-                s.name: np.array([(s.name, layer) != key for key in tried], float) for s in rows
+                s.name: np.array([(s.name, layer) != key for key in tried], self.dtype)
+                for s in rows
             }
 
         def moved(value: Any) -> Array:

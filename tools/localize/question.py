@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from qwen_jax.config import Config
 
 HOW = ("checked", "shares", "none")
-# ``work`` up to which a command does as much by itself, a minute of two cores each. Up to as much
-# is checked in float64, where float32 would be enough for all but the smallest errors.
+# ``work`` up to which a command does as much by itself, a minute of two cores each.
 CHECKED, SHARES = 2e11, 1e12
 
 

@@ -246,10 +246,9 @@ def place(fault: Fault) -> str:
     if fault.first.suspect.item.segment:
         chain = [*dict.fromkeys(s for s, _ in fault.first.suspect.item.segment), fault.stage]
         stage = f"the segment {' > '.join(chain)} (not dumped in between)"
+        began = fault.first.suspect.item.segment[0][1]
+        if isinstance(layer, int) and began is not None and began < layer:
+            return f"layers {began} to {layer} {stage}"
     if layer is None:
         return stage
-    if fault.first.suspect.item.segment:
-        began = [n for _, n in fault.first.suspect.item.segment if n not in (None, layer)]
-        if began and layer != "all":
-            return f"layers {began[0]} to {layer} {stage}"
     return f"{stage} of all layers" if layer == "all" else f"layer {layer} {stage}"

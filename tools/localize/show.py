@@ -89,19 +89,29 @@ def _short(layers: Iterable[int]) -> str:
 
 
 def _print_fault(show: Console, number: int, fault: Fault) -> None:
+    show.print(f"\nfault {number}: {place(fault)}", style="bold red")
+    for line in fault_lines(fault):
+        show.print(f"  {line}")
+
+
+def fault_lines(fault: Fault) -> list[str]:
+    """What is said of a fault below its place, on paper too."""
     entry = fault.to_json()
     where = ", ".join(f"{axis} {place}" for axis, place in entry["where"].items())
-    show.print(f"\nfault {number}: {place(fault)}", style="bold red")
-    if "nonfinite" in entry:
-        show.print(f"  {entry['nonfinite']} elements are NaN or infinite; their inputs are finite")
+    if count := entry.get("nonfinite"):
+        lines = [f"{elements(count)} NaN or infinite, from finite inputs"]
     else:
-        show.print(f"  {entry['bits']} bits, {entry['expected_bits']} expected; {where}")
+        lines = [f"{entry['bits']} bits, {entry['expected_bits']} expected; {where}"]
     if fault.when:
-        show.print(f"  {fault.when.says}")
-    for explanation in entry["diagnosis"]:
-        name, says = explanation["name"], explanation["says"]
-        show.print(f"  matches '{says}' to {explanation['bits']} bits ({name})")
+        lines.append(fault.when.says)
+    for each in entry["diagnosis"]:
+        lines.append(f"matches '{each['says']}' to {each['bits']} bits ({each['name']})")
     if "shape" in entry:
-        show.print(f"  {entry['shape']}")
+        lines.append(entry["shape"])
     if "dump_only" in entry:
-        show.print("  only the dump is wrong: later stages used the right value")
+        lines.append("only the dump is wrong: later stages used the right value")
+    return lines
+
+
+def elements(count: int) -> str:
+    return f"{count:,} element{'s' * (count != 1)}"

@@ -184,8 +184,9 @@ def backward(
     """Carry slopes back through some rows of the table, and measure the dumped stages' shares.
 
     With exact arithmetic beside the dump a stage's slope is the mean of those on the way from one
-    to the other, which is what it changes, divided by what its inputs change: the shares then add
-    up to the whole change (integrated gradients, stage by stage: Sundararajan et al. 2017).
+    to the other, which is what it changes, divided by what its inputs change: but for what three
+    points miss of that the shares add up to the whole change (integrated gradients, stage by stage:
+    Sundararajan et al. 2017).
 
     Arguments:
         dumps: stage name -> dump.

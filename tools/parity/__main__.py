@@ -153,11 +153,11 @@ def main(argv: list[str]) -> int:
         "seconds": round(time.perf_counter() - began, 1),
         "points": [_entry(point, row, sheet.failure(point, row)) for point, row in pairs],
     }
+    show = cli.report(args.json, data)
     if args.report and (ran or failures):  # before a word is printed: the reader may stop early
         from tools.report import write
 
         write.sweep(args.report, data, sections, sheet.LEGEND)
-    show = cli.report(args.json, data)
     report.show(show, sections)
     _summary(show, pairs, failures, kept)
     if not ran and not failures:

@@ -14,7 +14,7 @@ from qwen_jax.weights.base import Weights
 from stages import verdict
 from stages.architecture import SOFTMAX, Key
 from stages.trace import numpy_dtype
-from stages.verdict import LocalError, Suspect
+from stages.verdict import LocalError
 from tools.localize.report import Localization
 from tools.localize.stage_replay import StageReplay
 
@@ -67,14 +67,6 @@ def by_call(item: LocalError, ends: np.ndarray) -> str:
     levels[item.skipped_rows :] = item.slices["position"][0]
     parts = np.split(levels, ends[:-1])
     return packed([np.nanmin(p) if np.isfinite(p).any() else np.nan for p in parts])
-
-
-def wrong_calls(suspect: Suspect, ends: np.ndarray) -> list[bool] | None:
-    """In which calls of the engine the suspect rows are; None where no rows are known."""
-    if "position" not in suspect.masks:
-        return None
-    rows = suspect.item.skipped_rows + np.flatnonzero(suspect.masks["position"])
-    return [bool(part.size) for part in np.split(rows, np.searchsorted(rows, ends[:-1]))]
 
 
 def details(report: Localization, weights: Weights) -> Iterator[tuple[Key, dict[str, Any]]]:

@@ -21,8 +21,10 @@ from stages.trace import Trace
 from stages.version import NAME, version
 from tools.diff import TraceDifference, where
 from tools.localize import against
+from tools.localize.calls import wrong_calls
 from tools.localize.core import trace_dtype
 from tools.localize.report import Fault, Localization, faults, place, sentence
+from tools.localize.show import elements, fault_lines
 from tools.localize.show_harm import summary
 from tools.report import cells, views
 from tools.report.views import View
@@ -219,28 +221,6 @@ def _fault(side: str, fault: Fault, stages: Collection[str]) -> str:
     return f"<li>{link}<ul>{said}</ul></li>"
 
 
-def fault_lines(fault: Fault) -> list[str]:
-    """What the terminal says of a fault."""
-    entry = fault.to_json()
-    axes = ", ".join(f"{axis} {places}" for axis, places in entry["where"].items())
-    lines = []
-    if "nonfinite" in entry:
-        count = entry["nonfinite"]
-        lines.append(f"{_elements(count)} NaN or infinite; finite inputs")
-    else:
-        lines.append(f"{entry['bits']} bits, {entry['expected_bits']} expected; {axes}")
-    for each in entry["diagnosis"]:
-        lines.append(f"matches '{each['says']}' to {each['bits']} bits ({each['name']})")
-    lines += [entry["shape"]] if "shape" in entry else []
-    if "dump_only" in entry:
-        lines.append("only the dump is wrong: later stages used the right value")
-    return lines
-
-
-def _elements(count: int) -> str:
-    return f"{count:,} element{'s' * (count != 1)}"
-
-
 def _right(a: Localization, b: Localization) -> str:
     rows = []
     for row in against.judgements(a, b):
@@ -265,7 +245,7 @@ def _table(caption: str, names: Sequence[str], rows: Sequence[Sequence[str]]) ->
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td{_long(cell)}>{escape(cell)}</td>" for cell in row[1:])
+        + "".join(f"<td{_breaks(cell)}>{escape(cell)}</td>" for cell in row[1:])
         + "</tr>"
         for row in rows
     )
@@ -275,9 +255,11 @@ def _table(caption: str, names: Sequence[str], rows: Sequence[Sequence[str]]) ->
     )
 
 
-def _long(cell: str) -> str:
-    """Whether a cell may be broken in the middle of a word: a path or a hash, and no number."""
-    return ' class="long"' if len(cell) > 24 else ""
+def _breaks(cell: str) -> str:
+    """Where a cell of a narrow table may be broken: a path or a hash anywhere, a number nowhere,
+    else between words."""
+    longest = max(map(len, cell.split()), default=0)
+    return ' class="long"' if longest > 24 else ' class="short"' if len(cell) <= 24 else ""
 
 
 def _unchecked(side: str, report: Localization, several: bool) -> str:
@@ -365,7 +347,7 @@ def _behind(
         if item.segment:
             facts.append(["computed through", ", ".join(dict.fromkeys(s for s, _ in item.segment))])
         if item.born:
-            facts.append(["NaN or infinite", f"{_elements(item.born)}, from finite inputs"])
+            facts.append(["NaN or infinite", f"{elements(item.born)}, from finite inputs"])
         if report.harm and (share := report.harm.shares.get(item.key)):
             facts.append(["share of the margin", f"{share.margin:+.2g} nats"])
         suspect = suspects.get(item.key)
@@ -378,7 +360,7 @@ def _behind(
             "calls": None if ends is None or "position" not in item.slices
             else cells.by_call(item, ends),
             "wrong": None if ends is None or suspect is None
-            else cells.wrong_calls(suspect, ends),
+            else wrong_calls(report.trace, suspect).tolist(),
         }  # fmt: skip
     for key in said.keys() - {item.key for item in report.items}:  # of no stage alone
         found[_id(key)] = {"facts": [], "fault": said[key]}

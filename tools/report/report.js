@@ -51,7 +51,7 @@
     const whole = view.cells[side]?.[key];
     if (!whole || call < 0 || view.name !== "bits") return whole;
     const packed = behind[side][key]?.calls;
-    const value = packed ? levels(packed)[call] : null;
+    const value = (packed && levels(packed)[call]) ?? null;
     return value === null ? undefined : [value >= 53 ? "exact" : value.toFixed(1), shade(value)];
   }
 
@@ -170,6 +170,7 @@
       bits,
     }));
     const [least, most] = d3.extent(values.filter((bits) => bits !== null));
+    if (least === undefined) return "";
     if (least === most) return make("p", `${least} bits in every ${found.of} and position.`);
     const text = found.of + (found.height > 1 ? ` (${found.height} together)` : "");
     return chart(`bits by ${found.of} and position`, "", {

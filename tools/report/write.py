@@ -12,8 +12,6 @@ from stages.errors import UserError
 from tools.diff import TraceDifference
 from tools.localize.report import Localization
 
-SAID = {"executed": "executed by an interpreter"}
-
 if TYPE_CHECKING:
     from tools.parity.report import Section
 
@@ -45,11 +43,12 @@ def sweep(path: Path, data: dict[str, Any], sections: "Iterable[Section]", legen
     from tools.report import page
 
     counts = Counter(point["verdict"] for point in data["points"])
-    told = ", ".join(f"{count} {SAID.get(name, name)}" for name, count in counts.items())
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
     count = len(data["points"])
     title = f"{data['verdict']}: {count} point{'s' * (count != 1)} of {data['sweep']}: {told}"
     if data["compiled_for"]:
-        title += f"; compiled for {data['compiled_for']}, not run on hardware"
+        title += f"; compiled for {data['compiled_for']}"
+        title += ", executed by an interpreter" * ("executed" in counts) + ", not run on hardware"
     tables = [(s.title, s.names, [row for row, _ in s.rows]) for s in sections]
     made = {"model": data["model"], "device": data["device"], **data["machine"]}
     about = [[name, page.listed(value)] for name, value in made.items()]
