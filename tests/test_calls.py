@@ -82,6 +82,12 @@ def test_rows_that_are_alike(tokens: str, holds: dict[int, int], name: str | Non
     assert told[:1] == ([name] if name else [])
 
 
+def test_a_row_with_nan_is_like_itself_alone() -> None:
+    right = V[[0, 1, 1, 2]]
+    right[3, 0] = np.nan
+    assert caches._alike(right).tolist() == [0, 1, 1, 3]
+
+
 def test_a_position_is_one_of_the_sequence(directory: Path) -> None:
     """Not of the calls that are wrong, to which the search for a name is confined."""
     bench = make_bench("hard", "f32", directory, length=LENGTH, steps=CHUNKS["both"])

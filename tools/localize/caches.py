@@ -104,7 +104,9 @@ def _alike(right: np.ndarray) -> np.ndarray:
     """[S] the first of the rows [S, K*H] that each one is the same as."""
     squares = np.square(right).sum(-1)
     apart = squares[:, None] + squares - 2 * right @ right.T
-    return (apart <= ALIKE * squares[:, None]).argmax(1)
+    same = apart <= ALIKE * squares[:, None]
+    np.fill_diagonal(same, True)  # a row with NaN is like itself alone
+    return same.argmax(1)
 
 
 def _distances(found: np.ndarray, exact: np.ndarray) -> np.ndarray:

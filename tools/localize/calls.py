@@ -73,11 +73,9 @@ def _said(steps: tuple[int, ...], wrong: np.ndarray) -> str:
     on = bool(wrong[first:].all())
     token = first - decoded_from(steps)
     if token < 0:
-        return (
-            f"from call {first} on"
-            if on and first
-            else f"in call{'s' * (count > 1)} {ranges(wrong)}"
-        )
+        if on and first:
+            return f"from call {first} on"
+        return f"in call{'s' * (count > 1)} {ranges(wrong)}"
     name = "the first decoded token" if token == 0 else f"decoded token {token + 1}"
     if count == 1:
         return f"in {name}"
