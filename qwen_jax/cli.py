@@ -165,7 +165,6 @@ def console(to_stderr: bool = False) -> Console:
 def fold(show: Console, table: Table, keys: int = 1) -> None:
     """Print a table whole: where the terminal is too narrow, some columns below the others, each
     time beside the first ``keys``."""
-    width, unbounded = show.width, show.options.update(width=10_000)
     every = list(zip(*(list(column.cells) for column in table.columns), strict=True))
 
     def some(places: list[int]) -> Table:
@@ -177,10 +176,16 @@ def fold(show: Console, table: Table, keys: int = 1) -> None:
             part.add_row(*(cells[place] for place in places), style=row.style)
         return part
 
+    def width(places: list[int]) -> int:
+        return show.measure(some(places), options=show.options.update(width=10_000)).maximum
+
+    # Columns stand side by side with the same gap between any two: each is measured once.
+    alone = [width([place]) for place in range(len(table.columns))]
+    gap = width([0, 1]) - alone[0] - alone[1] if len(alone) > 1 else 0
     shown = list(range(keys))
-    for place in range(keys, len(table.columns)):
-        wider = some([*shown, place])
-        if show.measure(wider, options=unbounded).maximum > width and len(shown) > keys:
+    for place in range(keys, len(alone)):
+        wide = sum(alone[each] + gap for each in (*shown, place)) - gap
+        if wide > show.width and len(shown) > keys:
             show.print(some(shown), "")
             shown = list(range(keys))
         shown.append(place)

@@ -1,6 +1,7 @@
 """A whole trace against its model, a layer at a time: every stage measured as ``local_error`` has
 it, or probed first and measured only where that leaves a doubt."""
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +14,6 @@ import numpy as np
 
 from qwen_jax import rope, runtime
 from qwen_jax.estimate import head_tensor
-from qwen_jax.forward import read_parameters
 from qwen_jax.local_error import Both, ErrorSums, compiled, compiler_options, cut_inputs
 from qwen_jax.models.ops import positional_by_layer
 from qwen_jax.probes import Screen
@@ -22,6 +22,7 @@ from stages.architecture import LAYER_INPUT, TOKENS, Key, Stage
 from stages.trace import Trace
 
 VOCABULARY_SLICE = 16384  # rows of the head in float64 at a time
+PROBED = 2  # layers at once: a core calls the programs of one while another computes
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Measured:
     estimated: bool = False
 
 
+# What can be done of a layer's dumps before their turn: for ``Step``, by name.
+Ahead = Callable[[tuple[Stage, ...], int | None, Mapping[str, Any]], Mapping[str, Any]]
 Step = Callable[
     [
         tuple[Stage, ...],
@@ -118,14 +121,14 @@ class Replay:
 
     def __iter__(self) -> Iterator[Measured]:
         """Every dumped stage that can be replayed, in computation order."""
-        return self._locked(self._measure(self._step, ahead=True))
+        return self._locked(self._measure(self._parameters, self._step, 1))
 
     def probed(self) -> Iterator[Measured]:
         """The same at the cost of reading: products are estimated, and nothing that is not finite
         or is zero is counted; see ``qwen_jax.probes``. What has missing stages before it is
         measured as by iteration."""
         screen = Screen(self.weights, self._host_pos, self._host_angles, self.dtype, self._options)
-        return self._locked(self._measure(partial(self._probe, screen), ahead=False))
+        return self._locked(self._measure(partial(self._estimates, screen), self._probe, PROBED))
 
     def exactly(self, keys: Collection[Key]) -> Iterator[Measured]:
         """Some of the stages that were ``probed``, as by iteration."""
@@ -139,27 +142,34 @@ class Replay:
                 return
             yield found
 
-    def _measure(self, step: Step, ahead: bool) -> Iterator[Measured]:
-        """``ahead``: weights are read before their layer's turn, or else by the step."""
+    def _measure(self, ahead: Ahead, step: Step, threads: int) -> Iterator[Measured]:
+        """``threads``: as many layers are read, and ``ahead`` is done, before their turn."""
         tables, layers = self.tables, self.config.num_hidden_layers
-        table, tokens = self.start_parameters()
-        start = {stage.name: self.load(stage.name, 0) for stage in tables.start_stages}
-        dumps = {name: dump for name, dump in start.items() if dump is not None} | {TOKENS: tokens}
-        yield from self._step(tables.start_stages, 0, table, dumps, {})
-        with ThreadPoolExecutor(1) as reader:
 
-            def fetch(layer: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-                parameters = read_parameters(self.weights, "layer", layer) if ahead else {}
-                return parameters, self.layer_dumps(layer)
+        def fetch(layer: int) -> tuple[Mapping[str, Any], dict[str, np.ndarray]]:
+            dumps = self.layer_dumps(layer)
+            with self.numerics():  # which is of a thread
+                return ahead(tables.layer_stages, layer, dumps), dumps
 
-            ready = reader.submit(fetch, 0)
+        with ThreadPoolExecutor(threads) as pool:
+            ready = deque(pool.submit(fetch, layer) for layer in range(min(threads, layers)))
+            table, tokens = self.start_parameters()
+            start = {stage.name: self.load(stage.name, 0) for stage in tables.start_stages}
+            dumps = {n: dump for n, dump in start.items() if dump is not None} | {TOKENS: tokens}
+            yield from self._step(tables.start_stages, 0, table, dumps, {})
             for layer in range(layers):
-                parameters, dumps = ready.result()
-                if layer + 1 < layers:
-                    ready = reader.submit(fetch, layer + 1)
+                found, dumps = ready.popleft().result()
+                if layer + threads < layers:
+                    ready.append(pool.submit(fetch, layer + threads))
                 carried = self._take(tables.first if layer == 0 else tables.layer_output)
-                yield from step(tables.layer_stages, layer, parameters, dumps, carried)
-        yield from self._finish(step)
+                yield from step(tables.layer_stages, layer, found, dumps, carried)
+        yield from self._finish(ahead, step)
+
+    def _parameters(
+        self, rows: tuple[Stage, ...], layer: int | None, dumps: Mapping[str, Any]
+    ) -> dict[str, np.ndarray]:
+        tensors = self.config.tensor_names(rows[0].scope, layer)
+        return {name: self.weights.read(tensors[name]) for row in rows for name in row.parameters}
 
     def _take(self, before: Stage) -> dict[str, Both | None]:
         """The layer input, where it was not dumped but computed."""
@@ -206,18 +216,15 @@ class Replay:
             stage, layer, sums, segment, len(sums.error_rows) // (heads or 1), estimated
         )
 
-    def _probe(
+    def _estimates(
         self,
         screen: Screen,
         rows: tuple[Stage, ...],
         layer: int | None,
-        parameters: Mapping[str, Any],
         dumps: Mapping[str, Any],
-        given: Mapping[str, Both | None],
-    ) -> Iterator[Measured]:
-        """``_step`` of what has missing stages before it, and probes of the rest."""
+    ) -> dict[str, ErrorSums]:
+        """Of every stage that is there with all that it is computed from."""
         sliding = layer is not None and self.config.sliding_layers[layer]
-        tensors = self.config.tensor_names(rows[0].scope, layer)
         there = [row for row in rows if {row.name, *row.inputs} <= dumps.keys()]
         length = len(self.trace.tokens)
         ready = [
@@ -226,19 +233,32 @@ class Replay:
             if cut_inputs(self.tables, row, [dumps[name] for name in row.inputs], length)
             and screen.possible(row, sliding, dumps)
         ]
-        sums = screen.measure(ready, sliding, dumps, tensors)
-        whole = tuple(row for row in rows if row not in ready)
-        needed = {n: self.weights.read(tensors[n]) for row in whole for n in row.parameters}
-        left = {m.stage: m for m in self._step(whole, layer, needed, dumps, given)} if whole else {}
-        if not whole:
+        tensors = self.config.tensor_names(rows[0].scope, layer)
+        return screen.measure(ready, sliding, dumps, tensors)
+
+    def _probe(
+        self,
+        rows: tuple[Stage, ...],
+        layer: int | None,
+        sums: Mapping[str, ErrorSums],
+        dumps: Mapping[str, Any],
+        given: Mapping[str, Both | None],
+    ) -> Iterator[Measured]:
+        """The estimates ``sums``, and ``_step`` of the rest: what has missing stages before it."""
+        whole = tuple(row for row in rows if row.name not in sums)
+        left = {}
+        if whole:
+            needed = self._parameters(whole, layer, dumps)
+            left = {m.stage: m for m in self._step(whole, layer, needed, dumps, given)}
+        else:
             self._carried, self._chain = {}, {}
         for row in rows:
             if row in left:
                 yield left[row]
-            elif row in ready:
+            elif row.name in sums:
                 yield self._measured(row, layer, sums[row.name], estimated=True)
 
-    def _finish(self, step: Step) -> Iterator[Measured]:
+    def _finish(self, ahead: Ahead, step: Step) -> Iterator[Measured]:
         """The stages after the layers."""
         tables, before = self.tables, self.tables.layer_output.name
         *middle, head = tables.end_stages
@@ -248,13 +268,12 @@ class Replay:
         dumps |= {s.name: d for s in middle if (d := self.load(s.name, None)) is not None}
         if not dumps and not given:
             return
-        names = self.config.tensor_names("end")
-        parameters = {p: self.weights.read(names[p]) for s in middle for p in s.parameters}
-        yield from step(tuple(middle), None, parameters, dumps, given)
+        yield from step(tuple(middle), None, ahead(tuple(middle), None, dumps), dumps, given)
         if (logits := self.load(head.name, None)) is None:
             return
         if step != self._step and head.inputs[0] in dumps:
-            yield from step((head,), None, {}, dumps | {head.name: logits}, {})
+            dumps |= {head.name: logits}
+            yield from step((head,), None, ahead((head,), None, dumps), dumps, {})
         else:
             yield from self._head(dumps, logits)
 
@@ -291,8 +310,7 @@ class Replay:
             if stage is self.tables.head:
                 yield from self._head(dumps, dumps[stage.name])
                 continue
-            tensors = self.config.tensor_names(stage.scope, layer)
-            parameters = {name: self.weights.read(tensors[name]) for name in stage.parameters}
+            parameters = self._parameters((stage,), layer, dumps)
             yield from self._step((stage,), layer, parameters, dumps, {})
 
 

@@ -348,6 +348,11 @@ def _all_products_lowered(items: list[LocalError]) -> bool:
     return len(stages) >= 4 and all(LOWEST <= level < BF16 for level in levels)
 
 
+def _least_drop(elements: int, unsure: float = 0.0) -> float:
+    """``_allowed_drop`` of slices that do not differ among themselves."""
+    return float(2.0 + 3.0 / np.sqrt(elements) - unsure)
+
+
 def _allowed_drop(levels: np.ndarray, elements: int, unsure: float = 0.0) -> float:
     """How many bits below the median one slice of sound arithmetic may lie.
 
@@ -361,7 +366,7 @@ def _allowed_drop(levels: np.ndarray, elements: int, unsure: float = 0.0) -> flo
     spread = np.median(middle - levels[levels <= middle]) / 0.6745  # of the lower side, robust
     if unsure:
         spread = np.sqrt(max(spread**2 - DEVIATION**2, 0.0))
-    return float(2.0 + 3.0 / np.sqrt(elements) + 4.0 * spread - unsure)
+    return _least_drop(elements, unsure) + 4.0 * float(spread)
 
 
 def _low_slices(item: LocalError, cap: float, unsure: float = 0.0) -> dict[str, np.ndarray]:
@@ -370,7 +375,10 @@ def _low_slices(item: LocalError, cap: float, unsure: float = 0.0) -> dict[str, 
     for axis, (levels, elements) in item.slices.items():
         # Slices without any error say nothing about what the others may have.
         levels = np.minimum(levels, min(item.level + 1.5, cap))
-        masks[axis] = levels < np.median(levels) - _allowed_drop(levels, elements, unsure)
+        low = levels < np.median(levels) - _least_drop(elements, unsure)
+        if low.any():  # or no spread need be looked at, which takes longer
+            low = levels < np.median(levels) - _allowed_drop(levels, elements, unsure)
+        masks[axis] = low
     return masks if any(mask.any() for mask in masks.values()) else {}
 
 
@@ -389,7 +397,7 @@ def _dead_slices(item: LocalError, expected: float) -> dict[str, np.ndarray]:
 def bad_slices(item: LocalError, expected: float) -> dict[str, np.ndarray]:
     """Axis -> mask of the slices that carry the error of an item that is low as a whole."""
     return {
-        axis: levels < expected - _allowed_drop(np.full(2, expected), elements)
+        axis: levels < expected - _least_drop(elements)
         for axis, (levels, elements) in item.slices.items()
     }
 
