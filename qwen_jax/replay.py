@@ -83,10 +83,10 @@ class Replay:
         self.positions = np.asarray(trace.positions)[None]
         frequencies, _ = rope.inverse_frequencies(self.config)
         angles = self.positions[0][:, None] * frequencies.astype(np.float64)
-        self._host_pos = positional_by_layer(self.config, self.positions)
+        self.host_pos = positional_by_layer(self.config, self.positions)
         self._host_angles = angles
         with self.numerics():
-            self.pos = jax.device_put(self._host_pos)
+            self.pos = jax.device_put(self.host_pos)
             self.angles = jax.device_put(angles)
         # What the first dumped stage after a gap was computed through.
         self._carried: dict[str, Both | None] = {}
@@ -127,7 +127,7 @@ class Replay:
         """The same at the cost of reading: products are estimated, and nothing that is not finite
         or is zero is counted; see ``qwen_jax.probes``. What has missing stages before it is
         measured as by iteration."""
-        screen = Screen(self.weights, self._host_pos, self._host_angles, self.dtype, self._options)
+        screen = Screen(self.weights, self.host_pos, self._host_angles, self.dtype, self._options)
         return self._locked(self._measure(partial(self._estimates, screen), self._probe, PROBED))
 
     def exactly(self, keys: Collection[Key]) -> Iterator[Measured]:

@@ -106,7 +106,7 @@ def measure(replay: Replay, sound: Collection[int | None] = ()) -> list[Nats]:
 
 
 # row numbers, and of these rows what positions decide, the inputs and the dump
-Given = tuple[np.ndarray, Positional, list[Array], Array]
+Given = tuple[np.ndarray, Positional, list[Any], Any]
 
 
 def _all(replay: Replay, scores: Stage, layer: int) -> Given | None:
@@ -124,8 +124,8 @@ def _sample(replay: Replay, scores: Stage, layer: int) -> Given:
     assert q is not None and k is not None and dump is not None
     count = min(q.shape[1], dump.shape[2])
     chosen = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).round().astype(int)) - count
-    pos = replay.pos[replay.config.sliding_layers[layer]]
+    pos = replay.host_pos[replay.config.sliding_layers[layer]]
     some = Positional(pos.cos[:, chosen], pos.sin[:, chosen], pos.mask[:, chosen])
-    inputs = [jnp.asarray(q[:, chosen], jnp.float64), jnp.asarray(k, jnp.float64)]
     rows = len(replay.trace.tokens) + chosen
-    return rows, some, inputs, jnp.asarray(dump[:, :, chosen], jnp.float64)
+    q, k, dump = (x.astype(np.float64) for x in (q[:, chosen], k, dump[:, :, chosen]))
+    return rows, some, [q, k], dump
