@@ -120,7 +120,7 @@ def check_argmax(logits: np.ndarray, reference: np.ndarray) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @settings(
-    max_examples=16,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],  # shrinking compiles hundreds of models and they are small already
