@@ -169,8 +169,21 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / norms) if norms else float("nan")
 
 
+def _tokens(below: int, length: int, seed: int = 3) -> list[int]:
+    return [0, *np.random.default_rng(seed).integers(1, below, length - 1).tolist()]
+
+
+def _synthetic(path: Path) -> None:
+    path.mkdir()
+    convert(open_model("synthetic:0.5b"), "hf", path, wrote=lambda count: None)
+
+
 NAMES = ("hard", "small", "hard-qwen3", "small-qwen3")
-MAKE = {"hard": checkpoints.hard_checkpoint, "small": checkpoints.random_checkpoint}
+MAKE: dict[str, tuple[Callable[..., Any], Callable[[int], list[int]]]] = {
+    "hard": (checkpoints.hard_checkpoint, checkpoints.hard_tokens),
+    "small": (checkpoints.random_checkpoint, partial(_tokens, 192)),
+    "0.5b": (_synthetic, partial(_tokens, 150_000)),
+}
 
 
 def make_bench(name: str, mode: str, directory: Path, length: int = 48, **more: Any) -> Bench:
@@ -178,22 +191,13 @@ def make_bench(name: str, mode: str, directory: Path, length: int = 48, **more: 
     either, "hard-qwen3" and "small-qwen3", or on random weights in the size "0.5b" (8 GB).
     ``more`` is as of ``Bench``."""
     if name == "demo":
-        tokens = [0, *np.random.default_rng(0).integers(1, 2048, length - 1).tolist()]
-        return Bench(DEMO, tokens, mode, **more)
+        return Bench(DEMO, _tokens(2048, length, seed=0), mode, **more)
     kind, _, architecture = name.partition("-")
+    make, tokens = MAKE[kind]
     path = directory / name
-    if name == "0.5b":
-        if not path.exists():
-            path.mkdir()
-            convert(open_model("synthetic:0.5b"), "hf", path, wrote=lambda count: None)
-        tokens = np.random.default_rng(3).integers(0, 150_000, length).tolist()
-        return Bench(path, tokens, mode, **more)
     if not path.exists():
-        MAKE[kind](path, **(checkpoints.QWEN3 if architecture else {}))
-    if kind == "hard":
-        return Bench(path, checkpoints.hard_tokens(length), mode, **more)
-    tokens = [0, *np.random.default_rng(3).integers(1, 192, length - 1).tolist()]
-    return Bench(path, tokens, mode, **more)
+        make(path, **(checkpoints.QWEN3 if architecture else {}))
+    return Bench(path, tokens(length), mode, **more)
 
 
 def rows(bench: Bench, which: str, select: str = "") -> Iterator[Row]:
