@@ -61,6 +61,9 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 -- for as long as we live
+    # JAX is to be told of each collection, and would swallow an interrupt that comes meanwhile:
+    # while it is imported there are hundreds.
+    gc.set_threshold(100_000)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a token's text, in an ASCII terminal
     try:
@@ -68,24 +71,36 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         sys.stdout.flush()
     except UserError as error:
         _complain(f"error: {error}")
-        code = error.exit_code
+        code = exit_code(error)
     except KeyboardInterrupt as error:
         _complain(": ".join(filter(None, ["interrupted", str(error)])))
-        code = 130
-    except BrokenPipeError:  # the reader of our output went away: `... | head`
+        code = exit_code(error)
+    except BrokenPipeError as error:  # the reader of our output went away: `... | head`
         _discard(sys.stdout)
-        code = 128 + signal.SIGPIPE  # as of any command; 0 and 1 would be verdicts
+        code = exit_code(error)
     except OSError as error:  # of our own output: what has to do with a file is a UserError
         _discard(sys.stdout)
         where = f"{error.filename}: " if error.filename else ""
         _complain(f"error: {where}{error.strerror or error}")
-        code = UserError.exit_code
+        code = exit_code(error)
     except Exception as error:  # a bug of ours: 1 means "differs", and a stack helps no user
         if os.environ.get("QWEN_STAGES_TRACEBACK"):
-            raise
-        _complain(f"error: {_bug(error)}")
-        code = BUG
+            traceback.print_exc()
+        else:
+            _complain(f"error: {_bug(error)}")
+        code = exit_code(error)
     leave(code)
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command ends with after this error: never 0 or 1, which are verdicts."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    return UserError.exit_code if isinstance(error, OSError) else BUG
 
 
 def printable(text: str) -> str:

@@ -109,7 +109,7 @@ def _checked(path: Path) -> dict[str, str]:
         index = {}
     known = {}
     for file in path.glob("*-cache"):
-        if index.get(file.name) == _hash(file):
+        if file.name in index and file.is_file() and index[file.name] == _hash(file):
             known[file.name] = index[file.name]
         else:
             file.unlink()

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen_jax import cli
 from stages.errors import UserError
 
 HEARTBEAT = 10  # seconds without a sign of a process, until JAX aborts the others
@@ -163,9 +164,8 @@ class Group:
         if self._in_step and not lost:
             jax.distributed.shutdown()
         else:
-            other = 130 if isinstance(error, KeyboardInterrupt) else 1
-            code = UserError.exit_code if lost else getattr(error, "exit_code", other)
-            atexit.register(_leave, code)
+            ours = error if error and not lost else UserError()  # or another process is missing
+            atexit.register(_leave, cli.exit_code(ours))
         if lost:
             raise UserError("another process ended before the trace was whole; it says why")
         if error:

@@ -40,8 +40,8 @@ def test_a_bug_of_ours_is_one_line_and_code_4(capsys, monkeypatch):
 
 def test_the_traceback_is_there_for_who_asks(capsys, monkeypatch):
     monkeypatch.setenv("QWEN_STAGES_TRACEBACK", "1")
-    with pytest.raises(KeyError):
-        cli.run(lambda argv: {}["x"])
+    code, told = ended(capsys, monkeypatch, KeyError("x"))
+    assert code == 4 and told.startswith("Traceback") and told.endswith("KeyError: 'x'\n")
 
 
 @pytest.mark.parametrize("error", [UserError, KeyboardInterrupt, ValueError])

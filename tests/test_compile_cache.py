@@ -106,6 +106,11 @@ def test_what_a_stopped_process_left_goes_away(filled: Path) -> None:
     assert kept(filled) == {"one-cache": b"first", "two-cache": b"second"}
 
 
+def test_a_pipe_is_not_waited_for(filled: Path) -> None:
+    os.mkfifo(filled / "three-cache")
+    assert kept(filled) == {"one-cache": b"first", "two-cache": b"second"}
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff", b'{"one-cache": 1}'])
 def test_without_a_whole_index_nothing_is_trusted(filled: Path, content: bytes) -> None:
     (filled / compile_cache.INDEX).write_bytes(content)

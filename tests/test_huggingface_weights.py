@@ -408,6 +408,14 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
     assert "pipe" in refusal(directory)
 
 
+def test_a_pipe_among_the_companions_is_not_left_away(tmp_path):
+    directory = write_checkpoint(tmp_path / "m")
+    (directory / "tokenizer.json").unlink(missing_ok=True)
+    os.mkfifo(directory / "tokenizer.json")
+    with pytest.raises(UserError, match="pipe"):
+        open_model(directory).companions()
+
+
 @pytest.mark.parametrize("layers", [4097, 3_000_000, 10**18])
 def test_layers_that_no_model_has(tmp_path, layers):
     """Refused before anything is made for each of them."""

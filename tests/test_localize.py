@@ -10,13 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qwen_jax import local_error, replay
+from qwen_jax import local_error, replay, trace_model
 from qwen_jax.forward import abstract
 from qwen_jax.models.ops import positional_by_layer
 from qwen_jax.weights import open_model
 from stages import aprt
 from stages.architecture import LAYER_INPUT
 from stages.architectures import any_stage
+from stages.errors import NotComparable
 from stages.qwen2 import QWEN2
 from stages.trace import open_trace
 from stages.verdict import class_of
@@ -226,6 +227,20 @@ def test_what_follows_a_nan_is_not_accused(directory):
     report = bench.localize(bench.plant(faults.FAULTS["ffn_silu.nan"], "one"))
     (fault,) = faulty(report)
     assert (fault.stage, fault.to_json()["nonfinite"]) == ("ffn_silu", 1)
+
+
+def test_a_trace_without_a_number_is_not_clean(demo):
+    """Where its model computes NaN too, nothing differs, and nothing is known."""
+    read = demo.fill
+
+    def fill(name, start, out):
+        read(name, start, out)
+        out[...] = np.nan if "embed" in name else out
+
+    demo.fill = fill
+    trace = trace_model(demo, (1, 2, 3))
+    with pytest.raises(NotComparable, match="all is NaN or infinite"):
+        localize(trace, demo)
 
 
 def test_one_entry_for_a_mistake_in_all_layers(directory):

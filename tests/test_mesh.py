@@ -279,6 +279,7 @@ DYING = FAULT.format(happens="os._exit(7)")
 KILLED = FAULT.format(happens="os.kill(os.getpid(), signal.SIGKILL)")
 HUNG = FAULT.format(happens="os.kill(os.getpid(), signal.SIGSTOP)")
 INTERRUPTED = FAULT.format(happens="raise KeyboardInterrupt")
+BUG = FAULT.format(happens="raise RuntimeError('boom')")
 # Process 0 with a fault: its disk is full in layer 2.
 FULL = """
 from qwen_jax import cli, trace
@@ -372,7 +373,9 @@ def test_a_failure_before_the_computation_is_told(world: World, port: int) -> No
     assert second == (2, "", "error: process 0 failed; it says why\n")
 
 
-@pytest.mark.parametrize(("fault", "code"), [(DYING, 7), (KILLED, -9), (INTERRUPTED, 130)])
+@pytest.mark.parametrize(
+    ("fault", "code"), [(DYING, 7), (KILLED, -9), (INTERRUPTED, 130), (BUG, 4)]
+)
 def test_a_process_that_dies_ends_process_0(world: World, port: int, fault: str, code: int) -> None:
     out = f"dead{code}"
     line = [*arguments("heads", "float32", 8), "--out", out]

@@ -263,6 +263,10 @@ def test_a_format_that_the_heads_do_not_divide_is_refused(small):
         ((), "the following arguments are required: FAULT"),
         (("nofault",), "no fault 'nofault'; list shows those that there are"),
         (("none", "--layers", "9"), "--layers 9: layers go from 0 to 4"),
+        (("none", "--tokens", "1,99999"), "token 99999: the model has 0 to 2047"),
+        (("none", "--tokens=-5"), "token -5: the model has 0 to 2047"),
+        (("none", "--tokens", "1", "--first-position", "-3"), "-3: positions begin at 0"),
+        (("none", "--tokens", "1", "--out", "/dev/null/x"), "--out /dev/null/x: Not a directory"),
         (("cache.kv_exchanged",), "is made in a decode; say how long with --decode N"),
     ],
 )

@@ -151,6 +151,8 @@ class Weights(ABC):
     def companions(self) -> dict[str, bytes]:
         """The files that go with the weights, by name, config.json first."""
         paths = [self.directory / name for name in COMPANIONS] if self.directory else []
+        for path in paths:
+            check_regular(path)
         return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
     @property

@@ -1,6 +1,7 @@
 """Reading places in files that must not change meanwhile."""
 
 import os
+import threading
 import weakref
 from pathlib import Path
 
@@ -21,6 +22,7 @@ class Files:
     def __init__(self, paths: set[Path]) -> None:
         self.states = {path: _state(path) for path in paths}
         self._opened: dict[Path, int] = {}  # descriptors: once, not for every row of the embedding
+        self._opening = threading.Lock()
         weakref.finalize(self, _close, self._opened)
 
     def read(self, path: Path, start: int, out: np.ndarray, name: str) -> None:
@@ -31,8 +33,9 @@ class Files:
         """
         left = raw_bytes(out)
         try:
-            if path not in self._opened:
-                self._opened[path] = os.open(path, os.O_RDONLY)
+            with self._opening:
+                if path not in self._opened:
+                    self._opened[path] = os.open(path, os.O_RDONLY)
             if _state(path) != self.states[path]:
                 raise UserError(f"{path}: was changed while it was being read")
             while left:

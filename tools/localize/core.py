@@ -70,6 +70,11 @@ def localize(
     if not held:
         raise NotComparable(f"not comparable: {trace.path} holds no stage that can be replayed")
     _check_weights(trace, weights)
+    if not any(item.compared for item in held.values()):
+        raise NotComparable(
+            f"not comparable: no stage of {trace.path} has a number where {weights.name} has one; "
+            "all is NaN or infinite"
+        )
     screening.settle(replay, measured, held, dtype)
     with replay.numerics():
         items, fitted = fitting.fit(replay, [*measured.values()], [*held.values()], dtype)

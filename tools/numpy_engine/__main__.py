@@ -7,6 +7,7 @@ manifest, of the embedded prompt unless ``--tokens`` is given; with ``--prefill-
 """
 
 import argparse
+import signal
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,6 +66,10 @@ def main() -> None:
     if outside := [n for n in args.layers or () if not 0 <= n < loaded[0].layers]:
         parser.error(f"--layers {outside[0]}: layers go from 0 to {loaded[0].layers - 1}")
     tokens = read_tokens(parser, args.model, args.tokens)
+    if outside := [token for token in tokens if not 0 <= token < loaded[0].vocabulary]:
+        parser.error(f"token {outside[0]}: the model has 0 to {loaded[0].vocabulary - 1}")
+    if args.first_position < 0:
+        parser.error(f"--first-position {args.first_position}: positions begin at 0")
     more = {"first_position": args.first_position, "last_row": args.last_row}
     more |= {"steps": calls(parser, len(tokens), args.prefill_chunk, args.decode)}
     try:
@@ -73,7 +78,10 @@ def main() -> None:
         )
     except ValueError as error:
         parser.error(str(error))
-    (run.dump_calls if len(run.steps) > 1 else run.dump)(args.out)
+    try:
+        (run.dump_calls if len(run.steps) > 1 else run.dump)(args.out)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
     said = f", {len(run.steps)} calls" if len(run.steps) > 1 else ""
     print(f"{args.out}/: {len(tokens)} tokens{said}, {args.mode}, fault: {args.fault}")
 
@@ -107,4 +115,5 @@ def read_tokens(parser: argparse.ArgumentParser, model: Path, text: str | None) 
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `list | head` ends it, without a word
     main()
