@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -61,9 +62,6 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 -- for as long as we live
-    # JAX is to be told of each collection, and would swallow an interrupt that comes meanwhile:
-    # while it is imported there are hundreds.
-    gc.set_threshold(100_000)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a token's text, in an ASCII terminal
     try:
@@ -90,6 +88,18 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
             _complain(f"error: {_bug(error)}")
         code = exit_code(error)
     leave(code)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Around the import of JAX, which makes 200,000 objects and no garbage: none is looked for among
+    them, now or later. JAX is told of each search, and an interrupt that comes then is lost."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def exit_code(error: BaseException) -> int:

@@ -99,7 +99,7 @@ def make_engine(
             raise UserError("--backend eager runs un-jitted on the CPU; drop --device gpu")
         device = "cpu"
 
-    with _reading(model):
+    with _reading(model), cli.undisturbed():
         from qwen_jax import compile_cache, engine, mesh, runtime
 
     def keep_programs(device: "jax.Device") -> None:

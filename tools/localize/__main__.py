@@ -184,8 +184,9 @@ def _main(argv: list[str]) -> int:
 
     ask = partial(question_of, args)
 
-    from qwen_jax import compile_cache, runtime
-    from tools.localize.show import show_localization
+    with cli.undisturbed():
+        from qwen_jax import compile_cache, runtime
+        from tools.localize.show import show_localization
 
     runtime.for_a_command("cpu")
     try:
