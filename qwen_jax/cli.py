@@ -92,8 +92,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Around the import of JAX, which makes 200,000 objects and no garbage: none is looked for among
-    them, now or later. JAX is told of each search, and an interrupt that comes then is lost."""
+    """Around the import of JAX, which makes 200,000 objects and no garbage: none is looked for, now
+    or later. JAX is told of each search, and an interrupt that comes then is lost."""
     gc.disable()
     try:
         yield
