@@ -67,27 +67,28 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
-    except UserError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        _tell(error)
+        code = exit_code(error)
+    leave(code)
+
+
+def _tell(error: BaseException) -> None:
+    """What a user is told of an error that ended a command."""
+    if isinstance(error, UserError):
         _complain(f"error: {error}")
-        code = exit_code(error)
-    except KeyboardInterrupt as error:
+    elif isinstance(error, KeyboardInterrupt):
         _complain(": ".join(filter(None, ["interrupted", str(error)])))
-        code = exit_code(error)
-    except BrokenPipeError as error:  # the reader of our output went away: `... | head`
+    elif isinstance(error, BrokenPipeError):  # the reader of our output went away: `... | head`
         _discard(sys.stdout)
-        code = exit_code(error)
-    except OSError as error:  # of our own output: what has to do with a file is a UserError
+    elif isinstance(error, OSError):  # of our own output: a file's is a UserError
         _discard(sys.stdout)
         where = f"{error.filename}: " if error.filename else ""
         _complain(f"error: {where}{error.strerror or error}")
-        code = exit_code(error)
-    except Exception as error:  # a bug of ours: 1 means "differs", and a stack helps no user
-        if os.environ.get("QWEN_STAGES_TRACEBACK"):
-            traceback.print_exc()
-        else:
-            _complain(f"error: {_bug(error)}")
-        code = exit_code(error)
-    leave(code)
+    elif os.environ.get("QWEN_STAGES_TRACEBACK"):
+        traceback.print_exception(error)
+    else:  # a bug of ours: a stack helps no user
+        _complain(f"error: {_bug(error)}")
 
 
 @contextmanager
@@ -129,7 +130,7 @@ def _complain(text: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _bug(error: Exception) -> str:
+def _bug(error: BaseException) -> str:
     """One line on an error that nobody expected."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     what = " ".join(f"{type(error).__name__}: {error}".split())[:200]

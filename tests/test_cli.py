@@ -1,7 +1,9 @@
 """What every command has in common: exit codes, one line for an error, nothing foreign printed."""
 
+import gc
 import io
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from rich.table import Table
 
 from qwen_jax import cli
 from stages import manifest
-from stages.errors import UserError
+from stages.errors import NotComparable, UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,6 +44,24 @@ def test_the_traceback_is_there_for_who_asks(capsys, monkeypatch):
     monkeypatch.setenv("QWEN_STAGES_TRACEBACK", "1")
     code, told = ended(capsys, monkeypatch, KeyError("x"))
     assert code == 4 and told.startswith("Traceback") and told.endswith("KeyError: 'x'\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError, 2), (NotComparable, 3), (KeyboardInterrupt, 130), (BrokenPipeError, 141),
+     (OSError, 2), (KeyError, 4)],
+)  # fmt: skip
+def test_no_error_ends_as_a_verdict_does(error, code):
+    assert cli.exit_code(error()) == code
+
+
+def test_no_garbage_is_looked_for_while_jax_is_imported():
+    assert gc.isenabled()
+    with suppress(ImportError), cli.undisturbed():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("error", [UserError, KeyboardInterrupt, ValueError])

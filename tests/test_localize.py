@@ -241,6 +241,8 @@ def test_a_trace_without_a_number_is_not_clean(demo):
     trace = trace_model(demo, (1, 2, 3))
     with pytest.raises(NotComparable, match="all is NaN or infinite"):
         localize(trace, demo)
+    (fault,) = faulty(localize(trace, open_model()))  # whose own embedding has numbers
+    assert (fault.stage, fault.layer) == ("embedding", 0)
 
 
 def test_one_entry_for_a_mistake_in_all_layers(directory):

@@ -70,12 +70,12 @@ def localize(
     if not held:
         raise NotComparable(f"not comparable: {trace.path} holds no stage that can be replayed")
     _check_weights(trace, weights)
-    if not any(item.compared for item in held.values()):
-        raise NotComparable(
-            f"not comparable: no stage of {trace.path} has a number where {weights.name} has one; "
-            "all is NaN or infinite"
-        )
     screening.settle(replay, measured, held, dtype)
+    if not any(item.compared or item.born for item in held.values()):
+        raise NotComparable(
+            f"not comparable: no stage of {trace.path} has a number, nor has what {weights.name} "
+            "computes from it; all is NaN or infinite"
+        )
     with replay.numerics():
         items, fitted = fitting.fit(replay, [*measured.values()], [*held.values()], dtype)
         findings = with_changes(trace, diagnose.findings(replay, items, dtype, fitted))
