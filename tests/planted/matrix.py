@@ -241,10 +241,9 @@ def summary(found: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--checkpoint", nargs="+", default=["demo"], help="demo, or " + ", ".join(NAMES)
-    )
-    parser.add_argument("--mode", nargs="+", default=["f32"], help="f32, bf16, ...")
+    known = ("demo", *NAMES, "0.5b")
+    parser.add_argument("--checkpoint", nargs="+", default=["demo"], choices=known)
+    parser.add_argument("--mode", nargs="+", default=["f32"], choices=[*engine.ARITHMETIC])
     parser.add_argument("--layers", nargs="+", default=["one"], choices=("one", "all"))
     parser.add_argument("--select", default="", help="only faults with this in their name")
     help = "name the faults of which --exact says something else, instead of judging them"
