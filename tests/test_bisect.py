@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.planted.matrix import make_bench
 from tests.test_readme import EXECUTED, blocks, run
-from tools.localize import Localization, __main__, expectation, localize
+from tools.localize import Localization, __main__, bisect, localize
 from tools.numpy_engine import faults
 
 
@@ -74,12 +74,12 @@ def test_a_verdict(given: list[str], question: list[str], answer: int) -> None:
     ],
 )
 def test_anything_else_is_125(given: list[str], words: list[str]) -> None:
-    with pytest.raises(expectation.Unjudged) as caught:
+    with pytest.raises(bisect.Unjudged) as caught:
         __main__.main([*given, *words])
-    assert caught.value.exit_code == expectation.UNJUDGED == 125
+    assert caught.value.exit_code == bisect.UNJUDGED == 125
 
 
 def test_a_bug_of_ours_is_125(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(__main__, "localize", lambda *a, **k: 1 // 0)
-    with pytest.raises(expectation.Unjudged, match="bug"):
+    with pytest.raises(bisect.Unjudged, match="bug"):
         __main__.main([*given, "--expect-stage", "ffn_up"])

@@ -11,10 +11,11 @@ import pytest
 from stages.trace import open_trace
 from tests.planted.cached import ASIDE, CHUNKS, DECODING, LENGTH, bench_for, judge, known
 from tests.planted.matrix import Bench, make_bench
-from tools.localize import caches, localize
-from tools.localize.calls import decoded_from
-from tools.localize.report import faults as reported
-from tools.localize.report import sentence
+from tools.localize import localize
+from tools.localize.decode_steps import decoded_from
+from tools.localize.mistakes import caches
+from tools.localize.result import faults as reported
+from tools.localize.result import sentence
 from tools.numpy_engine import engine, faults
 from tools.numpy_engine.cache_faults import CACHE_FAULTS
 from tools.numpy_engine.engine import Array, Context

@@ -16,9 +16,9 @@ from tests.planted import checkpoints
 from tests.planted.matrix import Bench, make_bench
 from tests.planted.shares import memory_trace
 from tools.localize import Localization
-from tools.localize.question import Question
-from tools.localize.report import faults as reported
-from tools.localize.report import sentence
+from tools.localize.cost.query import Question
+from tools.localize.result import faults as reported
+from tools.localize.result import sentence
 from tools.numpy_engine import engine, faults
 from tools.numpy_engine.engine import OPERATIONS, Array, Context
 

@@ -15,9 +15,9 @@ from stages.trace import MemoryTrace
 from tests.planted.cached import CHUNKS, LENGTH, bench_for
 from tests.planted.matrix import Bench, cosine, make_bench
 from tools.localize import Localization
-from tools.localize.question import Question
-from tools.localize.report import faults as reported
-from tools.localize.report import sentence
+from tools.localize.cost.query import Question
+from tools.localize.result import faults as reported
+from tools.localize.result import sentence
 from tools.numpy_engine import engine
 from tools.numpy_engine.cache_faults import CACHE_FAULTS
 from tools.numpy_engine.engine import OPERATIONS, Array, Context
@@ -287,7 +287,7 @@ def test_the_more_exact_kernel_is_no_fault(directory: Path, bench: Bench) -> Non
     """aprender#2091, aprender#2210, aprender#2350, mlxcel#1045: a fused kernel and its fallback
     write other texts, and the fused one is nearer to exact. Of two engines in bfloat16 neither is
     at fault, and it is said which is the more precise."""
-    from tools.localize.against import judgements
+    from tools.localize.side_by_side import judgements
 
     half = make_bench("hard", "bf16", directory, length=LENGTH, steps=STEPS)
     found = []

@@ -9,8 +9,8 @@ import pytest
 
 from stages.verdict import EXACT_BITS
 from tests.planted.matrix import Bench, make_bench
-from tools.localize import emulated, formats
-from tools.localize.report import Localization, faults, sentence
+from tools.localize.formats import registry, roundings
+from tools.localize.result import Localization, faults, sentence
 from tools.numpy_engine import engine
 
 Array = np.ndarray
@@ -25,15 +25,15 @@ def values(*shape: int) -> Array:
 
 
 BLOCKS = [  # rounding, block, steps of a block
-    (emulated.q8_0, 32, 255),
-    (emulated.q8_k, 256, 255),
-    (emulated.q4_0, 32, 16),
-    (emulated.q5_0, 32, 32),
-    (emulated.q4_1, 32, 16),
-    (emulated.q5_1, 32, 32),
-    (emulated.iq4_nl, 32, 16),
-    (partial(emulated.symmetric, block=64), 64, 256),
-    (emulated.affine_row, 512, 256),
+    (roundings.q8_0, 32, 255),
+    (roundings.q8_k, 256, 255),
+    (roundings.q4_0, 32, 16),
+    (roundings.q5_0, 32, 32),
+    (roundings.q4_1, 32, 16),
+    (roundings.q5_1, 32, 32),
+    (roundings.iq4_nl, 32, 16),
+    (partial(roundings.symmetric, block=64), 64, 256),
+    (roundings.affine_row, 512, 256),
 ]
 
 
@@ -52,58 +52,58 @@ def test_a_block_has_few_values_and_each_is_near(rounding, block, steps):
 def test_a_tensor_has_one_scale_and_zero_is_zero():
     x = values(7, 33)
     x[2, 3] = 0
-    left = emulated.affine_tensor(x)
+    left = roundings.affine_tensor(x)
     assert left[2, 3] == 0 and len(np.unique(left)) <= 256
-    assert len(np.unique(emulated.affine_tensor(x, levels=127))) <= 128
-    assert len(np.unique(emulated.symmetric_tensor(x))) <= 255
+    assert len(np.unique(roundings.affine_tensor(x, levels=127))) <= 128
+    assert len(np.unique(roundings.symmetric_tensor(x))) <= 255
 
 
 def test_a_row_of_zeros_stays_zero():
     for rounding, block, _ in BLOCKS:
         assert (rounding(np.zeros((2, block), np.float32)) == 0).all()
-    assert (emulated.affine_tensor(np.zeros((2, 4), np.float32)) == 0).all()
-    assert (emulated.scaled_e4m3(np.zeros((2, 4), np.float32)) == 0).all()
+    assert (roundings.affine_tensor(np.zeros((2, 4), np.float32)) == 0).all()
+    assert (roundings.scaled_e4m3(np.zeros((2, 4), np.float32)) == 0).all()
 
 
 def test_a_nudge_moves_only_what_lies_on_an_edge():
     x = values(4, 256)
-    moved = emulated.q8_0(x, nudge=formats.NUDGE) != emulated.q8_0(x, nudge=-formats.NUDGE)
+    moved = roundings.q8_0(x, nudge=registry.NUDGE) != roundings.q8_0(x, nudge=-registry.NUDGE)
     assert moved.mean() < 1e-2
     x[0, :32] = np.arange(32) * 2.0
     x[0, 31] = 127.0
     x[0, 5] = 10.5  # right between two codes
-    up, down = (emulated.symmetric(x[:1, :32], nudge=n) for n in (formats.NUDGE, -formats.NUDGE))
+    up, down = (roundings.symmetric(x[:1, :32], nudge=n) for n in (registry.NUDGE, -registry.NUDGE))
     assert up[0, 5] - down[0, 5] == 1.0
 
 
 def test_a_hadamard_matrix_is_its_own_inverse():
     x = values(3, 128)
     for size in (64, 128):
-        turned = emulated.hadamard(x, size)
+        turned = roundings.hadamard(x, size)
         np.testing.assert_allclose((turned**2).sum(-1), (x**2).sum(-1), rtol=1e-5)
-        np.testing.assert_allclose(emulated.hadamard(turned, size), x, atol=1e-5)
+        np.testing.assert_allclose(roundings.hadamard(turned, size), x, atol=1e-5)
 
 
 def test_tf32_keeps_ten_bits():
     x = values(1000)
-    assert (np.abs(emulated.tf32(x) - x) <= np.abs(x) * 2.0**-11).all()
-    np.testing.assert_array_equal(emulated.tf32(x), engine.tf32(x))
+    assert (np.abs(roundings.tf32(x) - x) <= np.abs(x) * 2.0**-11).all()
+    np.testing.assert_array_equal(roundings.tf32(x), engine.tf32(x))
 
 
-@pytest.mark.parametrize("made", [f for f in formats._angle_formats() if not f.table])
+@pytest.mark.parametrize("made", [f for f in registry._angle_formats() if not f.table])
 def test_angles_agree_to_float32(made):
     positions = np.array([0, 1, 100])
     found = made.angles(positions, 64, 1e4)
-    right = emulated.angles_in_f64(positions, 64, 1e4)
+    right = roundings.angles_in_f64(positions, 64, 1e4)
     np.testing.assert_allclose(found, right, rtol=40 * 2.0**-24)
 
 
 def test_a_sum_in_f16_is_the_weighted_sum_to_f16():
-    scores, v = values(2, 5, 6), emulated.f16(values(6, 2, 8))
+    scores, v = values(2, 5, 6), roundings.f16(values(6, 2, 8))
     scores = np.where(np.tri(5, 6, 1, dtype=bool), scores, -np.inf).astype(np.float32)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     right = np.einsum("nts,snh->tnh", weights / weights.sum(-1, keepdims=True), v)
-    np.testing.assert_allclose(emulated.sum_in_f16(scores, v), right, atol=2e-2)
+    np.testing.assert_allclose(roundings.sum_in_f16(scores, v), right, atol=2e-2)
 
 
 # --- found in an engine
@@ -147,17 +147,17 @@ LINEARS = {"qkv_matmul": "attn_norm", "attn_out": "attention", "ffn_gate": "ffn_
            "ffn_up": "ffn_norm", "ffn_out": "ffn_swigl", "lm_head": "final_norm"}  # fmt: skip
 
 ACTIVATIONS = {
-    "q8_0": emulated.q8_0,
-    "int8 in blocks of 32": partial(emulated.symmetric, block=32),
-    "int8 per row": emulated.symmetric,
-    "int8 per tensor": emulated.symmetric_tensor,
-    "uint8 per row": emulated.affine_row,
-    "uint8 per tensor": emulated.affine_tensor,
-    "uint7 per tensor": partial(emulated.affine_tensor, levels=127),
-    "float8_e4m3": emulated.e4m3,
-    "float8_e4m3 per row": emulated.scaled_e4m3,
-    "bfloat16": emulated.bf16,
-    "float16": emulated.f16,
+    "q8_0": roundings.q8_0,
+    "int8 in blocks of 32": partial(roundings.symmetric, block=32),
+    "int8 per row": roundings.symmetric,
+    "int8 per tensor": roundings.symmetric_tensor,
+    "uint8 per row": roundings.affine_row,
+    "uint8 per tensor": roundings.affine_tensor,
+    "uint7 per tensor": partial(roundings.affine_tensor, levels=127),
+    "float8_e4m3": roundings.e4m3,
+    "float8_e4m3 per row": roundings.scaled_e4m3,
+    "bfloat16": roundings.bf16,
+    "float16": roundings.f16,
 }
 
 
@@ -205,7 +205,7 @@ def test_a_fused_bias_hides_no_format(bench, name):
 def test_a_factor_under_8_bits_is_named(bench, stage):
     """In all layers at once: no sibling shows it."""
     small = bench("f32")
-    made = quantised(small, emulated.q8_0)
+    made = quantised(small, roundings.q8_0)
     for key in [key for key in made._operations if key[1] == stage]:
         right = made._operations[key]
         made.replace(stage, key[0], lambda c, right=right: right(c) * np.float32(1.01))
@@ -256,15 +256,15 @@ def test_an_activation_in_half_is_precision(bench, dtype):
     small = bench("f32")
 
     def table(context: engine.Context) -> Array:
-        gate = emulated.to_dtype(context["ffn_gate"], dtype)
-        return emulated.to_dtype(gate / (1 + np.exp(-gate)), dtype)
+        gate = roundings.to_dtype(context["ffn_gate"], dtype)
+        return roundings.to_dtype(gate / (1 + np.exp(-gate)), dtype)
 
     found = judge(small, engine_with(small, ffn_silu=table))
     assert found.verdict == "precision", sentence(found)
     assert found.precision["ffn_silu"]["format"] == np.dtype(dtype).name
 
 
-@pytest.mark.parametrize("angles", [emulated.angles_by_recurrence, emulated.angles_in_f64])
+@pytest.mark.parametrize("angles", [roundings.angles_by_recurrence, roundings.angles_in_f64])
 def test_tables_of_another_make_are_right(bench, angles):
     small = bench("f32")
     head, theta = small.model.config.head_dim, small.model.config.rope_theta
@@ -315,7 +315,7 @@ def test_a_lost_channel_is_a_fault_whatever_the_bits(bench):
 
 def test_bits_are_those_against_exact_arithmetic(bench):
     small = bench("f32")
-    found = judge(small, quantised(small, emulated.symmetric))
+    found = judge(small, quantised(small, roundings.symmetric))
     low, high = found.precision["ffn_up"]["bits"]
     assert 5 < low <= high < 9 and found.precision["ffn_up"]["class"] == "8-bit"
     assert all(i.shown_bits <= EXACT_BITS for i in found.items)
@@ -335,7 +335,7 @@ def test_one_of_three_weights_in_a_type_whose_products_round_their_inputs(bench)
     def operation(context: engine.Context) -> Array:
         value = engine.OPERATIONS["qkv_matmul"](context).copy()
         v = context.weight("self_attn.v_proj.weight")
-        value[:, -len(v) :] = emulated.q8_0(context["attn_norm"]) @ emulated.q4_0(v).T
+        value[:, -len(v) :] = roundings.q8_0(context["attn_norm"]) @ roundings.q4_0(v).T
         return value
 
     made = engine.Engine(*small.loaded, "f32")
@@ -345,7 +345,7 @@ def test_one_of_three_weights_in_a_type_whose_products_round_their_inputs(bench)
     assert fault.first.diagnosis[0].says.endswith("Q4_0, of v_proj")
 
 
-@pytest.mark.parametrize("round_to, most", [(emulated.e4m3, 448.0), (emulated.e5m2, 57344.0)])
+@pytest.mark.parametrize("round_to, most", [(roundings.e4m3, 448.0), (roundings.e5m2, 57344.0)])
 def test_a_cast_to_8_bit_floats_saturates(round_to, most: float) -> None:
     """What is beyond the end is the end, where ml_dtypes' own cast has NaN or infinity."""
     x = np.array([1e6, -1e6, 1.06, most], np.float32)

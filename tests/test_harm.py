@@ -18,8 +18,9 @@ from tests.planted import flips
 from tests.planted.matrix import Bench, make_bench
 from tests.planted.shares import exact_logits, log_softmax, measured, replay_of, true_changes
 from tests.traces import torch_trace
-from tools.localize import __main__, harm, nats, tape
-from tools.localize.question import Question
+from tools.localize import __main__
+from tools.localize.cost import attribution, autodiff, softmax_error
+from tools.localize.cost.query import Question
 from tools.numpy_engine import engine, faults
 
 # With the mean of the slopes between dump and truth little is left out: 2e-9 was measured at most,
@@ -67,7 +68,7 @@ def test_shares_alone_are_nearly_as_good(directory: Path, mode: str) -> None:
     found = measured(bench, bench.right, checked=False)
     assert found.truth is None
     assert worst(found, true_changes(bench, bench.right, found)) < BOUNDS_AT_DUMP[mode]
-    wide = harm.measure(replay_of(bench, bench.right), Question(checked=False))
+    wide = attribution.measure(replay_of(bench, bench.right), Question(checked=False))
     assert wide is not None
     assert 0 < furthest(found, wide) < NARROW
 
@@ -77,18 +78,18 @@ def test_a_large_model_is_checked_in_float32(
 ) -> None:
     bench = bench_of(directory, "bf16")
     wide = measured(bench, bench.right)
-    monkeypatch.setattr(harm, "CHECKED", 0)
+    monkeypatch.setattr(attribution, "CHECKED", 0)
     ran: set[Any] = set()
-    run = tape.Layer.run
+    run = autodiff.Layer.run
 
-    def noted(self: tape.Layer, stage: Stage, count: int, inputs: Any) -> Any:
+    def noted(self: autodiff.Layer, stage: Stage, count: int, inputs: Any) -> Any:
         value = run(self, stage, count, inputs)
         ran.update(x.dtype for x in (value, *inputs) if x.dtype != np.int32)
         return value
 
-    monkeypatch.setattr(tape.Layer, "run", noted)
-    tape.compiled.cache_clear()
-    found = harm.measure(replay_of(bench, bench.right), Question(), clean=False)
+    monkeypatch.setattr(autodiff.Layer, "run", noted)
+    autodiff.compiled.cache_clear()
+    found = attribution.measure(replay_of(bench, bench.right), Question(), clean=False)
     assert found is not None
     assert 0 < furthest(found, wide) < NARROW
     assert found.logprob_change == pytest.approx(wide.logprob_change, abs=NARROW)
@@ -98,7 +99,7 @@ def test_a_large_model_is_checked_in_float32(
     assert all(a == pytest.approx(b, abs=NARROW) for a, b in patched if a is not None)
 
 
-def furthest(found: harm.Harm, wide: harm.Harm) -> float:
+def furthest(found: attribution.Harm, wide: attribution.Harm) -> float:
     """By how much the shares of one differ at most."""
     return max(abs(found.shares[key].margin - share.margin) for key, share in wide.shares.items())
 
@@ -148,7 +149,9 @@ def test_a_decode_whose_cache_rounds(directory: Path, omit: tuple[str, ...]) -> 
     trace = trace_model(model, tokens, prefill_chunk=4, generate=6, cache="float8_e4m3fn")
     for key in [key for key in trace.entries if key[0] in omit]:
         del trace.entries[key]
-    found = harm.measure(Replay(trace, model, np.dtype("float32"), unoptimised=True), Question())
+    found = attribution.measure(
+        Replay(trace, model, np.dtype("float32"), unoptimised=True), Question()
+    )
     assert found is not None and found.row == len(trace.tokens) - 1
     exact = log_softmax(exact_logits(model, trace.tokens, 0)[-1])
     ours = log_softmax(trace.read("lm_head", None)[-1])
@@ -215,7 +218,7 @@ def test_a_weight_that_was_rounded_has_the_share_of_its_stage(directory: Path, t
 
 def test_scores_in_nats_are_those_of_numpy(directory: Path) -> None:
     bench = bench_of(directory, "f16_kv", "hard")
-    (*_, last) = nats.measure(replay_of(bench, bench.right))
+    (*_, last) = softmax_error.measure(replay_of(bench, bench.right))
     stages = {stage: v.astype(np.float64) for (layer, stage), v in bench.right.stages.items()
               if layer == last.layer}  # fmt: skip
     q, k, dump = (stages[n] for n in ("q_post_rope", "k_post_rope", "attn_scores"))
@@ -251,7 +254,7 @@ def test_the_command(directory: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["sum_of_shares"] == pytest.approx(total)
     assert found["exact_margin"] == pytest.approx(found["margin"] - total, rel=1e-4)
     tried = [share for share in found["shares"] if "patched" in share]
-    assert [share["linear"] for share in tried] == [True] * harm.PATCHED
+    assert [share["linear"] for share in tried] == [True] * attribution.PATCHED
     moved = abs(found["logprob_change"])
     assert __main__.main([*argv, "--harm", "shares", "--max-nats", str(moved / 2)]) == 1
     assert "as far as its shares tell" in capsys.readouterr().out
@@ -314,4 +317,4 @@ def test_what_tips_a_token_is_confirmed_or_said_not_to_be_linear(directory: Path
 def test_nan_costs_nothing_that_can_be_said(directory: Path) -> None:
     bench = bench_of(directory, "f32")
     run = faults.plant(bench.loaded, bench.tokens, "ffn_silu.nan", [1], "f32", "all")
-    assert harm.measure(replay_of(bench, run), Question()) is None
+    assert attribution.measure(replay_of(bench, run), Question()) is None

@@ -23,9 +23,9 @@ from stages.trace import open_trace
 from stages.verdict import class_of
 from tests.planted import checkpoints
 from tests.planted.matrix import NAMES, Bench, Row, cosine, make_bench, markdown, rows, summary
-from tools.localize import __main__, localize, stage_replay
-from tools.localize.report import faults as faulty
-from tools.localize.report import place, sentence
+from tools.localize import __main__, localize, stage_case
+from tools.localize.result import faults as faulty
+from tools.localize.result import place, sentence
 from tools.numpy_engine import engine, faults
 
 SETTINGS = [("f32", "one"), ("f32", "all"), ("bf16", "one"), ("bf16", "all")]
@@ -358,11 +358,11 @@ def test_a_linear_stage_in_slices_of_its_weight_is_the_same(directory, tmp_path,
     with whole_trace.numerics():
         for row in (row for row in QWEN2.stages if row.linear):
             layer = None if row.scope == "end" else 1
-            whole = stage_replay.StageReplay(whole_trace, row, layer)
+            whole = stage_case.StageReplay(whole_trace, row, layer)
             expected = np.asarray(whole.exact), np.asarray(whole.size)
             with monkeypatch.context() as patch:
-                patch.setattr(stage_replay, "WIDENED", 700)
-                sliced = stage_replay.StageReplay(whole_trace, row, layer)
+                patch.setattr(stage_case, "WIDENED", 700)
+                sliced = stage_case.StageReplay(whole_trace, row, layer)
                 assert sliced.exact.shape == whole.dump.shape
                 np.testing.assert_allclose(sliced.exact, expected[0], rtol=1e-9, atol=1e-12)
                 np.testing.assert_allclose(sliced.size, expected[1], rtol=1e-5)

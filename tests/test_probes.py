@@ -16,7 +16,8 @@ from stages.trace import MemoryTrace
 from tests.planted.matrix import make_bench
 from tests.tiny import write_checkpoint
 from tests.traces import jax_trace
-from tools.localize import nats, screening
+from tools.localize.cost import softmax_error
+from tools.localize.measure import settle
 
 QKV = ("T", "(N+2K)*H")
 
@@ -80,7 +81,7 @@ def check_close(r: Replay) -> dict[Any, Measured]:
                 rtol = 1e-5 if estimated else 1e-6
                 np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-60, err_msg=f"{key} {name}")
         if estimated:
-            a, b = (screening.judged(r, x, "float32") for x in (m, expected))
+            a, b = (settle.judged(r, x, "float32") for x in (m, expected))
             assert abs(a.bits - b.bits) < 0.4, (key, a.bits, b.bits)
             for axis, (levels, _) in a.slices.items():
                 off = levels - b.slices[axis][0]
@@ -152,10 +153,10 @@ def test_what_is_odd_is_measured(sound, small_chunks, what):
     spoiled[at] = value
     r = changed(sound, {key: spoiled})
     measured = by_key(r.probed())
-    items = {k: screening.judged(r, m, "float32") for k, m in measured.items()}
-    assert key in screening.doubtful([*items.values()], "float32")
-    screening.settle(r, measured, items, "float32")
-    exact = [screening.judged(r, m, "float32") for m in r]
+    items = {k: settle.judged(r, m, "float32") for k, m in measured.items()}
+    assert key in settle.doubtful([*items.values()], "float32")
+    settle.settle(r, measured, items, "float32")
+    exact = [settle.judged(r, m, "float32") for m in r]
     found, expected = (
         {s.key: (s.why, s.where) for s in verdict.suspects(each, "float32")}
         for each in ([*items.values()], exact)
@@ -168,14 +169,14 @@ def test_nothing_of_a_sound_trace_is_doubtful(sound):
     scores = sound.trace.values["attn_scores", 0].copy()
     scores[:, 3, 20:] = np.nan  # masked, and so no part of the computation
     r = changed(sound, {("attn_scores", 0): scores})
-    items = [screening.judged(r, m, "float32") for m in r.probed()]
-    assert screening.doubtful(items, "float32") == set()
+    items = [settle.judged(r, m, "float32") for m in r.probed()]
+    assert settle.doubtful(items, "float32") == set()
 
 
 def test_nats_of_sound_scores_are_those_of_a_sample(sound, monkeypatch):
-    whole = nats.measure(sound)
-    monkeypatch.setattr(nats, "SAMPLE", 20)
-    for a, b in zip(whole, nats.measure(sound, {0, 1}), strict=True):
+    whole = softmax_error.measure(sound)
+    monkeypatch.setattr(softmax_error, "SAMPLE", 20)
+    for a, b in zip(whole, softmax_error.measure(sound, {0, 1}), strict=True):
         assert a.rms / 1.5 < b.rms < a.rms * 1.5
         assert a.max / 4 < b.max <= a.max * 1.0001
         assert 0 <= b.position < LENGTH

@@ -22,7 +22,7 @@ from tools.diff import diff
 from tools.diff import main as diff_command
 from tools.localize import Localization, localize, show
 from tools.localize.__main__ import main as localize_command
-from tools.localize.question import Question
+from tools.localize.cost.query import Question
 from tools.numpy_engine import faults
 from tools.report import cells, page, views
 from tools.report.__main__ import main

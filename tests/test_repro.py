@@ -17,7 +17,7 @@ from stages.errors import UserError
 from stages.trace import open_trace
 from tests.planted.matrix import Bench, make_bench
 from tools.localize import Localization, __main__, localize, repro
-from tools.localize.stage_replay import StageReplay
+from tools.localize.stage_case import StageReplay
 from tools.numpy_engine import faults
 
 

@@ -18,8 +18,8 @@ from stages.trace import MemoryTrace, Trace, open_trace
 from tests.tiny import write_checkpoint
 from tools.diff import diff
 from tools.localize import __main__, localize
-from tools.localize.causes import faults
-from tools.localize.changed import with_changes
+from tools.localize.cache_drift import with_changes
+from tools.localize.grouping import faults
 
 TOKENS = (5, 3, 9, 1, 0, 7, 2, 8, 4, 6)
 STEPS = (4, 3, 1, 1, 1)

@@ -12,7 +12,7 @@ from stages.errors import NotComparable, UserError
 from tests.field import broken, healthy, models
 from tools.collect.__main__ import main as collect
 from tools.localize import localize
-from tools.localize.report import Localization, faults, sentence
+from tools.localize.result import Localization, faults, sentence
 
 ROWS = 24  # of a wrong file's prompt
 SEED = 1  # of its model: names were tuned on that of seed 0

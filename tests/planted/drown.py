@@ -64,7 +64,7 @@ FAULTS: list[tuple[str, str, Plant]] = [
 
 def smallest(bench: Bench, stage: str, plant: Plant) -> float | None:
     """The smallest size at which this stage of this layer, and nothing else, is accused."""
-    from tools.localize.report import faults as reported
+    from tools.localize.result import faults as reported
 
     for size in SIZES:
         engine = Engine(*bench.loaded, bench.mode)

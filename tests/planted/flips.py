@@ -20,8 +20,8 @@ import numpy as np
 
 from tests.planted.matrix import Bench, make_bench
 from tests.planted.shares import measured
-from tools.localize import harm
-from tools.localize.harm import Share
+from tools.localize.cost import attribution
+from tools.localize.cost.attribution import Share
 from tools.numpy_engine.engine import BLOCK, Engine, Run
 
 CHECKPOINTS = ("demo", "small", "small-qwen3", "hard", "hard-qwen3")
@@ -45,7 +45,7 @@ class Flip:
         """Whether patching gives what the share says, within a quarter."""
         assert self.share.patched is not None
         off = abs(self.share.margin - self.share.patched)
-        return off <= harm.LINEAR * max(abs(self.share.margin), abs(self.share.patched))
+        return off <= attribution.LINEAR * max(abs(self.share.margin), abs(self.share.patched))
 
 
 class Trial:
@@ -76,7 +76,7 @@ class Trial:
         """None where exact arithmetic has the same token as the run after all."""
         tokens = tuple(self.bench.tokens)
         self.bench.layout = replace(self.bench.layout, tokens=tokens)
-        with patch.object(harm, "SEEN", 0.0):  # however small: the commands leave these out
+        with patch.object(attribution, "SEEN", 0.0):  # however small: the commands leave these out
             found = measured(self.bench, run, row=row)
         if not found.flips:
             return None

@@ -25,8 +25,8 @@ from stages.trace import Layout, open_trace
 from tests.planted import checkpoints
 from tools.convert import convert
 from tools.localize import Localization, localize
-from tools.localize.report import faults as reported
-from tools.localize.report import to_json
+from tools.localize.result import faults as reported
+from tools.localize.result import to_json
 from tools.numpy_engine import engine, faults
 
 ONE_LAYER = 2

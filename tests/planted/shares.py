@@ -17,8 +17,8 @@ from qwen_jax.replay import Replay
 from qwen_jax.weights.base import Weights
 from stages.trace import MemoryTrace, numpy_dtype
 from tests.planted.matrix import Bench, make_bench
-from tools.localize import harm
-from tools.localize.core import trace_dtype
+from tools.localize.cost import attribution
+from tools.localize.pipeline import trace_dtype
 from tools.numpy_engine.engine import Run
 
 MODES = ("f32", "f16", "bf16", "act8")
@@ -39,10 +39,10 @@ def replay_of(bench: Bench, run: Run, omit: tuple[str, ...] = ()) -> Replay:
     return Replay(trace, bench.model, numpy_dtype(trace.dtype or "float32"), unoptimised=True)
 
 
-def measured(bench: Bench, run: Run, omit: tuple[str, ...] = (), **asked: int) -> harm.Harm:
+def measured(bench: Bench, run: Run, omit: tuple[str, ...] = (), **asked: int) -> attribution.Harm:
     """What the error of a run costs, in the precision that a command takes for it."""
     clean = bench.mode == "f32" and run is bench.right
-    found = harm.measure(replay_of(bench, run, omit), harm.Question(**asked), clean)
+    found = attribution.measure(replay_of(bench, run, omit), attribution.Question(**asked), clean)
     assert found is not None
     return found
 
@@ -59,7 +59,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def true_changes(bench: Bench, run: Run, found: harm.Harm) -> tuple[float, float]:
+def true_changes(bench: Bench, run: Run, found: attribution.Harm) -> tuple[float, float]:
     """By how much the engine's margin and log-probability differ from exact arithmetic's."""
     first = bench.layout.positions[0]
     exact = log_softmax(exact_logits(bench.model, tuple(bench.tokens), first)[found.row])

@@ -6,13 +6,13 @@
     found.verdict  # "clean", "precision" or "fault"
     print(found)  # what the command prints
 
-``core`` measures and judges, ``stage_replay`` is one stage to be explained, ``catalogue`` the known
-mistakes, ``shapes`` what else may explain an error, ``formats`` the arithmetic of engines with the
-roundings of ``emulated``, ``fitting`` finds which of it is used, ``diagnose`` puts all of it to
-work, ``report`` and ``show`` say what came out.
+``pipeline`` is the way of a dump from its files to the result. ``measure`` finds how much error
+each stage creates, ``formats`` the arithmetic that an engine computes in, ``mistakes`` what it does
+wrong, ``cost`` what that does to the next token. ``explaining`` and ``grouping`` make findings and
+faults of suspects, ``result`` is what came out and ``show`` prints it.
 """
 
-from tools.localize.core import localize
-from tools.localize.report import Localization
+from tools.localize.pipeline import localize
+from tools.localize.result import Localization
 
 __all__ = ["Localization", "localize"]

@@ -19,10 +19,10 @@ from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages.errors import NotComparable, UserError
-from tools.localize import expectation
-from tools.localize.core import check_model, localize
-from tools.localize.question import HOW, Question, affordable, usual
-from tools.localize.report import SCHEMA, Localization, to_json
+from tools.localize import bisect
+from tools.localize.cost.query import HOW, Question, affordable, usual
+from tools.localize.pipeline import check_model, localize
+from tools.localize.result import SCHEMA, Localization, to_json
 
 Ask = Callable[[Config, int], Question | None]  # of which token to ask, for a number of rows
 
@@ -113,7 +113,7 @@ def run_both(
     given: Sequence[tuple[Path, Weights]], prompt: Prompt, ask: Ask = usual, exact: bool = False
 ) -> list[Localization]:
     """Localize two traces, each beside its own weights, and ask both about the same tokens."""
-    from tools.localize.against import about_both
+    from tools.localize.side_by_side import about_both
 
     def of_both(config: Config, length: int) -> Question | None:
         question = ask(config, length)
@@ -168,7 +168,7 @@ def _costly(reports: list[Localization], most: float) -> bool:
 
 def main(argv: list[str]) -> int:
     if any(word.startswith("--expect-") for word in argv):
-        with expectation.unjudged():
+        with bisect.unjudged():
             return _main(argv)
     return _main(argv)
 
@@ -180,7 +180,7 @@ def _main(argv: list[str]) -> int:
     model, prompt = open_model(args.model), arguments.prompt_of(args)
     if args.expect_stage:
         tables, layers = model.config.tables.cached, model.config.num_hidden_layers
-        expected = expectation.asked(tables, layers, args.expect_stage, args.expect_layer)
+        expected = bisect.asked(tables, layers, args.expect_stage, args.expect_layer)
 
     ask = partial(question_of, args)
 
@@ -206,12 +206,12 @@ def _main(argv: list[str]) -> int:
         raise
     data = to_json(reports[0])
     if args.against:
-        from tools.localize import against
+        from tools.localize import side_by_side
 
         data["against"] = to_json(reports[1])
-        data["right"] = against.judgements(*reports)
-        data["same_weights"] = against.same_weights(*reports)
-        if apart := against.apart(*reports):
+        data["right"] = side_by_side.judgements(*reports)
+        data["same_weights"] = side_by_side.same_weights(*reports)
+        if apart := side_by_side.apart(*reports):
             data["apart"] = apart
     show = cli.report(args.json, data)
     # all files before a word is printed: whoever reads may stop after ten lines
@@ -231,12 +231,12 @@ def _main(argv: list[str]) -> int:
     if args.against:
         show.print()
         show_localization(show, reports[1])
-        against.show(show, *reports)
+        side_by_side.show(show, *reports)
     if made:
         show.print(f"\n{made}")
     if args.expect_stage:
-        there = expectation.there(reports[0], expected)
-        show.print(f"\n{expectation.says(there, args.expect_stage, args.expect_layer)}")
+        there = bisect.there(reports[0], expected)
+        show.print(f"\n{bisect.says(there, args.expect_stage, args.expect_layer)}")
         return int(there)
     if any(report.verdict == "fault" for report in reports):
         return 1

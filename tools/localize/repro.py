@@ -37,9 +37,9 @@ from stages.errors import UserError
 from stages.trace import numpy_dtype
 from stages.verdict import Suspect
 from stages.version import NAME, version
-from tools.localize.causes import CHANGED, Fault
-from tools.localize.report import Localization, faults, place
-from tools.localize.stage_replay import StageReplay
+from tools.localize.grouping import CHANGED, Fault
+from tools.localize.result import Localization, faults, place
+from tools.localize.stage_case import StageReplay
 
 SCRIPT, DATA = "repro.py", "repro.npz"
 Values = dict[str, np.ndarray]

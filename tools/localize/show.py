@@ -10,8 +10,8 @@ from rich.text import Text
 from qwen_jax import cli
 from stages import verdict
 from stages.verdict import LocalError
-from tools.localize.report import COLOURS, Fault, Localization, faults, place, sentence
-from tools.localize.show_harm import show_harm
+from tools.localize.cost.show import show_harm
+from tools.localize.result import COLOURS, Fault, Localization, faults, place, sentence
 
 OVER = 5  # overflows that are told
 

@@ -12,7 +12,7 @@ FILE = Path(__file__).parents[2] / "docs" / "reference.md"
 
 def render() -> str:
     """The whole page."""
-    from tools.localize.catalogue import CATALOGUE
+    from tools.localize.mistakes.catalogue import CATALOGUE
 
     lines = [
         "# Reference",

@@ -13,7 +13,7 @@ from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages.errors import NotComparable, UserError
 from tools.diff import diff
-from tools.localize.report import Localization, sentence
+from tools.localize.result import Localization, sentence
 from tools.report import explorer, write
 
 

@@ -15,8 +15,8 @@ from stages import verdict
 from stages.architecture import SOFTMAX, Key
 from stages.trace import numpy_dtype
 from stages.verdict import LocalError
-from tools.localize.report import Localization
-from tools.localize.stage_replay import StageReplay
+from tools.localize.result import Localization
+from tools.localize.stage_case import StageReplay
 
 # Multiplications spent on the cells of one report, half a minute's: beyond it a cell shows what the
 # localizer measured, and neither its grid nor its histogram. Faults come first.

@@ -14,7 +14,7 @@ from qwen_jax.config import Config
 from stages import verdict
 from stages.architecture import TOKENS, Architecture, Key, Stage, axis_size
 from stages.errors import UserError
-from tools.localize.report import Localization
+from tools.localize.result import Localization
 from tools.report import views
 
 # The shades of report.css, pale to dark.

@@ -6,7 +6,7 @@ from html import escape
 from stages.architecture import Key
 from stages.trace import Trace
 from tools.diff import TraceDifference
-from tools.localize.report import Localization, faults, sentence
+from tools.localize.result import Localization, faults, sentence
 from tools.report import page, views
 from tools.report.explorer import colours
 from tools.report.views import View

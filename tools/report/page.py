@@ -20,12 +20,12 @@ from stages.architecture import Key
 from stages.trace import Trace
 from stages.version import NAME, version
 from tools.diff import TraceDifference, where
-from tools.localize import against
-from tools.localize.calls import wrong_calls
-from tools.localize.core import trace_dtype
-from tools.localize.report import Fault, Localization, faults, place, sentence
+from tools.localize import side_by_side
+from tools.localize.cost.show import summary
+from tools.localize.decode_steps import wrong_calls
+from tools.localize.pipeline import trace_dtype
+from tools.localize.result import Fault, Localization, faults, place, sentence
 from tools.localize.show import elements, fault_lines
-from tools.localize.show_harm import summary
 from tools.report import cells, views
 from tools.report.views import View
 
@@ -223,22 +223,22 @@ def _fault(side: str, fault: Fault, stages: Collection[str]) -> str:
 
 def _right(a: Localization, b: Localization) -> str:
     rows = []
-    for row in against.judgements(a, b):
+    for row in side_by_side.judgements(a, b):
         said = [" to ".join(dict.fromkeys(f"{x:.1f}" for x in row[s]["bits"])) for s in "ab"]
         marked = [t + "*" * bool(row[s]["fault_layers"]) for s, t in zip("ab", said, strict=True)]
-        rows.append([row["stage"], *marked, against.said(row)])
-    other = against.same_weights(a, b) is False or a.model != b.model
+        rows.append([row["stage"], *marked, side_by_side.said(row)])
+    other = side_by_side.same_weights(a, b) is False or a.model != b.model
     note = " (each judged by its own weights)" if other else ""
     names = ("stage", "A bits", "B bits", "right")
     return _table(f"Which of the two is right{note}", names, rows)
 
 
 def _margins(a: Localization, b: Localization) -> str:
-    found = against.margins(a, b)
+    found = side_by_side.margins(a, b)
     if found is None:
         return ""
     sentence, rows = found
-    return _table(sentence, against.MADE_BY, rows) if rows else f"<p>{escape(sentence)}</p>"
+    return _table(sentence, side_by_side.MADE_BY, rows) if rows else f"<p>{escape(sentence)}</p>"
 
 
 def _table(caption: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from stages.architecture import Key
 from stages.verdict import EXACT_BITS
 from tools.diff import TraceDifference
-from tools.localize.report import Localization, to_json
+from tools.localize.result import Localization, to_json
 
 SHADES = 9  # of the ramp in report.css: 0 is pale, all is well; the last is dark
 

@@ -10,7 +10,7 @@ from qwen_jax import cli
 from qwen_jax.weights.base import Weights
 from stages.errors import UserError
 from tools.diff import TraceDifference
-from tools.localize.report import Localization
+from tools.localize.result import Localization
 
 if TYPE_CHECKING:
     from tools.parity.report import Section

@@ -19,8 +19,8 @@ from jax import Array
 from qwen_jax.models.ops import split_heads
 from stages.architecture import CACHE, SCORES
 from stages.verdict import ranges
-from tools.localize import emulated
-from tools.localize.stage_replay import StageReplay
+from tools.localize.formats import roundings
+from tools.localize.stage_case import StageReplay
 
 Candidates = Iterator[tuple[str, Array]]
 
@@ -339,7 +339,7 @@ def scale_lost(case: StageReplay) -> Candidates:
         # numbers on an edge, and those that are saturated, may say something else
         first, last = np.quantile(low, 0.99), np.quantile(high, 0.01)
         tried = [(low.max() + high.min()) / 2, *np.linspace(first, last, 31)]
-        values = [emulated.saturated(x * factor, dtype) for factor in tried]
+        values = [roundings.saturated(x * factor, dtype) for factor in tried]
         best = int(np.argmin([np.square(value - dump).sum() for value in values]))
         if abs(tried[best] - 1) > 1e-3:
             says = f"{1 / tried[best]:.4g} ({name})"

@@ -15,9 +15,9 @@ from stages.errors import NotComparable
 from stages.manifest import NAME
 from stages.trace import Trace, coarsest_dtype, numpy_dtype, open_trace
 from stages.verdict import LocalError
-from tools.localize.changed import with_changes
-from tools.localize.question import Question
-from tools.localize.report import Localization
+from tools.localize.cache_drift import with_changes
+from tools.localize.cost.query import Question
+from tools.localize.result import Localization
 
 
 def localize(
@@ -51,8 +51,11 @@ def localize(
         UserError: no such trace or model, or a file is damaged.
     """
     from qwen_jax.replay import Replay
-    from tools.localize import diagnose, fitting, nats, screening
-    from tools.localize.harm import measure
+    from tools.localize import explaining
+    from tools.localize.cost import softmax_error
+    from tools.localize.cost.attribution import measure
+    from tools.localize.formats import fit
+    from tools.localize.measure import settle
 
     weights = model if isinstance(model, Weights) else open_model(model)
     if not isinstance(trace, Trace):
@@ -65,23 +68,23 @@ def localize(
     # a float64 trace has errors as small as those of the estimate's own arithmetic
     for m in replay if exact or dtype == "float64" else replay.probed():
         key = m.stage.name, m.layer
-        measured[key], held[key] = m, screening.judged(replay, m, dtype)
+        measured[key], held[key] = m, settle.judged(replay, m, dtype)
         advance(held[key])
     if not held:
         raise NotComparable(f"not comparable: {trace.path} holds no stage that can be replayed")
     _check_weights(trace, weights)
-    screening.settle(replay, measured, held, dtype)
+    settle.settle(replay, measured, held, dtype)
     if not any(item.compared or item.born for item in held.values()):
         raise NotComparable(
             f"not comparable: no stage of {trace.path} has a number, nor has what {weights.name} "
             "computes from it; all is NaN or infinite"
         )
     with replay.numerics():
-        items, fitted = fitting.fit(replay, [*measured.values()], [*held.values()], dtype)
-        findings = with_changes(trace, diagnose.findings(replay, items, dtype, fitted))
+        items, fitted = fit.fit(replay, [*measured.values()], [*held.values()], dtype)
+        findings = with_changes(trace, explaining.findings(replay, items, dtype, fitted))
     skipped = _skipped(trace, weights.config.num_hidden_layers, items)
     sound = {item.layer for item in items if item.row.kind is SCORES and item.estimated}
-    felt = nats.measure(replay, sound)
+    felt = softmax_error.measure(replay, sound)
     found = Localization(trace, weights.name, dtype, items, findings, skipped, fitted, felt)
     clean = found.verdict == "clean"
     if harm is not None and (harm.of_clean or not clean or right is not None):

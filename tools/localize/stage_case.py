@@ -17,7 +17,7 @@ from qwen_jax.replay import Replay
 from qwen_jax.weights.base import Weights
 from stages import verdict
 from stages.architecture import CACHE, ROTATION, TOKENS, Architecture, Key, Stage
-from tools.localize.formats import NUDGE, Format
+from tools.localize.formats.registry import NUDGE, Format
 
 Weight = Array | np.ndarray
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from stages.architecture import Architecture, Key
 from stages.errors import UserError
-from tools.localize.report import Localization
+from tools.localize.result import Localization
 
 UNJUDGED = 125
 

@@ -31,8 +31,8 @@ from qwen_jax.forward import read_parameters
 from qwen_jax.replay import Replay
 from stages.architecture import LAYER_INPUT, TOKENS, Key, Stage
 from stages.errors import UserError
-from tools.localize import tape
-from tools.localize.question import CHECKED, Question, work
+from tools.localize.cost import autodiff
+from tools.localize.cost.query import CHECKED, Question, work
 
 HEAD_ROWS = 4096  # rows of the head at a time
 LARGEST = 5  # shares of which it is said where they come from
@@ -216,7 +216,7 @@ class _Measuring:
         # Of coarser arithmetic float32 is enough, at half the time and memory. It is off by some
         # 1e-6 nats; a model that is small enough is checked without that.
         small = question.checked and work(self.config, len(replay.trace.tokens)) <= CHECKED
-        self.dtype = tape.EXACT if clean or small else jnp.float32
+        self.dtype = autodiff.EXACT if clean or small else jnp.float32
         self.layers = self.config.num_hidden_layers
         *middle, self.head = self.tables.end_stages
         self.middle = tuple(middle)
@@ -227,7 +227,7 @@ class _Measuring:
 
     def run(self) -> Harm | None:
         end, dumps, given = self._end()
-        value = self._program(tape.complete, self.middle)
+        value = self._program(autodiff.complete, self.middle)
         x = value(end, self._pos(None), dumps, given)
         if x is None:
             return None
@@ -299,7 +299,7 @@ class _Measuring:
     def _program(self, function: Callable[..., Any], rows: tuple[Stage, ...]) -> Any:
         """Waits for what it computes: or layers would be read faster than they are worked on, and
         all be in memory."""
-        program = tape.compiled(function, rows, self.config, self.dtype)
+        program = autodiff.compiled(function, rows, self.config, self.dtype)
         return lambda *arguments: jax.block_until_ready(program(*arguments))
 
     def _pos(self, layer: int | None) -> Any:
@@ -307,11 +307,11 @@ class _Measuring:
 
     def _missing_inputs(self) -> dict[int, Array | None]:
         found: dict[int, Array | None] = {}
-        program = self._program(tape.complete, self.tables.start_stages)
+        program = self._program(autodiff.complete, self.tables.start_stages)
         entries = self.replay.trace.entries
         if (self.tables.first.name, 0) not in entries:
             found[0] = program(self._start()[0], self._pos(None), self._start()[1], {})
-        program = self._program(tape.complete, self.tables.layer_stages)
+        program = self._program(autodiff.complete, self.tables.layer_stages)
         for layer in range(self.layers):
             if (self.tables.layer_output.name, layer) in entries:
                 continue
@@ -323,9 +323,9 @@ class _Measuring:
 
     def _right_inputs(self) -> dict[int, Array]:
         table, dumps = self._start()
-        program = self._program(tape.complete, self.tables.start_stages)
+        program = self._program(autodiff.complete, self.tables.start_stages)
         found = {0: program(table, self._pos(None), {TOKENS: dumps[TOKENS]}, {})}
-        program = self._program(tape.complete, self.tables.layer_stages)
+        program = self._program(autodiff.complete, self.tables.layer_stages)
         for layer in range(self.layers):
             parameters = read_parameters(self.replay.weights, "layer", layer)
             given = {LAYER_INPUT: found[layer]}
@@ -346,7 +346,7 @@ class _Measuring:
         inputs = np.stack([x[0, after]] + ([] if right is None else [right[0, after]]), 1)
         products = np.empty((size, inputs.shape[1]))
         for first, weight in self._head_blocks():
-            products[first : first + len(weight)] = tape.times(weight, inputs, self.dtype)
+            products[first : first + len(weight)] = autodiff.times(weight, inputs, self.dtype)
         logits = products[:, 0] if dump is None else dump[0, after].astype(np.float64)
         exact = products[:, 1] if right is not None else logits
         if not (np.isfinite(logits).all() and np.isfinite(exact).all()):
@@ -354,13 +354,13 @@ class _Measuring:
         token, against = self._tokens(logits, exact)
         slope = np.zeros((2, size))
         slope[0, against], slope[0, token] = -1, 1
-        for place, weighs in tape.GAUSS:
+        for place, weighs in autodiff.GAUSS:
             slope[1] -= weighs * np.exp(_log_softmax(exact + place * (logits - exact)))
         slope[1, token] += 1
         back = np.zeros((2, 1, x.shape[1], x.shape[2]))
         for first, weight in self._head_blocks():
             part = np.ascontiguousarray(slope[:, first : first + len(weight)])
-            back[:, 0, after] += np.asarray(tape.times(part, weight, self.dtype))
+            back[:, 0, after] += np.asarray(autodiff.times(part, weight, self.dtype))
         if dump is not None:
             by_token = slope * (logits - products[:, 0])
             self._keep(
@@ -450,8 +450,8 @@ class _Measuring:
         needed = {name: parameters[name] for row in rows for name in row.parameters}
         if right:
             # by itself, or every weight of a layer would be in memory in float32 or float64 at once
-            right = self._program(tape.values, rows)(needed, self._pos(layer), {}, right)
-        program = self._program(tape.backward, rows)
+            right = self._program(autodiff.values, rows)(needed, self._pos(layer), {}, right)
+        program = self._program(autodiff.backward, rows)
         found, left, lost = program(needed, self._pos(layer), dumps, given, slopes, right)
         for stage in reversed(rows):
             if stage.name in found:
@@ -499,15 +499,15 @@ class _Measuring:
             return jnp.broadcast_to(value, (count, *value.shape[1:])).astype(self.dtype)
 
         rows, (table, dumps) = self.tables.start_stages, self._start()
-        program = self._program(tape.forward, rows)
+        program = self._program(autodiff.forward, rows)
         x = moved(program(table, self._pos(None), dumps, {}, {}, keep(rows, 0)))
         rows = self.tables.layer_stages
-        program = self._program(tape.forward, rows)
+        program = self._program(autodiff.forward, rows)
         for layer, parameters, dumps, given in self._each(range(self.layers)):
             pos, before = self._pos(layer), {LAYER_INPUT: x}
             x = program(parameters, pos, dumps, given, before, keep(rows, layer))
         parameters, dumps, given = self._end()
-        program = self._program(tape.forward, self.middle)
+        program = self._program(autodiff.forward, self.middle)
         before = {self.tables.layer_output.name: x}
         x = program(parameters, self._pos(None), dumps, given, before, keep(self.middle, None))
         margins = self._margins(found, np.asarray(x), keep((self.head,), None)[self.head.name])

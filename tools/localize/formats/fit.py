@@ -19,7 +19,7 @@ from stages.architecture import ACTIVATION, CACHE, ROTATION, SCORES, WEIGHTED_SU
 from stages.architectures import any_stage
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError
-from tools.localize.formats import (
+from tools.localize.formats.registry import (
     GRIDS,
     NUDGE,
     PLAIN_FORMAT,
@@ -29,7 +29,7 @@ from tools.localize.formats import (
     on_grid,
     side_by_side,
 )
-from tools.localize.stage_replay import StageReplay
+from tools.localize.stage_case import StageReplay
 
 # What float32 leaves, of sums of products and of everything else: 21.9 and 24.2 at least were
 # measured. A sequential sum of 19000 products has 18.6; there, formats are tried in vain.

@@ -22,7 +22,7 @@ from qwen_jax.local_error import FRUGAL, stage_value
 from qwen_jax.models.ops import Positional
 from qwen_jax.replay import Replay
 from stages.architecture import SCORES, Stage
-from tools.localize.stage_replay import StageReplay
+from tools.localize.stage_case import StageReplay
 
 
 @dataclass(frozen=True, kw_only=True)

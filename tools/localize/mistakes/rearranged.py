@@ -10,9 +10,9 @@ from jax import Array
 
 from stages.architecture import ADD
 from tools.collect import ggml
-from tools.localize import emulated
-from tools.localize.formats import PLAIN_FORMAT, Format, choices, side_by_side
-from tools.localize.stage_replay import StageReplay
+from tools.localize.formats import roundings
+from tools.localize.formats.registry import PLAIN_FORMAT, Format, choices, side_by_side
+from tools.localize.stage_case import StageReplay
 
 Candidates = Iterator[tuple[str, Array]]
 
@@ -217,13 +217,13 @@ def columns(case: StageReplay) -> Candidates:
 
 def _q8_0_of_weights(x: np.ndarray) -> np.ndarray:
     """``quantize_row_q8_0_ref``: codes by the inverse of the scale, a half away from zero. Those of
-    activations (``emulated.q8_0``) differ where 16-bit weights lie on a half, which many do."""
+    activations (``roundings.q8_0``) differ where 16-bit weights lie on a half, which many do."""
     blocks = np.asarray(x, np.float32).reshape(*x.shape[:-1], -1, 32)
     scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
     codes = blocks * inverse
     codes = np.sign(codes) * np.floor(np.abs(codes) + np.float32(0.5))
-    return (codes * emulated.f16(scale)).reshape(x.shape)
+    return (codes * roundings.f16(scale)).reshape(x.shape)
 
 
 # The types of llama.cpp that it alone can quantise to, where it is installed.
@@ -243,29 +243,29 @@ class _Type:
 
 def _types(case: StageReplay) -> Iterator[_Type]:
     if case.replay.dtype.itemsize > 2:  # an engine that computes in 16 bits rounds weights to them
-        yield _Type("F16", 1, emulated.f16)
-        yield _Type("BF16", 1, emulated.bf16)
+        yield _Type("F16", 1, roundings.f16)
+        yield _Type("BF16", 1, roundings.bf16)
     for name, quantise, partner in (
-        ("Q8_0", _q8_0_of_weights, "q8_0"), ("Q8_0", emulated.q8_0, "q8_0"),
-        ("Q5_0", emulated.q5_0, "q8_0"), ("Q5_1", emulated.q5_1, "q8_1"),
-        ("Q4_0", emulated.q4_0, "q8_0"), ("Q4_1", emulated.q4_1, "q8_1"),
-        ("IQ4_NL", emulated.iq4_nl, "q8_0"),
+        ("Q8_0", _q8_0_of_weights, "q8_0"), ("Q8_0", roundings.q8_0, "q8_0"),
+        ("Q5_0", roundings.q5_0, "q8_0"), ("Q5_1", roundings.q5_1, "q8_1"),
+        ("Q4_0", roundings.q4_0, "q8_0"), ("Q4_1", roundings.q4_1, "q8_1"),
+        ("IQ4_NL", roundings.iq4_nl, "q8_0"),
     ):  # fmt: skip
         yield _Type(name, 32, quantise, partner)
     library = ggml.installed()
     if library:
         for name in BY_GGML:
             yield _Type(name, 256, partial(library.quantised, kind=name), "q8_K")
-    yield _Type("int8 per row", 1, emulated.symmetric)
-    yield _Type("uint8 per row", 1, emulated.affine_row)
-    yield _Type("int4 per row", 1, partial(emulated.symmetric, most=7))
+    yield _Type("int8 per row", 1, roundings.symmetric)
+    yield _Type("uint8 per row", 1, roundings.affine_row)
+    yield _Type("int4 per row", 1, partial(roundings.symmetric, most=7))
     for size in (32, 64, 128):
-        yield _Type(f"int8 in blocks of {size}", size, partial(emulated.symmetric, block=size))
-        four = partial(emulated.symmetric, block=size, most=7)
+        yield _Type(f"int8 in blocks of {size}", size, partial(roundings.symmetric, block=size))
+        four = partial(roundings.symmetric, block=size, most=7)
         yield _Type(f"int4 in blocks of {size}", size, four)
-    yield _Type("float8 (e4m3)", 1, emulated.e4m3)
-    yield _Type("float8 (e5m2)", 1, emulated.e5m2)
-    yield _Type("float8 (e4m3) per row", 1, emulated.scaled_e4m3)
+    yield _Type("float8 (e4m3)", 1, roundings.e4m3)
+    yield _Type("float8 (e5m2)", 1, roundings.e5m2)
+    yield _Type("float8 (e4m3) per row", 1, roundings.scaled_e4m3)
 
 
 def requantised(case: StageReplay) -> Candidates:

@@ -10,14 +10,14 @@ from stages import verdict
 from stages.architecture import LINEAR, LOOKUP, SCORES, WEIGHTED_SUM
 from stages.trace import Trace
 from stages.verdict import LocalError
-from tools.localize import causes
-from tools.localize.causes import Fault, Finding
+from tools.localize import grouping
+from tools.localize.grouping import Fault, Finding
 
 if TYPE_CHECKING:  # importing this loads no JAX
     from stages.headroom import Headroom
-    from tools.localize.fitting import Fitted
-    from tools.localize.harm import Harm
-    from tools.localize.nats import Nats
+    from tools.localize.cost.attribution import Harm
+    from tools.localize.cost.softmax_error import Nats
+    from tools.localize.formats.fit import Fitted
 
 SCHEMA = 2
 # Nats by which the error has to move the log-probability of the token to be said to cost something.
@@ -112,7 +112,7 @@ class Localization:
 
 def faults(report: Localization) -> list[Fault]:
     """Findings put together by cause, first cause first."""
-    return causes.faults(report.findings, report.items)
+    return grouping.faults(report.findings, report.items)
 
 
 def to_json(report: Localization) -> dict[str, Any]:

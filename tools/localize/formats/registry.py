@@ -35,8 +35,8 @@ from stages.architecture import (
 )
 from stages.architecture import CACHE as STORED
 from stages.verdict import coarsest
-from tools.localize import emulated
-from tools.localize.emulated import CACHE, PARTNER, WITH_MINIMUM, Rounding
+from tools.localize.formats import roundings
+from tools.localize.formats.roundings import CACHE, PARTNER, WITH_MINIMUM, Rounding
 
 # (configuration, operand in float64 with a batch axis, nudge) -> what is left of it
 Operand = Callable[[Config, Array, float], Array]
@@ -151,14 +151,14 @@ def _turned(rounding: Rounding, size: int | None) -> Rounding:
 
     def rounded(x: np.ndarray, nudge: float = 0.0) -> np.ndarray:
         head = x.shape[-1]
-        return rounding(emulated.hadamard(x, size or head & -head), nudge=nudge)
+        return rounding(roundings.hadamard(x, size or head & -head), nudge=nudge)
 
     return rounded
 
 
 def _turned_back(rounding: Rounding, size: int) -> Rounding:
     def rounded(x: np.ndarray, nudge: float = 0.0) -> np.ndarray:
-        return emulated.hadamard(_turned(rounding, size)(x, nudge), size)
+        return roundings.hadamard(_turned(rounding, size)(x, nudge), size)
 
     return rounded
 
@@ -173,7 +173,7 @@ def _blocks_of(size: int) -> Format:
         f"int8 in blocks of {size}",
         f"{_BITS8}in blocks of {size}",
         "8-bit",
-        {0: _plain(partial(emulated.symmetric, block=size))},
+        {0: _plain(partial(roundings.symmetric, block=size))},
         block=size,
     )
 
@@ -182,7 +182,7 @@ def _low_sums(config: Config, inputs: Sequence[Array], weights: Sequence[Array])
     """q8_1: what its stored sums add, times the minima of the weight's blocks of 32. They are read
     off the weight: the smallest value of a block has code 0, but for blocks whose encoder found
     another scale to be better."""
-    excess = _as_array(emulated.q8_1_excess(np.asarray(inputs[0])))
+    excess = _as_array(roundings.q8_1_excess(np.asarray(inputs[0])))
     lows = [w.reshape(len(w), w.shape[1] // 32, 32).min(-1) for w in weights]
     return jnp.concatenate([excess @ low.T for low in lows], -1)
 
@@ -190,7 +190,7 @@ def _low_sums(config: Config, inputs: Sequence[Array], weights: Sequence[Array])
 def _unsure_sums(config: Config, inputs: Sequence[Array], weights: Sequence[Array]) -> Array:
     """The square of what a minimum may add that was not read off right: of a block whose values
     span fewer steps than its type has, by as many steps as are missing."""
-    excess = jnp.square(_as_array(emulated.q8_1_excess(np.asarray(inputs[0]))))
+    excess = jnp.square(_as_array(roundings.q8_1_excess(np.asarray(inputs[0]))))
     missing = [_as_array(np.square(_unread(np.asarray(w, np.float32)))) for w in weights]
     return jnp.concatenate([excess @ each.T for each in missing], -1)
 
@@ -226,53 +226,53 @@ def _cut(x: np.ndarray, nudge: float = 0.0) -> np.ndarray:
 
 
 LINEAR_FORMATS = [
-    _one("q8_0", f"{_BITS8}in blocks of 32 with a float16 scale (Q8_0)", emulated.q8_0, block=32),
+    _one("q8_0", f"{_BITS8}in blocks of 32 with a float16 scale (Q8_0)", roundings.q8_0, block=32),
     _one(
         "q8_1",
         f"{_BITS8}in blocks of 32 with a float16 sum (Q8_1)",
-        emulated.q8_0,
+        roundings.q8_0,
         plus=_low_sums,
         unsure=_unsure_sums,
         block=32,
     ),
-    _one("q8_K", f"{_BITS8}in blocks of 256 (Q8_K)", emulated.q8_k, block=256),
+    _one("q8_K", f"{_BITS8}in blocks of 256 (Q8_K)", roundings.q8_k, block=256),
     *map(_blocks_of, (32, 64, 128, 256)),
-    _one("int8 per row", f"{_BITS8}per row", emulated.symmetric),
+    _one("int8 per row", f"{_BITS8}per row", roundings.symmetric),
     # torchao divides by half of the 255 steps
-    _one("int8 per row", f"{_BITS8}per row", partial(emulated.symmetric, half=0.5)),
-    _one("int8 per row", f"{_BITS8}per row", partial(emulated.symmetric, half=1.0)),
-    _one("int8 per tensor", f"{_BITS8}per tensor", emulated.symmetric_tensor),
-    _one("uint8 per row", f"{_BITS8}per row with a zero point", emulated.affine_row),
-    _one("uint8 per tensor", f"{_BITS8}per tensor with a zero point", emulated.affine_tensor),
+    _one("int8 per row", f"{_BITS8}per row", partial(roundings.symmetric, half=0.5)),
+    _one("int8 per row", f"{_BITS8}per row", partial(roundings.symmetric, half=1.0)),
+    _one("int8 per tensor", f"{_BITS8}per tensor", roundings.symmetric_tensor),
+    _one("uint8 per row", f"{_BITS8}per row with a zero point", roundings.affine_row),
+    _one("uint8 per tensor", f"{_BITS8}per tensor with a zero point", roundings.affine_tensor),
     _one(
         "uint7 per tensor",
         "inputs rounded to 7 bits per tensor with a zero point",
-        partial(emulated.affine_tensor, levels=127),
+        partial(roundings.affine_tensor, levels=127),
     ),
-    _one("float8_e4m3", "inputs rounded to float8_e4m3", emulated.e4m3, "lower"),
-    _one("float8_e5m2", "inputs rounded to float8_e5m2", emulated.e5m2, "lower"),
+    _one("float8_e4m3", "inputs rounded to float8_e4m3", roundings.e4m3, "lower"),
+    _one("float8_e5m2", "inputs rounded to float8_e5m2", roundings.e5m2, "lower"),
     _one(
         "float8_e4m3 per row",
         "inputs rounded to float8_e4m3 per row",
-        emulated.scaled_e4m3,
+        roundings.scaled_e4m3,
         "lower",
     ),
     _one(
         "float8_e4m3 in blocks of 128",
         "inputs rounded to float8_e4m3 in blocks of 128",
-        partial(emulated.scaled_e4m3, block=128),
+        partial(roundings.scaled_e4m3, block=128),
         "lower",
         block=128,
     ),
     _one(
         "float8_e4m3 per tensor",
         "inputs rounded to float8_e4m3 per tensor",
-        emulated.scaled_e4m3_tensor,
+        roundings.scaled_e4m3_tensor,
         "lower",
     ),
-    *_sixteen("bfloat16", "bf16", emulated.bf16),
-    *_sixteen("float16", "tf32/f16", emulated.f16),
-    *_sixteen("tf32", "tf32/f16", emulated.tf32),
+    *_sixteen("bfloat16", "bf16", roundings.bf16),
+    *_sixteen("float16", "tf32/f16", roundings.f16),
+    *_sixteen("tf32", "tf32/f16", roundings.tf32),
     *_sixteen("tf32 cut off", "tf32/f16", _cut),
 ]  # fmt: skip
 
@@ -301,11 +301,11 @@ def _low_scores(config: Config, inputs: Sequence[Array], weights: Sequence[Array
     """q8_1 again, of a K cache whose blocks have a minimum."""
     q, k = (np.asarray(x)[0] for x in inputs)
     if turn:
-        q, k = (emulated.hadamard(x, x.shape[-1] & -x.shape[-1]) for x in (q, k))
+        q, k = (roundings.hadamard(x, x.shape[-1] & -x.shape[-1]) for x in (q, k))
     low = np.asarray(kept(k), np.float64)
     low = low.reshape(*low.shape[:2], -1, 32).min(-1)
     low = np.repeat(low, q.shape[1] // low.shape[1], 1)
-    value = np.einsum("tnb,snb->nts", emulated.q8_1_excess(q), low)
+    value = np.einsum("tnb,snb->nts", roundings.q8_1_excess(q), low)
     return _as_array(value[None] * config.head_dim**-0.5)
 
 
@@ -319,7 +319,7 @@ def _score_formats(name: str, says: str, q: Rounding | None, k: Rounding, level:
         if q is not None:
             operands[0] = _plain(wrap(q))
         elif turn:
-            operands[0] = _plain(wrap(emulated.f32))
+            operands[0] = _plain(wrap(roundings.f32))
         plus = partial(_low_scores, kept=k, turn=turn) if minimum else None
         leaves = 20.0 if minimum else None
         more = ", turned by a Hadamard matrix" if turn else ""
@@ -341,8 +341,8 @@ def _of_scores() -> list[Format]:
         found += _score_formats(name, f"a {_named(cache)} key cache", None, kept, level)
         if level in ("8-bit", "lower"):
             found += _score_formats(name, f"a {_named(cache)} key cache, q in float16",
-                                    emulated.f16, kept, level)  # fmt: skip
-    for q in (None, emulated.f16, emulated.bf16):
+                                    roundings.f16, kept, level)  # fmt: skip
+    for q in (None, roundings.f16, roundings.bf16):
         found += [
             Format(
                 name,
@@ -354,7 +354,7 @@ def _of_scores() -> list[Format]:
             for name, rounding in OTHER_CACHES
         ]
     for name, level, rounding in (
-        ("tf32", "tf32/f16", emulated.tf32), ("tf32 cut off", "tf32/f16", _cut)
+        ("tf32", "tf32/f16", roundings.tf32), ("tf32 cut off", "tf32/f16", _cut)
     ):  # fmt: skip
         found.append(Format(name, f"q and k rounded to {name}", level, _pair(rounding, rounding)))
     found.append(_f16_query())
@@ -366,7 +366,7 @@ def _pair(first: Rounding | None, second: Rounding) -> dict[int, Operand]:
 
 
 def _f16_query() -> Format:
-    return Format("float16", "q rounded to float16", "tf32/f16", {0: _plain(emulated.f16)})
+    return Format("float16", "q rounded to float16", "tf32/f16", {0: _plain(roundings.f16)})
 
 
 def _put(name: str) -> str:
@@ -379,23 +379,23 @@ def _read_back(kept: Rounding, grid: Rounding, x: np.ndarray, nudge: float = 0.0
 
 
 OTHER_CACHES: list[tuple[str, Rounding]] = [
-    ("kv int8 per token and head", emulated.symmetric),
-    ("kv int8 per token and head, with a zero point", emulated.affine_row),
-    ("kv int4 per token and head", partial(emulated.symmetric, most=7)),
-    ("kv int4 per token and head, with a zero point", partial(emulated.affine_row, levels=15)),
-    ("kv float8_e4m3", emulated.e4m3),
-    ("kv float8_e5m2", emulated.e5m2),
-    ("kv float8_e4m3 per tensor", emulated.scaled_e4m3_tensor),
-    ("kv float8_e4m3 per token and head", emulated.scaled_e4m3),
+    ("kv int8 per token and head", roundings.symmetric),
+    ("kv int8 per token and head, with a zero point", roundings.affine_row),
+    ("kv int4 per token and head", partial(roundings.symmetric, most=7)),
+    ("kv int4 per token and head, with a zero point", partial(roundings.affine_row, levels=15)),
+    ("kv float8_e4m3", roundings.e4m3),
+    ("kv float8_e5m2", roundings.e5m2),
+    ("kv float8_e4m3 per tensor", roundings.scaled_e4m3_tensor),
+    ("kv float8_e4m3 per token and head", roundings.scaled_e4m3),
     # of models in 16 bits: what is read back is rounded to those
     *(
         (f"kv {name} read in {back}", partial(_read_back, kept, grid))
         for name, kept in (
-            ("q8_0", emulated.q8_0),
-            ("q4_0", emulated.q4_0),
-            ("int8 per token and head", emulated.symmetric),
+            ("q8_0", roundings.q8_0),
+            ("q4_0", roundings.q4_0),
+            ("int8 per token and head", roundings.symmetric),
         )
-        for back, grid in (("bfloat16", emulated.bf16), ("float16", emulated.f16))
+        for back, grid in (("bfloat16", roundings.bf16), ("float16", roundings.f16))
     ),
 ]
 
@@ -413,14 +413,14 @@ def _of_weighted_sums() -> list[Format]:
             turned = _of_v(_turned_back(kept, 64))
             more = ", turned by a Hadamard matrix"
             found.append(Format(name, says + more, level, {1: turned}, block=64))
-            both = {0: _plain(emulated.f16), 1: _of_v(kept)}
+            both = {0: _plain(roundings.f16), 1: _of_v(kept)}
             found.append(Format(name, says, level, both, block=32))
     for name, rounding in OTHER_CACHES:
         says = f"a value cache in {_put(name)}"
         operands = {1: _of_v(rounding)}
         found.append(Format(name, says, _level(name[3:7]), operands, block=_block(name)))
     for name, level, rounding in (
-        ("tf32", "tf32/f16", emulated.tf32), ("tf32 cut off", "tf32/f16", _cut)
+        ("tf32", "tf32/f16", roundings.tf32), ("tf32 cut off", "tf32/f16", _cut)
     ):  # fmt: skip
         operands = {0: _plain(rounding), 1: _of_v(rounding)}
         found.append(Format(name, f"weights and v rounded to {name}", level, operands))
@@ -479,7 +479,7 @@ def _at_a_scale(dtype: Any, case: Any) -> Array | None:
 
 
 def _scaled(x: np.ndarray, scale: np.float32, dtype: Any) -> np.ndarray:
-    return emulated.saturated(x / scale, dtype) * scale
+    return roundings.saturated(x / scale, dtype) * scale
 
 
 # Of values that are whole numbers of steps: how far from one rounding to float32 leaves them, and
@@ -508,7 +508,9 @@ def _scale_of(x: np.ndarray, dump: np.ndarray, dtype: Any) -> np.float32 | None:
 
 def _of_caches() -> list[Format]:
     """What is read back of k, or of the v of q, k and v side by side."""
-    known = [(f"kv {_named(cache)}", _level(cache), kept) for cache, kept in emulated.CACHE.items()]
+    known = [
+        (f"kv {_named(cache)}", _level(cache), kept) for cache, kept in roundings.CACHE.items()
+    ]
     known += [(name, _level(name[3:7]), rounding) for name, rounding in OTHER_CACHES]
     return [
         Format(
@@ -549,7 +551,7 @@ def _flash_operands(case: Any) -> tuple[Any, np.ndarray] | None:
     if case.value("attn_softmax") is not None or not scored.replayable:
         return None
     v = case.inputs[1]
-    v = emulated.f16(np.asarray(v if v.ndim == 4 else split_heads(case.config, v)[2])[0])
+    v = roundings.f16(np.asarray(v if v.ndim == 4 else split_heads(case.config, v)[2])[0])
     return scored, np.repeat(v, case.config.num_attention_heads // v.shape[1], 1)
 
 
@@ -574,7 +576,7 @@ def _flash_rows(case: Any) -> Array | None:
         return None
     scored, v = found
     scores = [_unmasked(case, scored.exact)]
-    loop = emulated.sum_in_f16(scores[0].astype(np.float32), v)
+    loop = roundings.sum_in_f16(scores[0].astype(np.float32), v)
     if scored.format is not None and 0 in scored.format.operands:
         others = {place: f for place, f in scored.format.operands.items() if place != 0}
         alone = replace(scored.format, operands=others)
@@ -604,18 +606,19 @@ def _softmaxed(scores: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _angle_formats() -> list[Format]:
     made = [
         ("rope recurrence f32", "RoPE angles multiplied up from pair to pair in float32",
-         emulated.angles_by_recurrence),
-        ("rope powers f32", "RoPE angles by powers of one float32 step", emulated.angles_by_powers),
-        ("rope exp2 f32", "RoPE frequencies by exp2 in float32", emulated.angles_by_exp2),
-        ("rope exp f32", "RoPE frequencies by exp in float32", emulated.angles_by_exp),
-        ("rope f64", "RoPE angles in float64", emulated.angles_in_f64),
+         roundings.angles_by_recurrence),
+        ("rope powers f32", "RoPE angles by powers of one float32 step",
+         roundings.angles_by_powers),
+        ("rope exp2 f32", "RoPE frequencies by exp2 in float32", roundings.angles_by_exp2),
+        ("rope exp f32", "RoPE frequencies by exp in float32", roundings.angles_by_exp),
+        ("rope f64", "RoPE angles in float64", roundings.angles_in_f64),
     ]  # fmt: skip
     found = [Format(name, says, "f32", angles=angles) for name, says, angles in made]
     for name, level, rounding in (
-        ("float16", "tf32/f16", emulated.f16), ("bfloat16", "bf16", emulated.bf16)
+        ("float16", "tf32/f16", roundings.f16), ("bfloat16", "bf16", roundings.bf16)
     ):  # fmt: skip
         says = f"RoPE tables rounded to {name}"
-        of_hf = emulated.angles_of_hugging_face
+        of_hf = roundings.angles_of_hugging_face
         found.append(Format(f"rope tables {name}", says, level, angles=of_hf, table=rounding))
     return found
 
@@ -652,7 +655,7 @@ def _in_half(x: Array, rounding: Rounding) -> Array:
 
 def _by_mlas(case: Any) -> Array:
     gate = np.asarray(case.inputs[0], np.float32)
-    return _as_array(gate * emulated.mlas_logistic(gate))
+    return _as_array(gate * roundings.mlas_logistic(gate))
 
 
 MLAS_SILU = Format("silu mlas", "SiLU by onnxruntime's own sigmoid (MLAS)", "f32", whole=_by_mlas)
@@ -661,7 +664,7 @@ MLAS_SILU = Format("silu mlas", "SiLU by onnxruntime's own sigmoid (MLAS)", "f32
 def _of_values(kind: Kind) -> list[Format]:
     found: list[Format] = [MLAS_SILU] if kind is ACTIVATION else []
     for name, level, rounding in (
-        ("float16", "tf32/f16", emulated.f16), ("bfloat16", "bf16", emulated.bf16)
+        ("float16", "tf32/f16", roundings.f16), ("bfloat16", "bf16", roundings.bf16)
     ):  # fmt: skip
         if kind is not LOOKUP:  # its input is token ids
             found += _inputs_in(name, level, rounding)

@@ -11,10 +11,10 @@ from rich.text import Text
 from stages import verdict
 from stages.architectures import ALL_NAMES, any_stage
 from stages.trace import Trace
-from tools.localize.harm import LARGEST, SEEN
-from tools.localize.question import Question
-from tools.localize.report import COLOURS, Localization
-from tools.localize.show_harm import named, placed
+from tools.localize.cost.attribution import LARGEST, SEEN
+from tools.localize.cost.query import Question
+from tools.localize.cost.show import named, placed
+from tools.localize.result import COLOURS, Localization
 
 MADE_BY = ("made by, in nats", "A", "B", "A - B")  # columns of the rows of ``margins``
 CLEAR = 2.0  # bits by which one side must be better to be called the right one

@@ -8,7 +8,7 @@ from stages.architectures import ARCHITECTURES
 from stages.manifest import Changed
 from stages.trace import Trace
 from stages.verdict import EXACT_BITS, LocalError, Suspect, ranges
-from tools.localize.causes import CHANGED, Explanation, Finding
+from tools.localize.grouping import CHANGED, Explanation, Finding
 
 
 def with_changes(trace: Trace, findings: list[Finding]) -> list[Finding]:

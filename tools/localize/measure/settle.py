@@ -8,7 +8,7 @@ from qwen_jax.replay import Measured, Replay
 from stages import verdict
 from stages.architecture import Key
 from stages.verdict import LocalError
-from tools.localize import fitting
+from tools.localize.formats import fit
 
 
 def judged(replay: Replay, measured: Measured, dtype: str) -> LocalError:
@@ -23,7 +23,7 @@ def doubtful(items: list[LocalError], dtype: str) -> set[Key]:
     """The estimated items that have to be measured exactly: those that may be suspects or have a
     format, and then all layers of a stage that is one, by which it is judged."""
     estimated = [item for item in items if item.estimated]
-    found = {item.key for item in estimated if fitting.may_have_formats(item, dtype)}
+    found = {item.key for item in estimated if fit.may_have_formats(item, dtype)}
     found |= verdict.doubtful(items, dtype)
     if found:
         return found

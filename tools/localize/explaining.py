@@ -12,13 +12,14 @@ from stages import headroom, verdict
 from stages.architecture import ACTIVATION, CACHE, TOKENS, WEIGHTED_SUM, Key
 from stages.trace import coarsest_dtype
 from stages.verdict import LocalError, Suspect
-from tools.localize import screening, shapes
-from tools.localize.calls import when
-from tools.localize.catalogue import CATALOGUE, Mistake
-from tools.localize.causes import Explanation, Finding
-from tools.localize.fitting import Fitted
-from tools.localize.formats import GRIDS, Format
-from tools.localize.stage_replay import StageReplay, confine, focus_of
+from tools.localize.decode_steps import when
+from tools.localize.formats.fit import Fitted
+from tools.localize.formats.registry import GRIDS, Format
+from tools.localize.grouping import Explanation, Finding
+from tools.localize.measure import settle
+from tools.localize.mistakes import shapes
+from tools.localize.mistakes.catalogue import CATALOGUE, Mistake
+from tools.localize.stage_case import StageReplay, confine, focus_of
 
 # An explanation must bring back what the right function would have, within this many bits, and
 # must be better than the right function by at least as much.
@@ -319,7 +320,7 @@ def _matches(
                 continue
             cases = [case, *map(case.under, fitted.hints(item, replay.config))]
             if any(_matched(each, near, floor) for each in cases):
-                item = screening.exactly(replay, item, dtype)
+                item = settle.exactly(replay, item, dtype)
                 masks = verdict.bad_slices(item, floor)
                 yield Suspect(item=item, expected=floor, why="match", masks=masks)
 

@@ -14,7 +14,7 @@ from stages import verdict
 from stages.architecture import ADD, CACHE, NORM, ROTATION, Key
 from stages.architectures import any_stage
 from stages.verdict import LocalError, Suspect
-from tools.localize.calls import When
+from tools.localize.decode_steps import When
 
 
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from stages.verdict import ranges
-from tools.localize.stage_replay import StageReplay
+from tools.localize.stage_case import StageReplay
 
 Fit = tuple[str, str, Array]  # name, what it says, candidate
 

@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.architecture import Key
-from tools.localize.harm import PATCHED, SEEN, Harm, Share
-from tools.localize.report import Localization
+from tools.localize.cost.attribution import PATCHED, SEEN, Harm, Share
+from tools.localize.result import Localization
 
 
 def show_harm(show: Console, report: Localization) -> None:

@@ -29,9 +29,13 @@ from stages.architecture import (
     Stage,
 )
 from stages.architectures import ALL_NAMES, any_stage
-from tools.localize import caches, rearranged
-from tools.localize.approximations import exponentials, tanh_by_fraction, tanh_by_long_fraction
-from tools.localize.stage_replay import StageReplay, Weight
+from tools.localize.mistakes import caches, rearranged
+from tools.localize.mistakes.approximations import (
+    exponentials,
+    tanh_by_fraction,
+    tanh_by_long_fraction,
+)
+from tools.localize.stage_case import StageReplay, Weight
 
 Candidates = Iterator[tuple[str, Array]]
 Entry = Callable[[StageReplay], Candidates]
