@@ -29,13 +29,19 @@ class Explanation:
 
 @dataclass
 class Finding:
-    """A suspect with what explains it, and in which calls of the engine it is one."""
+    """A suspect with what explains it, and in which calls of the engine it is one.
+
+    Attributes:
+        excess: by what factor the error exceeds what arithmetic can do, see ``bounds``; infinite
+            for what no rounding makes.
+    """
 
     suspect: Suspect
     dump_only: bool = False
     when: When | None = None
     diagnosis: list[Explanation] = field(default_factory=list)
     shape: str = ""
+    excess: float = float("inf")
 
 
 @dataclass

@@ -21,6 +21,9 @@ from tools.localize.formats.registry import NUDGE, Format
 
 Weight = Array | np.ndarray
 
+# An explanation must bring back what the right function would have, within this many bits, and
+# must be better than the right function by at least as much.
+SLACK = 2.5
 WIDENED = 1 << 25  # elements of a weight in float64 at a time: the head of a 72B has 1.2 G
 
 
@@ -276,9 +279,9 @@ class StageReplay:
 
     @cached_property
     def size(self) -> Array:
-        return self._squared(self.inputs)
+        return self.squared(self.inputs)
 
-    def _squared(self, inputs: Sequence[Array]) -> Array:
+    def squared(self, inputs: Sequence[Array]) -> Array:
         """The square of what rounding can act on, of the stage of any inputs."""
 
         def squared(weights: Sequence[Array]) -> Array:
@@ -307,7 +310,7 @@ class StageReplay:
             if bool(unsure.any()):
                 inputs = list(self.inputs)
                 inputs[place] = unsure
-                found = found + self._squared(inputs)
+                found = found + self.squared(inputs)
         if format.unsure is not None:
             of_weights = partial(format.unsure, self.config, self.inputs)
             found = found + _applied(self.stage, of_weights, self.weights)
@@ -490,3 +493,13 @@ def focus_of(case: StageReplay, masks: Mapping[str, np.ndarray]) -> Array | None
             here = case.stage.spread(axis, np.asarray(mask), case.dump.shape)
             focus = here if focus is None else focus & here
     return None if focus is None or not focus.any() else jnp.asarray(focus)
+
+
+# A factor or an offset need not bring back everything: a factor that was in the weights when they
+# were quantised comes out with their rounding, a float16 scale's at least.
+SMOOTH = 10.0
+
+
+def smooth_needed(base: float, expected: float) -> float:
+    """The bits that a factor or an offset has to bring back."""
+    return max(min(expected - SLACK, SMOOTH), base + SLACK)
