@@ -157,7 +157,7 @@ def _costly(reports: list[Localization], most: float) -> bool:
     Raises:
         NotComparable: that cannot be told.
     """
-    sound = [report for report in reports if report.verdict != "fault"]
+    sound = [report for report in reports if not report.wrong]
     if untold := [report.trace.path for report in sound if report.harm is None]:
         raise NotComparable(
             f"not comparable: {untold[0]} has no finite logits, nor what they are computed from; "
@@ -238,7 +238,7 @@ def _main(argv: list[str]) -> int:
         there = bisect.there(reports[0], expected)
         show.print(f"\n{bisect.says(there, args.expect_stage, args.expect_layer)}")
         return int(there)
-    if any(report.verdict == "fault" for report in reports):
+    if any(report.wrong for report in reports):
         return 1
     return int(args.max_nats is not None and _costly(reports, args.max_nats))
 

@@ -126,7 +126,7 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
         score = case.scored(candidate, focus, rotated)
         least = smooth_needed(base, suspect.expected) if name in LENIENT else needed
         if score >= least:
-            found.append((rank, Explanation(name, score, says, detail)))
+            found.append((rank, Explanation(name, score, says, detail, int(name in FREE))))
         elif score >= enough:
             says += ", before it was quantised"
             near.append((rank, Explanation(name, score, says, detail)))
@@ -199,7 +199,7 @@ def _confined(case: StageReplay, finding: Finding, found: list[tuple[int, Explan
     if rest >= min(finding.suspect.expected, 24.0) - SLACK:
         rows = verdict.ranges(mask)
         says = f"row {rows} of the weight differs: every other channel is right"
-        found.append((0, Explanation("row_corrupted", rest, says)))
+        found.append((0, Explanation("row_corrupted", rest, says, free=1)))
 
 
 def _nonfinite(case: StageReplay, suspect: Suspect) -> str:

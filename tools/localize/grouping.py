@@ -19,12 +19,18 @@ from tools.localize.decode_steps import When
 
 @dataclass
 class Explanation:
-    """One explanation that restores a suspect's bits."""
+    """One explanation that restores a suspect's bits.
+
+    Attributes:
+        detail: what its mistake found: a layer, an order, a constant.
+        free: how many numbers were fitted to the dump for it.
+    """
 
     name: str
     bits: float
     says: str
-    detail: str = ""  # what the entry of the catalogue found: a layer, a number
+    detail: str = ""
+    free: int = 0
 
 
 @dataclass
@@ -42,6 +48,12 @@ class Finding:
     diagnosis: list[Explanation] = field(default_factory=list)
     shape: str = ""
     excess: float = float("inf")
+
+    @property
+    def odd(self) -> bool:
+        """Whether arithmetic alone may be all it is: no mistake without a number of its own
+        explains it, and rounding can do as much."""
+        return self.excess <= 1 and not any(e.free == 0 for e in self.diagnosis)
 
 
 @dataclass
@@ -98,6 +110,9 @@ class Fault:
         }
         if self.when:
             entry |= self.when.to_json()
+        worst = max(f.excess for f in self.findings)
+        if worst < float("inf"):
+            entry["exceeds_bound"] = float(f"{worst:.2g}")
         if suspect.item.segment:
             entry["segment"] = [*dict.fromkeys(s for s, _ in suspect.item.segment), self.stage]
         if suspect.why == "nan":

@@ -15,6 +15,7 @@ from stages.errors import NotComparable
 from stages.manifest import NAME
 from stages.trace import Trace, coarsest_dtype, numpy_dtype, open_trace
 from stages.verdict import LocalError
+from tools.localize import coverage
 from tools.localize.cache_drift import with_changes
 from tools.localize.cost.query import Question
 from tools.localize.result import Localization
@@ -51,7 +52,7 @@ def localize(
         UserError: no such trace or model, or a file is damaged.
     """
     from qwen_jax.replay import Replay
-    from tools.localize import explaining
+    from tools.localize import blaming, explaining, suspecting
     from tools.localize.cost import softmax_error
     from tools.localize.cost.attribution import measure
     from tools.localize.formats import fit
@@ -81,11 +82,18 @@ def localize(
         )
     with replay.numerics():
         items, fitted = fit.fit(replay, [*measured.values()], [*held.values()], dtype)
-        findings = with_changes(trace, explaining.findings(replay, items, dtype, fitted))
+        evidence = suspecting.Evidence(replay, items, dtype, fitted)
+        blame = blaming.clear(evidence, suspecting.suspects(evidence))
+        explained = explaining.explain(evidence, blame)
+    findings = with_changes(trace, [f for f in explained if not f.odd])
+    odd = [f for f in explained if f.odd]
     skipped = _skipped(trace, weights.config.num_hidden_layers, items)
     sound = {item.layer for item in items if item.row.kind is SCORES and item.estimated}
     felt = softmax_error.measure(replay, sound)
-    found = Localization(trace, weights.name, dtype, items, findings, skipped, fitted, felt)
+    found = Localization(
+        trace, weights.name, dtype, items, findings, skipped, fitted, felt, odd,
+        coverage.of(trace, items),
+    )  # fmt: skip
     clean = found.verdict == "clean"
     if harm is not None and (harm.of_clean or not clean or right is not None):
         found.harm = measure(replay, harm, clean)

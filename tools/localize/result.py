@@ -4,6 +4,7 @@ import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from stages import verdict
@@ -11,6 +12,7 @@ from stages.architecture import LINEAR, LOOKUP, SCORES, WEIGHTED_SUM
 from stages.trace import Trace
 from stages.verdict import LocalError
 from tools.localize import grouping
+from tools.localize.coverage import Coverage
 from tools.localize.grouping import Fault, Finding
 
 if TYPE_CHECKING:  # importing this loads no JAX
@@ -19,7 +21,7 @@ if TYPE_CHECKING:  # importing this loads no JAX
     from tools.localize.cost.softmax_error import Nats
     from tools.localize.formats.fit import Fitted
 
-SCHEMA = 2
+SCHEMA = 3
 # Nats by which the error has to move the log-probability of the token to be said to cost something.
 # Qwen2-7B in eager bfloat16 loses 0.114 a token (perplexity 7.997 for 7.138 on wikitext,
 # transformers#33317), the smallest loss on record that people called broken.
@@ -38,6 +40,8 @@ class Localization:
 
     Attributes:
         nats: the error of each layer's scores.
+        odd: what has fewer bits than its like, but no fewer than arithmetic can leave.
+        coverage: how many of the operations were judged.
         harm: what the error costs a token; None where that was not asked for, or NaN is about.
         headroom: what takes more than a quarter of float16's range.
         rounding: the model that the weights are a rounding of, and what that costs with all else.
@@ -51,6 +55,8 @@ class Localization:
     skipped: list[dict[str, Any]]
     fitted: "Fitted"
     nats: "list[Nats]"
+    odd: list[Finding]
+    coverage: Coverage
     harm: "Harm | None" = None
     rounding: "tuple[str, Harm | None] | None" = None
     headroom: "list[Headroom]" = field(default_factory=list)
@@ -103,9 +109,15 @@ class Localization:
         return any(layer.variation >= VARIATION for layer in self.nats)
 
     @property
+    def wrong(self) -> bool:
+        """Whether there is a mistake, of the engine or of the dump alone."""
+        return self.verdict in ("fault", "dump")
+
+    @property
     def verdict(self) -> str:
         if self.findings:
-            return "fault"
+            written = all(finding.dump_only for finding in self.findings)
+            return "dump" if written else "fault"
         fine = ("exact", "f64", "f32")
         return "clean" if all(p["class"] in fine for p in self.precision.values()) else "precision"
 
@@ -121,10 +133,12 @@ def to_json(report: Localization) -> dict[str, Any]:
         "schema": SCHEMA,
         "verdict": report.verdict,
         "costs": report.costs,
+        "coverage": msgspec.to_builtins(report.coverage),
         "trace": str(report.trace.path),
         "model": report.model,
         "dtype": report.dtype,
         "faults": [fault.to_json() for fault in faults(report)],
+        "odd": [_odd(finding) for finding in report.odd],
         "precision": report.precision,
         "nats": [layer.to_json() for layer in report.nats],
         "headroom": [row.to_json("float16") for row in report.headroom],
@@ -135,6 +149,19 @@ def to_json(report: Localization) -> dict[str, Any]:
     if report.rounding and report.rounding[1]:
         found["rounding"] = {"model": report.rounding[0], "harm": report.rounding[1].to_json()}
     return found
+
+
+def _odd(finding: Finding) -> dict[str, Any]:
+    """An element of ``odd``."""
+    suspect = finding.suspect
+    return {
+        "layer": suspect.item.layer,
+        "stage": suspect.item.stage,
+        "bits": round(suspect.found, 1),
+        "expected_bits": round(suspect.expected, 1),
+        "where": suspect.where,
+        "exceeds_bound": float(f"{finding.excess:.2g}"),
+    }
 
 
 def sentence(report: Localization) -> str:
@@ -148,6 +175,9 @@ def sentence(report: Localization) -> str:
         if finding.suspect.why == "nan" and not first.diagnosis:
             why = finding.shape
         more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        if report.verdict == "dump":
+            went_on = "the engine went on from right values, only what was written down is wrong"
+            return f"dump: {what}: {why}{more}; {went_on}"
         return f"fault: {what}: {why}{more}"
     lowered: dict[str, list[str]] = {}
     for stage, entry in report.precision.items():

@@ -11,7 +11,7 @@ from qwen_jax import cli
 from stages import verdict
 from stages.verdict import LocalError
 from tools.localize.cost.show import show_harm
-from tools.localize.result import COLOURS, Fault, Localization, faults, place, sentence
+from tools.localize.result import COLOURS, Fault, Finding, Localization, faults, place, sentence
 
 OVER = 5  # overflows that are told
 
@@ -67,6 +67,9 @@ def show_localization(show: Console, report: Localization) -> None:
         show.print(whole)
     for number, fault in enumerate(faults(report), 1):
         _print_fault(show, number, fault)
+    for finding in report.odd:
+        show.print(odd_line(finding))
+    show.print(f"{report.coverage}")
     show_harm(show, report)
     over = [row for row in report.headroom if row.overflows]
     for row in over[:OVER]:
@@ -102,6 +105,8 @@ def fault_lines(fault: Fault) -> list[str]:
         lines = [f"{elements(count)} NaN or infinite, from finite inputs"]
     else:
         lines = [f"{entry['bits']} bits, {entry['expected_bits']} expected; {where}"]
+        if factor := entry.get("exceeds_bound"):
+            lines.append(f"{factor:,g} times what rounding can do at most")
     if fault.when:
         lines.append(fault.when.says)
     for each in entry["diagnosis"]:
@@ -111,6 +116,18 @@ def fault_lines(fault: Fault) -> list[str]:
     if "dump_only" in entry:
         lines.append("only the dump is wrong: later stages used the right value")
     return lines
+
+
+def odd_line(finding: Finding) -> str:
+    """What is said of a stage that is lower than its like, within what rounding can do."""
+    suspect = finding.suspect
+    stage, layer = suspect.key
+    where = ", ".join(f"{axis} {which}" for axis, which in suspect.where.items())
+    of = stage if layer is None else f"layer {layer} {stage}"
+    return (
+        f"odd, no fault: {of}, {where}: {suspect.found:.1f} bits, {suspect.expected:.1f} usual; "
+        f"{finding.excess:.2g} of what rounding can do at most"
+    )
 
 
 def elements(count: int) -> str:

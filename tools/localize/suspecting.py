@@ -27,7 +27,7 @@ class Evidence:
     """What is known of a dump before anything is suspected.
 
     Attributes:
-        items: every stage that could be measured, judged against the formats it was found to run in.
+        items: every stage that could be measured, judged against its formats.
         dtype: the precision of the trace.
         fitted: those formats.
     """

@@ -81,7 +81,7 @@ def _write(out: Path, reports: list[Localization], models: list[Weights]) -> int
     for report in reports:
         show.print(f"{report.trace.path}: {sentence(report)}")
     show.print(write.said(out))
-    return 1 if any(report.verdict == "fault" for report in reports) else 0
+    return 1 if any(report.wrong for report in reports) else 0
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def of_localizations(
         *(_unchecked(side, report, len(sides) > 1) for side, report in sides.items()),
         _provenance(traces, {side: report.model for side, report in sides.items()}),
     ]
-    worst = next((r for r in reports if r.verdict == "fault"), reports[0])
+    worst = next((r for r in reports if r.wrong), reports[0])
     return _document(sentence(worst), body, _script_data(found, behind, _calls(reports[0].trace)))
 
 

@@ -1,0 +1,40 @@
+"""What a dump says of its engine: how many of the operations were judged."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from stages.trace import Trace
+from stages.verdict import LocalError
+
+
+class Coverage(msgspec.Struct, frozen=True):
+    """How many operations of a forward pass, stages of all layers, a dump shows.
+
+    Attributes:
+        judged: those judged by themselves, from their own dumped inputs.
+        through_a_gap: those judged together with others, as what lies between was not dumped.
+        not_dumped: those that nothing is known of.
+    """
+
+    judged: int
+    through_a_gap: int
+    not_dumped: int
+
+    def __str__(self) -> str:
+        total = self.judged + self.through_a_gap + self.not_dumped
+        parts = [f"{self.judged} of {total} operations judged"]
+        if self.through_a_gap:
+            parts.append(f"{self.through_a_gap} through a gap")
+        if self.not_dumped:
+            parts.append(f"{self.not_dumped} not dumped")
+        return ", ".join(parts)
+
+
+def of(trace: Trace, items: Sequence[LocalError]) -> Coverage:
+    """The coverage of a dump whose ``items`` could be measured."""
+    alone = {item.key for item in items if not item.segment}
+    together = {key for item in items if item.segment for key in (item.key, *item.segment)}
+    total = len([*trace.tables.computation_order(trace.config["num_hidden_layers"])])
+    through = len(together - alone)
+    return Coverage(len(alone), through, total - len(alone) - through)
