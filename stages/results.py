@@ -47,6 +47,8 @@ class FaultEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             where there were several and not all are.
         also: other stages with the same mistake.
         segment: the stages that were not dumped, and the one that was judged for all of them.
+        exceeds_bound: by what factor the error exceeds what rounding can do at most; not where
+            values are NaN or zero throughout, which no rounding makes.
         nonfinite: elements that are NaN or infinite though their inputs are finite.
         dump_only: later stages used the right value.
         shape: the error in a sentence, where no known mistake explains it.
@@ -62,9 +64,30 @@ class FaultEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     first: Call | UnsetType = UNSET
     also: list[str] | UnsetType = UNSET
     segment: list[str] | UnsetType = UNSET
+    exceeds_bound: float | UnsetType = UNSET
     nonfinite: int | UnsetType = UNSET
     dump_only: bool | UnsetType = UNSET
     shape: str | UnsetType = UNSET
+
+
+class OddEntry(Struct, frozen=True, kw_only=True):
+    """A stage with fewer bits than its like, but no fewer than rounding can leave: no fault."""
+
+    layer: int | None
+    stage: str
+    bits: float
+    expected_bits: float
+    where: Axes
+    exceeds_bound: float
+
+
+class CoverageEntry(Struct, frozen=True, kw_only=True):
+    """How many operations, stages of all layers, were judged by themselves, together with others
+    that were not dumped, and not at all."""
+
+    judged: int
+    through_a_gap: int
+    not_dumped: int
 
 
 class PrecisionEntry(Struct, frozen=True, kw_only=True, rename={"klass": "class"}):
@@ -235,8 +258,8 @@ class ApartEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class LocalizeResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``tools.localize --json``."""
 
-    schema: Literal[2]
-    verdict: Literal["clean", "precision", "fault", "not_comparable"]
+    schema: Literal[3]
+    verdict: Literal["clean", "precision", "dump", "fault", "not_comparable"]
     faults: list[FaultEntry]
     precision: dict[str, PrecisionEntry]
     skipped: list[Skipped]
@@ -244,6 +267,8 @@ class LocalizeResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     model: str | UnsetType = UNSET
     dtype: str | UnsetType = UNSET
     costs: bool | UnsetType = UNSET
+    coverage: CoverageEntry | UnsetType = UNSET
+    odd: list[OddEntry] | UnsetType = UNSET
     nats: list[NatsRow] | UnsetType = UNSET
     headroom: list[HeadroomRow] | UnsetType = UNSET
     harm: HarmEntry | UnsetType = UNSET

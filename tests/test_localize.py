@@ -279,7 +279,7 @@ def test_json_has_the_documented_form(broken, capsys):
     argv = [str(dump), "--model", str(model), "--tokens", tokens, "--json", "-"]
     assert __main__.main(argv) == 1
     data = json.loads(capsys.readouterr().out)
-    assert (data["schema"], data["verdict"]) == (2, "fault")
+    assert (data["schema"], data["verdict"]) == (3, "fault")
     (fault,) = data["faults"]
     assert (fault["layer"], fault["stage"]) == (1, "attn_norm")
     assert fault["bits"] < fault["expected_bits"]
