@@ -1,12 +1,14 @@
 # `make trace` and `make test` need Python 3.11, make and pip. The first run makes .venv, later
-# runs reuse it; a changed pyproject.toml installs again.
+# runs reuse it; a changed pyproject.toml or requirements.lock installs again.
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-INSTALL := $(PY) -m pip install --disable-pip-version-check
+PIP_INSTALL := -m pip install --disable-pip-version-check
+# The versions that the tests were green with, for everybody; `make newest` tries newer ones.
+INSTALL := $(PY) $(PIP_INSTALL) -c requirements.lock
 
-.PHONY: help trace test field fuzz kill matrix lock clean
+.PHONY: help trace test field fuzz kill matrix newest lock clean
 
 help:
 	@echo "make trace   trace the embedded demo model into demo-trace/"
@@ -16,7 +18,8 @@ help:
 	@echo "make fuzz    20,000 damaged inputs, and what the commands make of them: docs/campaign-fuzz.md"
 	@echo "make kill    200 commands killed at random moments: docs/campaign-kill.md"
 	@echo "make matrix  the tests that need no PyTorch, on every Python that is claimed"
-	@echo "make lock    note down the installed versions in requirements.lock"
+	@echo "make newest  run the tests with the newest versions that pyproject.toml allows"
+	@echo "make lock    take those versions over into requirements.lock"
 	@echo "make clean   remove everything that these two made"
 
 trace: $(VENV)/core.stamp
@@ -55,12 +58,22 @@ WITHOUT_TORCH = $(shell grep -LE 'torch|transformers|nnsight|oracle' tests/test_
 matrix:
 	set -e; for version in $(MATRIX); do \
 	  python$$version -m venv .venv-$$version; \
-	  .venv-$$version/bin/pip install --disable-pip-version-check -q -e '.[core-test,gguf]'; \
+	  .venv-$$version/bin/python $(PIP_INSTALL) -q -c requirements.lock -e '.[core-test,gguf]'; \
 	  .venv-$$version/bin/python -m pytest $(AT_ONCE) -q -p no:cacheprovider $(WITHOUT_TORCH); \
 	done
 
-lock: $(VENV)/test.stamp
-	$(PY) -m pip freeze --exclude-editable > requirements.lock
+# The newest versions that pyproject.toml allows, in an environment of their own. If the tests are
+# green with them, `make lock` takes them over. A constraint without a local part ("+cpu") is met by
+# every build of that version.
+NEWEST := .venv-newest
+
+newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python $(PIP_INSTALL) -e '.[oracle,test]'
+	$(NEWEST)/bin/python -m pytest $(AT_ONCE) -p no:cacheprovider
+
+lock:
+	$(NEWEST)/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+.*//' > requirements.lock
 
 # A stamp is made only after success, so an interrupted installation is done again.
 $(VENV)/made.stamp:
@@ -68,14 +81,14 @@ $(VENV)/made.stamp:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/core.stamp: pyproject.toml $(VENV)/made.stamp
+$(VENV)/core.stamp: pyproject.toml requirements.lock $(VENV)/made.stamp
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/test.stamp: pyproject.toml $(VENV)/made.stamp
+$(VENV)/test.stamp: pyproject.toml requirements.lock $(VENV)/made.stamp
 	$(INSTALL) -e '.[oracle,test]'
 	@touch $(VENV)/core.stamp $@
 
 clean:
-	rm -rf $(VENV) $(MATRIX:%=.venv-%) demo-trace parity-*-cpu parity-*-gpu build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(MATRIX:%=.venv-%) demo-trace parity-*-cpu parity-*-gpu build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
