@@ -13,7 +13,7 @@ from tests.planted.cached import ASIDE, CHUNKS, DECODING, LENGTH, bench_for, jud
 from tests.planted.matrix import Bench, make_bench
 from tools.localize import localize
 from tools.localize.decode_steps import decoded_from
-from tools.localize.mistakes import caches
+from tools.localize.mistakes import cache_rows
 from tools.localize.result import faults as reported
 from tools.localize.result import sentence
 from tools.numpy_engine import engine, faults
@@ -69,24 +69,26 @@ V = np.random.default_rng(4).normal(size=(9, 6))
     [
         ("777777123", {8: 6}, "cache_row_stale"),  # most tokens are one
         ("123412356", {0: 4, 1: 5, 2: 6, 4: 0, 5: 1, 6: 2, 3: 7, 7: 3}, "cache_rows_permuted"),
-        ("122345678", {5: 4, 6: 5, 7: 6, 4: caches.ZERO}, "cache_slot_off_by_one"),
+        ("122345678", {5: 4, 6: 5, 7: 6, 4: cache_rows.ZERO}, "cache_slot_off_by_one"),
         ("112233445", {1: 0, 3: 2}, None),  # what it holds is what it should
     ],
 )
 def test_rows_that_are_alike(tokens: str, holds: dict[int, int], name: str | None) -> None:
     right = V[[int(t) for t in tokens]]
     there = np.vstack([right, np.zeros(6)])[[holds.get(n, n) for n in range(9)]]
-    alike, off = caches._alike(right), caches._distances(there, right)
-    rows = np.array([caches._nearest(off[n], there[n], n, alike) for n in range(9)])
-    found = caches.Held(rows, 0, False, alike)
-    told = [entry for entry, _, pattern in caches.PATTERNS if found.wrong.size and pattern(found)]
+    alike, off = cache_rows._alike(right), cache_rows._distances(there, right)
+    rows = np.array([cache_rows._nearest(off[n], there[n], n, alike) for n in range(9)])
+    found = cache_rows.Held(rows, 0, False, alike)
+    told = [
+        entry for entry, _, pattern in cache_rows.PATTERNS if found.wrong.size and pattern(found)
+    ]
     assert told[:1] == ([name] if name else [])
 
 
 def test_a_row_with_nan_is_like_itself_alone() -> None:
     right = V[[0, 1, 1, 2]]
     right[3, 0] = np.nan
-    assert caches._alike(right).tolist() == [0, 1, 1, 3]
+    assert cache_rows._alike(right).tolist() == [0, 1, 1, 3]
 
 
 def test_a_position_is_one_of_the_sequence(directory: Path) -> None:

@@ -22,7 +22,7 @@ from tools.collect import Recorder, engines, ggml, options
 from tools.collect import collect as run
 from tools.collect.__main__ import main
 from tools.collect.session import Calls
-from tools.localize.mistakes.rearranged import BY_GGML
+from tools.localize.mistakes.stored_types import BY_GGML
 
 RANDOM = np.random.default_rng(0)
 # llama.cpp wants D = N*H of a Qwen2, and so does mlx-lm.

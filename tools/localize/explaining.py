@@ -14,19 +14,10 @@ from tools.localize.blaming import Blame
 from tools.localize.decode_steps import when
 from tools.localize.formats.registry import Format
 from tools.localize.grouping import Explanation, Finding
-from tools.localize.mistakes import shapes
-from tools.localize.mistakes.catalogue import CATALOGUE, Mistake
+from tools.localize.mistakes import CATALOGUE, Mistake, shapes
 from tools.localize.stage_case import SLACK, StageReplay, confine, focus_of, smooth_needed
 from tools.localize.suspecting import Evidence
 
-SMOOTH_SHAPES = ("constant_factor", "additive_constant", "row_scaled", "function_approximate")
-# What need not bring back everything: those, a quantiser, whose ties fall either way, and what
-# goes through a cache, whose format is not known while attention is wrong.
-LENIENT = (*SMOOTH_SHAPES, "weight_requantised", "head_size")
-# What has a number for every row: it follows the rounding too, and would win by that.
-FITTED = ("norm_not_upcast",)
-# What has a number that was fitted to the dump: rounding itself has such shapes.
-FREE = (*SMOOTH_SHAPES, *FITTED, "saturation", "row_corrupted")
 SHOWN = 3  # explanations listed for one fault
 
 
@@ -121,39 +112,42 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     enough = max(ANEW, base + SLACK) if _quantised(case) else np.inf
 
     def consider(
-        rank: int, name: str, says: str, candidate: Array, rotated: bool = False, detail: str = ""
-    ) -> None:
-        score = case.scored(candidate, focus, rotated)
-        least = smooth_needed(base, suspect.expected) if name in LENIENT else needed
+        rank: int, value: Array, name: str, says: str, entry: Mistake | None, lenient: bool,
+        detail: str = "", free: int = 0,
+    ) -> None:  # fmt: skip
+        score = case.scored(value, focus, entry is not None and entry.rotated)
+        least = smooth_needed(base, suspect.expected) if lenient else needed
         if score >= least:
-            found.append((rank, Explanation(name, score, says, detail, int(name in FREE))))
+            found.append((rank, Explanation(name, score, says, detail, free)))
         elif score >= enough:
             says += ", before it was quantised"
-            near.append((rank, Explanation(name, score, says, detail)))
+            near.append((rank, Explanation(name, score, says, detail, free)))
 
     entries = _entries(case, finding.dump_only)
     rounding = finding.excess <= 1  # may be: then a name without a number of its own is wanted
     if rounding:
-        entries = [entry for entry in entries if entry.near and entry.name not in FREE]
+        entries = [entry for entry in entries if entry.near and not entry.fitted]
     entries.sort(key=lambda entry: entry.name not in hints)
     for rank, entry in enumerate(entries):
-        for detail, candidate in entry.candidates(case):
+        for detail, value, free in entry.edits(case):
             says = entry.says.replace("{}", detail)
-            consider(rank, entry.name, says, candidate, entry.rotated, detail)
+            consider(rank, value, entry.name, says, entry, entry.lenient, detail, free)
         if found and entry.name in hints:
             break
     if not found and suspect.why != "nan" and not rounding:
         local = focus_of(case, suspect.masks)
-        for name, says, candidate in shapes.fits(case, suspect.masks, local):
-            consider(len(entries), name, says, candidate)
+        for fit in shapes.fits(case, suspect.masks, local):
+            consider(len(entries), fit.value, fit.name, fit.says, None, fit.smooth, "", fit.free)
     if not (found or rounding) and suspect.why != "nan" and case.stage.kind is ACTIVATION:
-        consider(len(entries), *shapes.smooth_function(case))
+        fit = shapes.smooth_function(case)
+        consider(len(entries), fit.value, fit.name, fit.says, None, fit.smooth, "", fit.free)
     if not (found or rounding) and suspect.why != "nan":
         _confined(case, finding, found)
     if not found and near:
         found = [min(near, key=lambda pair: (-round(2 * pair[1].bits) / 2, pair[0]))]
     # half a bit is within the noise: the more specific entry, which stands first, wins
-    found.sort(key=lambda pair: (pair[1].name in FITTED, -round(2 * pair[1].bits) / 2, pair[0]))
+    fitted = {entry.name for entry in entries if entry.fitted}
+    found.sort(key=lambda pair: (pair[1].name in fitted, -round(2 * pair[1].bits) / 2, pair[0]))
     seen: dict[str, Explanation] = {}
     for _, explanation in found:
         seen.setdefault(explanation.name, explanation)

@@ -4,7 +4,7 @@ An engine that exchanged two layers is wrong in eight stages of both; one that h
 is so wherever the eps is seen. What is said of a fault is then said of all of it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from stages.architecture import ADD, CACHE, NORM, ROTATION, Key
 from stages.architectures import any_stage
 from stages.verdict import LocalError, Suspect
 from tools.localize.decode_steps import When
+from tools.localize.mistakes.registry import named
 
 
 @dataclass
@@ -187,25 +188,8 @@ def _layers(found: list[int | None], measured: set[int | None]) -> int | str | N
 # --- what is one cause
 
 CHANGED = "cache_row_changed"
-# Mistakes of one constant, which every norm or rotation reads, whether it shows there or not.
-CONSTANTS = ("norm_eps", "norm_eps_outside", "rope_theta")
-# Of the order of a weight's rows, which its bias then has too.
-OF_ROWS = ("rows_rope_permuted", "rows_permuted", "heads_permuted")
-# Of which key/value head is read, by scores and weighted sum.
-OF_HEADS = ("gqa_tiled",)
 # Stages of one kind that make one mistake together: all norms, q and k, K and V.
 ALIKE = (NORM, ROTATION, CACHE)
-# Of a file of weights, in whichever of its tensors they show.
-OF_FILES = ("weight_requantised", "vocabulary_rolled")
-# Names that are said of one stage where another stage of the same layer shows the rest of it.
-PARTS = {
-    "gate_up_swapped": ("gate_up_swapped",),
-    "rope_before_norm": ("rope_before_norm", "rope_missing"),
-    "bias_after_rope": ("bias_missing", "bias_after_rope", "bias_v_only"),
-    "cache_kv_exchanged": ("v_from_k",),
-    "bias_missing": ("bias_after_rope",),
-    "bias_v_only": ("bias_after_rope",),
-}
 
 
 def _same_cause(first: Fault, second: Fault) -> bool:
@@ -216,27 +200,30 @@ def _same_cause(first: Fault, second: Fault) -> bool:
     ):
         return False
     layers = first.layer == second.layer or (first.layer == "all" and second.layer is None)
-    if second.name in PARTS.get(first.name, ()):
+    known = named(first.name)
+    if known and second.name in known.rest:
         return layers
     if first.name != second.name:
         return False
+    one, other = first.diagnosis[0], second.diagnosis[0]
     if first.name == CHANGED:
-        return layers and first.diagnosis[0].says == second.diagnosis[0].says
+        return layers and one.says == other.says
     kinds = {any_stage(fault.stage).kind for fault in (first, second)}
-    if first.name in CONSTANTS:
-        return len(kinds) == 1 and first.diagnosis[0].says == second.diagnosis[0].says
-    if first.name == "head_size":
-        return layers and first.diagnosis[0].detail == second.diagnosis[0].detail
-    if first.name in OF_FILES:
-        types = [fault.diagnosis[0].detail.split(", of ")[0] for fault in (first, second)]
-        return types[0] == types[1]
-    same = first.name in (*OF_ROWS, *OF_HEADS) or any(kinds <= {kind} for kind in ALIKE)
-    return layers and same
+    alike = any(kinds <= {kind} for kind in ALIKE)
+    match known.joined if known else "kind":
+        case "number":
+            return len(kinds) == 1 and one.says == other.says
+        case "detail":
+            return layers and one.detail == other.detail
+        case "file":
+            return one.detail.split(", of ")[0] == other.detail.split(", of ")[0]
+        case "layer":
+            return layers
+        case _:
+            return layers and alike
 
 
 # --- weights of other layers
-
-OTHER_LAYER = ("norm_weight_other_layer", "weight_other_layer", "bias_other_layer")
 
 
 def _other_layers(
@@ -275,7 +262,8 @@ def _moved(fault: Fault) -> dict[int, int]:
     moved = {}
     for finding in fault.findings:
         layer = finding.suspect.item.layer
-        if layer is None or not finding.diagnosis or finding.diagnosis[0].name not in OTHER_LAYER:
+        known = named(finding.diagnosis[0].name) if finding.diagnosis else None
+        if layer is None or known is None or known.joined != "moved":
             return {}
         if not finding.diagnosis[0].detail.isdecimal():  # of one of several weights
             return {}
@@ -306,18 +294,9 @@ def _worded(fault: Fault) -> Fault:
     late = [f.diagnosis[0] for f in fault.findings if f.diagnosis[0].name == "bias_after_rope"]
     first, stages = (late or fault.diagnosis)[0], (fault.stage, *fault.also)
     fault.joined = first if late else None
-    says = JOINED[first.name](fault) if len(stages) > 1 and first.name in JOINED else ""
-    if says:
-        fault.joined = replace(first, says=says)
+    known = named(first.name)
+    if known and known.together and len(stages) > 1:
+        fault.joined = replace(first, says=known.together)
+    if known and known.joined == "layer" and ADD in {any_stage(name).kind for name in fault.also}:
+        fault.joined = replace(first, says=f"{first.says}; the biases too")
     return fault
-
-
-def _of_rows(fault: Fault) -> str:
-    biased = any(any_stage(stage).kind is ADD for stage in fault.also)
-    return f"{fault.diagnosis[0].says}; the biases too" if biased else ""
-
-
-JOINED: dict[str, Callable[[Fault], str]] = {
-    "gate_up_swapped": lambda fault: "gate and up projections exchanged",
-    **dict.fromkeys(OF_ROWS, _of_rows),
-}

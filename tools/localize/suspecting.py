@@ -17,8 +17,7 @@ from stages.verdict import LocalError, Suspect
 from tools.localize.formats.fit import Fitted
 from tools.localize.formats.registry import GRIDS
 from tools.localize.measure import settle
-from tools.localize.mistakes import shapes
-from tools.localize.mistakes.catalogue import CATALOGUE, Mistake
+from tools.localize.mistakes import CATALOGUE, Mistake, shapes
 from tools.localize.stage_case import SLACK, StageReplay, smooth_needed
 
 
@@ -96,11 +95,11 @@ def near_matches(evidence: Evidence, known: set[Key]) -> Iterator[Suspect]:
 def _matched(case: StageReplay, entries: list[Mistake], expected: float) -> bool:
     """Whether one of the entries explains the dump, and better than the right function does."""
     needed = max(expected - SLACK, case.scored(case.exact) + SLACK)
-    known = (c for entry in entries for _, c in entry.candidates(case))
+    known = (edit.value for entry in entries for edit in entry.edits(case))
     if any(case.scored(candidate) >= needed for candidate in known):
         return True
     smooth = smooth_needed(case.scored(case.exact), expected)
-    return any(case.scored(candidate) >= smooth for _, _, candidate in shapes.uniform(case))
+    return any(case.scored(fit.value) >= smooth for fit in shapes.uniform(case))
 
 
 def off_grid(evidence: Evidence, known: set[Key]) -> Iterator[Suspect]:

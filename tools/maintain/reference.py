@@ -12,7 +12,7 @@ FILE = Path(__file__).parents[2] / "docs" / "reference.md"
 
 def render() -> str:
     """The whole page."""
-    from tools.localize.mistakes.catalogue import CATALOGUE
+    from tools.localize.mistakes import CATALOGUE
 
     lines = [
         "# Reference",

@@ -1,1 +1,20 @@
-"""The mistakes that engines make: edits of an operation, and the names of known ones."""
+"""The mistakes that engines make, as a grammar of edits: a room for each word of an operation.
+
+``CATALOGUE`` has all of them, the more specific first.
+"""
+
+from tools.localize.mistakes import (
+    arithmetic,
+    constant,
+    entries,
+    function,
+    terms,
+    value,
+    weight,
+)
+from tools.localize.mistakes.registry import CATALOGUE, Edit, Mistake, named
+
+# In the order in which the rooms are read where two explanations are equally good.
+ROOMS = (value, entries, weight, constant, terms, function, arithmetic)
+
+__all__ = ["CATALOGUE", "ROOMS", "Edit", "Mistake", "named"]

@@ -5,6 +5,7 @@ a format; over the slices that are wrong, or over everything.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,7 +15,17 @@ from jax import Array
 from stages.verdict import ranges
 from tools.localize.stage_case import StageReplay
 
-Fit = tuple[str, str, Array]  # name, what it says, candidate
+
+class Fit(NamedTuple):
+    """A candidate for the dump, its name, what it says, how many numbers in it were fitted to the
+    dump, and whether it need not bring back everything: what was quantised after it comes out with
+    its own rounding."""
+
+    name: str
+    says: str
+    value: Array
+    free: int = 0
+    smooth: bool = False
 
 
 def fits(case: StageReplay, masks: dict[str, np.ndarray], focus: Array | None) -> Iterator[Fit]:
@@ -31,38 +42,41 @@ def fits(case: StageReplay, masks: dict[str, np.ndarray], focus: Array | None) -
     dead = _dead_heads(case)
     if dead is not None:
         heads = ranges(dead)
-        yield "dead_head", f"head {heads} is zero", _zero_heads(case, dead)
-    yield name, f"zero{place}", jnp.where(here, 0.0, exact)
+        yield Fit("dead_head", f"head {heads} is zero", _zero_heads(case, dead))
+    yield Fit(name, f"zero{place}", jnp.where(here, 0.0, exact))
 
     for name, part in _weights(case):
         along = jnp.asarray(part)
-        for kind, factor, candidate in _linear_fits(
+        for fit in _linear_fits(
             case, jnp.where(along, d, 0.0), jnp.where(along, y, 0.0), finite & along, here & along
         ):
-            if kind == "constant_factor":
-                yield "row_scaled", f"{name} multiplied by {factor}", candidate
+            if fit.name == "constant_factor":
+                yield fit._replace(name="row_scaled", says=f"{name} multiplied by {fit.says}")
 
     one = "channel" in confined and "position" not in confined
-    for name, says, candidate in _linear_fits(case, d, y, finite, here):
-        if name == "constant_factor":
-            renamed = "row_scaled" if one else name
-            yield renamed, f"{_subject(masks, first)} multiplied by {says}", candidate
+    for fit in _linear_fits(case, d, y, finite, here):
+        if fit.name == "constant_factor":
+            renamed = "row_scaled" if one else fit.name
+            says = f"{_subject(masks, first)} multiplied by {fit.says}"
+            yield fit._replace(name=renamed, says=says)
         else:
-            yield name, f"{says} added{place}", candidate
+            yield fit._replace(says=f"{fit.says} added{place}")
     high, low = float(d.max()), float(d.min())
     if float(y.max()) > high or float(y.min()) < low:
         limit = max(high, -low)
         for bottom, top in ((low, high), (-limit, limit), (-np.inf, high), (low, np.inf)):
             says = f"clamped to {bottom:.6g} .. {top:.6g}"
-            yield "saturation", says, jnp.clip(exact, bottom, top)
+            yield Fit("saturation", says, jnp.clip(exact, bottom, top), 2)
     for dtype in (ml_dtypes.bfloat16, np.float16):
         name = np.dtype(dtype).name
-        yield f"rounded_to_{name}", f"result rounded to {name}{place}", _rounded(exact, dtype)
+        says = f"result rounded to {name}{place}"
+        yield Fit(f"rounded_to_{name}", says, _rounded(exact, dtype))
         if case.stage.kind.sums_products:
             inputs = [_rounded(x, dtype) for x in case.inputs]
             value = case.run(*inputs)
-            yield f"computed_in_{name}", f"computed on {name} inputs{place}", value
-            yield f"computed_in_{name}", f"computed in {name}{place}", _rounded(value, dtype)
+            yield Fit(f"computed_in_{name}", f"computed on {name} inputs{place}", value)
+            says = f"computed in {name}{place}"
+            yield Fit(f"computed_in_{name}", says, _rounded(value, dtype))
 
 
 def _weights(case: StageReplay) -> Iterator[tuple[str, np.ndarray]]:
@@ -81,11 +95,12 @@ def smooth_function(case: StageReplay) -> Fit:
     order = np.argsort(x, kind="stable")
     error = np.nan_to_num(d - y)[order]
     if len(error) < 3:
-        return name, says, case.exact
+        return Fit(name, says, case.exact, smooth=True)
     between = np.concatenate([error[1:2], (error[:-2] + error[2:]) / 2, error[-2:-1]])
     found = np.empty_like(between)
     found[order] = between
-    return name, says, case.exact + jnp.asarray(found).reshape(case.exact.shape)
+    value = case.exact + jnp.asarray(found).reshape(case.exact.shape)
+    return Fit(name, says, value, value.size // 2, smooth=True)
 
 
 def uniform(case: StageReplay) -> Iterator[Fit]:
@@ -103,9 +118,11 @@ def _linear_fits(
     if float((y * y).sum()) == 0 or not bool(d.any()):
         return
     factor = float((d * y).sum() / (y * y).sum())
-    yield "constant_factor", f"{factor:.6g}", jnp.where(here, factor * case.exact, case.exact)
+    value = jnp.where(here, factor * case.exact, case.exact)
+    yield Fit("constant_factor", f"{factor:.6g}", value, 1, smooth=True)
     offset = float((d - y).sum() / finite.sum())
-    yield "additive_constant", f"{offset:.6g}", jnp.where(here, case.exact + offset, case.exact)
+    value = jnp.where(here, case.exact + offset, case.exact)
+    yield Fit("additive_constant", f"{offset:.6g}", value, 1, smooth=True)
 
 
 def _rounded(x: Array, dtype: type) -> Array:

@@ -8,18 +8,14 @@ that is none of these. What that looks like has a name.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax import Array
 
 from qwen_jax.models.ops import split_heads
 from stages.architecture import CACHE, SCORES
 from stages.verdict import ranges
-from tools.localize.formats import roundings
 from tools.localize.stage_case import StageReplay
 
 Candidates = Iterator[tuple[str, Array]]
@@ -275,148 +271,3 @@ def rows_as(pattern: Pattern, case: StageReplay) -> Candidates:
     if unknown.size and case.stage.kind is SCORES:  # of k nothing but its scores is known
         value = value.at[..., unknown].set(case.dump[..., unknown])
     yield says, value
-
-
-# --- the whole of it
-
-
-def exchanged(case: StageReplay) -> Candidates:
-    """v put away as k, k as v. Of a cache that was not dumped this shows in the scores; that the
-    sum is of k, too, has a name of its own."""
-    others = {"k_cache": "v_cache", "v_cache": "k_cache", "attn_scores": "attention"}
-    if ("k_cache" in case.tables.stage) == (case.stage.kind is CACHE):
-        other = case.other(others[case.stage.name]).last(None)
-        if other.replayable:
-            yield "", with_rows(case, kept(other))
-
-
-def heads_exchanged(case: StageReplay) -> Candidates:
-    """Each group of query heads reads the key/value head of the cache that fits best."""
-    if "k_cache" in case.tables.stage or not case.has_calls:
-        return
-    right, heads = kept(case), case.config.num_key_value_heads
-    tried = np.stack(
-        [np.asarray(with_rows(case, right[:, :, [head] * heads])) for head in range(heads)]
-    )
-    dump = np.where(np.asarray(case.finite), np.asarray(case.dump), np.nan)
-
-    def groups(value: np.ndarray) -> np.ndarray:  # [K, ...]
-        grid = case.stage.by_head(case.config.num_attention_heads, value)
-        return np.asarray(grid).reshape(heads, -1)
-
-    off = np.stack([np.nansum(np.square(groups(value - dump)), -1) for value in tried])
-    order = off.argmin(0).tolist()
-    if sorted(order) == [*range(heads)] and order != [*range(heads)]:
-        yield ",".join(map(str, order)), with_rows(case, right[:, :, order])
-
-
-FLOATS: dict[str, Any] = {
-    "float8_e4m3": ml_dtypes.float8_e4m3fn,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-}
-
-
-def _grid(dtype: Any) -> np.ndarray:
-    """Every finite number of an 8-bit float, rising."""
-    every = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
-    return np.unique(every[np.isfinite(every)])
-
-
-def scale_lost(case: StageReplay) -> Candidates:
-    """Divided by a scale, rounded to an 8-bit float, and not multiplied again: every number of the
-    dump bounds the scale, as it must have been nearest."""
-    x, dump = (np.asarray(v, np.float64).ravel() for v in (kept(case)[:, -case.rows :], case.dump))
-    for name, dtype in FLOATS.items():
-        grid = _grid(dtype)
-        at = np.searchsorted(grid, dump).clip(1, len(grid) - 2)
-        inside = (grid[at] == dump) & (dump != 0) & (x != 0)
-        if inside.sum() < len(dump) / 2:
-            continue
-        middle = (grid[1:] + grid[:-1]) / 2
-        at, x_in = at[inside], x[inside]
-        ends = np.stack([middle[at - 1] / x_in, middle[at] / x_in])
-        low, high = ends.min(0), ends.max(0)
-        # numbers on an edge, and those that are saturated, may say something else
-        first, last = np.quantile(low, 0.99), np.quantile(high, 0.01)
-        tried = [(low.max() + high.min()) / 2, *np.linspace(first, last, 31)]
-        values = [roundings.saturated(x * factor, dtype) for factor in tried]
-        best = int(np.argmin([np.square(value - dump).sum() for value in values]))
-        if abs(tried[best] - 1) > 1e-3:
-            says = f"{1 / tried[best]:.4g} ({name})"
-            yield says, jnp.asarray(values[best].reshape(case.dump.shape))
-
-
-def ring_order(case: StageReplay) -> Candidates:
-    """A window's rows as they lie in a ring buffer of its size, where row s has slot s mod size."""
-    size = case.config.sliding_window
-    if not case.sliding or size is None or not case.has_calls:
-        return
-    _, ends = case.bounds
-    rows = np.arange(int(ends.max()))
-    order = np.tile(rows, (case.rows, 1))
-    for row, end in zip(order, ends[:, 0], strict=True):
-        first = max(0, end - size)
-        row[first:end] = sorted(rows[first:end], key=lambda s: s % size)
-    if case.stage.kind is SCORES:
-        yield str(size), jnp.take_along_axis(case.exact, order[None, None], -1)
-    else:  # each weight goes with the v that lies there
-        turned = np.argsort(order, -1)[None, None]
-        yield str(size), case.run(jnp.take_along_axis(case.inputs[0], turned, -1))
-
-
-def read_before_write(case: StageReplay) -> Candidates:
-    """A token's own k is not there yet: its score with itself is 0."""
-    if case.has_calls:
-        rows = np.arange(case.rows)
-        own = rows + case.exact.shape[-1] - case.rows
-        yield "", case.exact.at[:, :, rows, own].set(0.0)
-
-
-def enter(mistake: Callable[..., Any]) -> None:
-    """Enter all of this into the catalogue."""
-    stored = "k_cache v_cache"
-    says = "k and v of the cache exchanged"
-    mistake("cache_kv_exchanged", says, f"{stored} attn_scores", None)(exchanged)
-    says = "key/value heads of the cache in the order {}"
-    mistake("cache_heads_permuted", says, "attn_scores attention")(heads_exchanged)
-    mistake("cache_scale_lost", "the cache's scale {} not applied on reading", stored)(scale_lost)
-    for name, says, pattern in PATTERNS:
-        mistake(name, says, f"{stored} attn_scores attention")(partial(rows_as, pattern))
-    says = "a window's ring buffer of {} rows read from its first slot on"
-    mistake("cache_ring_order", says, "attn_scores attention")(ring_order)
-    says = "a token's own k not in the cache yet when it is read"
-    mistake("cache_read_before_write", says, "attn_scores")(read_before_write)
-
-
-# --- the mask of a call that is not the first
-
-
-def empty_slots(case: StageReplay) -> int | None:
-    """How many slots a cache has whose empty ones were counted by a softmax, with score 0: what
-    every row lacks of 1 says it."""
-    if not case.has_calls:
-        return None
-    mask = np.asarray(case.pos.mask)[:, None]
-    scores = np.where(mask, np.asarray(case.inputs[0]), -np.inf)
-    with np.errstate(all="ignore"):
-        total = np.exp(scores).sum(-1)
-        kept_sum = np.where(mask, np.asarray(case.dump), 0).sum(-1)
-        empty = total * (1 / kept_sum - 1)  # e^0 each
-        telling = np.isfinite(empty) & (kept_sum < 1 - 1e-3) & (kept_sum > 1e-6)
-    if not telling.any():
-        return None
-    _, ends = case.bounds
-    slots = np.broadcast_to(ends[:, 0], empty.shape[1:])[None] + empty
-    return int(np.rint(np.median(slots[telling])))
-
-
-def left_by_others(case: StageReplay) -> np.ndarray | None:
-    """What slots of memory that hold no key of the sequence, but were counted, leave of every row's
-    sum: [1, N, rows, 1]. None where a row has more than it should, or all have the same."""
-    if not case.has_calls:
-        return None
-    mask = np.asarray(case.pos.mask)[:, None]
-    with np.errstate(invalid="ignore"):
-        left = np.where(mask, np.asarray(case.dump), 0).sum(-1, keepdims=True)
-    sound = np.isfinite(left).all() and left.max() < 1 + 1e-3 and left.min() < left.max() - 1e-3
-    return left if sound else None
