@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.planted import faults
 from tests.planted.matrix import make_bench
 from tests.test_readme import EXECUTED, blocks, run
 from tools.localize import Localization, __main__, bisect, localize
-from tools.numpy_engine import faults
 
 
 def test_the_page_is_true(tmp_path: Path) -> None:

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 
 from stages.trace import open_trace
+from tests.planted import faults
+from tests.planted.cache_faults import CACHE_FAULTS
 from tests.planted.cached import ASIDE, CHUNKS, DECODING, LENGTH, bench_for, judge, known
+from tests.planted.faults import attend, flat, scores
 from tests.planted.matrix import Bench, make_bench
 from tools.localize import localize
 from tools.localize.decode_steps import decoded_from
 from tools.localize.mistakes import cache_rows
 from tools.localize.result import faults as reported
 from tools.localize.result import sentence
-from tools.numpy_engine import engine, faults
-from tools.numpy_engine.cache_faults import CACHE_FAULTS
+from tools.numpy_engine import engine
 from tools.numpy_engine.engine import Array, Context
-from tools.numpy_engine.faults import attend, flat, scores
 
 MODES = ("f32", "bf16")
 NAMES = {

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from stages import headroom
-from tests.planted import checkpoints
+from tests.planted import checkpoints, faults
 from tests.planted.matrix import Bench, make_bench
 from tests.planted.shares import memory_trace
 from tools.localize import Localization
 from tools.localize.cost.query import Question
 from tools.localize.result import faults as reported
 from tools.localize.result import sentence
-from tools.numpy_engine import engine, faults
+from tools.numpy_engine import engine
 from tools.numpy_engine.engine import OPERATIONS, Array, Context
 
 LENGTH = 24

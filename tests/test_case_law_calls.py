@@ -12,16 +12,16 @@ import pytest
 
 from stages.invariance import partings
 from stages.trace import MemoryTrace
+from tests.planted.cache_faults import CACHE_FAULTS
 from tests.planted.cached import CHUNKS, LENGTH, bench_for
+from tests.planted.faults import FAULTS, flat
 from tests.planted.matrix import Bench, cosine, make_bench
 from tools.localize import Localization
 from tools.localize.cost.query import Question
 from tools.localize.result import faults as reported
 from tools.localize.result import sentence
 from tools.numpy_engine import engine
-from tools.numpy_engine.cache_faults import CACHE_FAULTS
 from tools.numpy_engine.engine import OPERATIONS, Array, Context
-from tools.numpy_engine.faults import FAULTS, flat
 
 STEPS = CHUNKS["both"]  # three calls for the prompt, then eight tokens one by one
 BIASED = (0, 3)  # the layers with a bias of k that is tens of times k itself

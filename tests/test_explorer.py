@@ -7,9 +7,9 @@ import pytest
 
 from stages.architectures import ARCHITECTURES
 from stages.trace import open_trace
+from tests.planted import faults
 from tests.planted.matrix import make_bench
 from tools.localize import Localization, localize
-from tools.numpy_engine import faults
 from tools.report import explorer
 
 

@@ -14,14 +14,14 @@ from stages.architecture import LINEAR, Stage
 from stages.architectures import any_stage
 from stages.errors import UserError
 from tests.described import as_described
-from tests.planted import flips
+from tests.planted import faults, flips
 from tests.planted.matrix import Bench, make_bench
 from tests.planted.shares import exact_logits, log_softmax, measured, replay_of, true_changes
 from tests.traces import torch_trace
 from tools.localize import __main__
 from tools.localize.cost import attribution, autodiff, softmax_error
 from tools.localize.cost.query import Question
-from tools.numpy_engine import engine, faults
+from tools.numpy_engine import engine
 
 # With the mean of the slopes between dump and truth little is left out: 2e-9 was measured at most,
 # of these checkpoints in f32, where a share is what float64 leaves of it. Slopes at the dump are

@@ -21,12 +21,12 @@ from stages.errors import NotComparable
 from stages.qwen2 import QWEN2
 from stages.trace import open_trace
 from stages.verdict import class_of
-from tests.planted import checkpoints
+from tests.planted import checkpoints, faults
 from tests.planted.matrix import NAMES, Bench, Row, cosine, make_bench, markdown, rows, summary
 from tools.localize import __main__, localize, stage_case
 from tools.localize.result import faults as faulty
 from tools.localize.result import place, sentence
-from tools.numpy_engine import engine, faults
+from tools.numpy_engine import engine
 
 SETTINGS = [("f32", "one"), ("f32", "all"), ("bf16", "one"), ("bf16", "all")]
 MODELS = ["small", "small-qwen3"]

@@ -12,9 +12,9 @@ from qwen_jax.weights import DEMO
 from stages import aprt
 from stages.architectures import ARCHITECTURES
 from tests.conftest import ROOT
-from tests.planted import checkpoints
+from tests.planted import checkpoints, faults
 from tools.numpy_engine import __main__ as command
-from tools.numpy_engine import engine, faults
+from tools.numpy_engine import engine
 from tools.numpy_engine.engine import ARITHMETIC, LAYER_STAGES, OPERATIONS, Engine, Run, Shape
 
 TOKENS = [0, *np.random.default_rng(3).integers(1, 192, 23).tolist()]
@@ -105,15 +105,19 @@ def test_its_stages_are_those_of_the_tables():
     assert tuple(cached(dict.fromkeys(engine.CACHED))) == order
 
 
+PLANTED = ("checkpoints", "faults", "cache_faults")
+
+
 def test_it_shares_nothing_with_what_it_tries():
-    files = [*(ROOT / "tools" / "numpy_engine").glob("*.py"), ROOT / "tests/planted/checkpoints.py"]
+    ours = "tools.numpy_engine", "tests.planted"
+    planted = (ROOT / "tests" / "planted" / f"{name}.py" for name in PLANTED)
+    files = [*(ROOT / "tools" / "numpy_engine").glob("*.py"), *planted]
     assert len(files) == 6
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names = [name for name in names if not name.startswith("tools.numpy_engine")]
-            roots = {name.partition(".")[0] for name in names}
+            roots = {name.partition(".")[0] for name in names if not name.startswith(ours)}
             assert not roots & {"qwen_jax", "stages", "tools", "oracle", "jax", "torch"}, path
 
 

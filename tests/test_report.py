@@ -15,6 +15,7 @@ import qwen_jax
 from qwen_jax import replay
 from stages.errors import UserError
 from stages.trace import Trace, open_trace
+from tests.planted import faults
 from tests.planted.checkpoints import random_checkpoint
 from tests.planted.matrix import Bench, make_bench
 from tools import diff as diff_module
@@ -23,7 +24,6 @@ from tools.diff import main as diff_command
 from tools.localize import Localization, localize, show
 from tools.localize.__main__ import main as localize_command
 from tools.localize.cost.query import Question
-from tools.numpy_engine import faults
 from tools.report import cells, page, views
 from tools.report.__main__ import main
 

@@ -15,10 +15,10 @@ import pytest
 from qwen_jax import replay
 from stages.errors import UserError
 from stages.trace import open_trace
+from tests.planted import faults
 from tests.planted.matrix import Bench, make_bench
 from tools.localize import Localization, __main__, localize, repro
 from tools.localize.stage_case import StageReplay
-from tools.numpy_engine import faults
 
 
 @pytest.fixture(autouse=True)

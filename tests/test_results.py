@@ -10,10 +10,10 @@ import qwen_jax
 import qwen_jax.trace
 from stages import manifest
 from tests.described import as_described
+from tests.planted.faults import plant
 from tools import convert, diff
 from tools.localize.__main__ import main as localize
 from tools.maintain import schemas
-from tools.numpy_engine.faults import plant
 
 TOKENS = "5,6,7,8,9,10,11"
 

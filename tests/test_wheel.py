@@ -30,12 +30,13 @@ def run(installed: Path, *command: str, cwd: Path) -> subprocess.CompletedProces
 
 
 def test_the_first_example_runs(installed: Path, tmp_path: Path) -> None:
-    mistake = "post_ffn_residual.residual_layer_input"
-    planted = ["-m", "tools.numpy_engine", mistake, "--layers", "3", "--out", "engine-dump"]
-    assert run(installed, *planted, cwd=tmp_path).returncode == 0
-    found = run(installed, "-m", "tools.localize", "engine-dump", "--model", "demo", cwd=tmp_path)
-    assert found.returncode == 1
-    assert "layer 3 post_ffn_residual: residual taken from the layer's input" in found.stdout
+    made = run(installed, "-m", "tools.numpy_engine", "none", "--out", "dump", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    found = run(installed, "-m", "tools.localize", "dump", "--model", "demo", cwd=tmp_path)
+    assert found.returncode == 0 and found.stdout.startswith("clean"), found.stdout
+    mistake = "post_ffn_residual.residual_layer_input"  # what is planted is no part of the wheel
+    refused = run(installed, "-m", "tools.numpy_engine", mistake, cwd=tmp_path)
+    assert refused.returncode == 2 and "in a checkout" in refused.stderr
 
 
 def test_the_script_does_not_mind_other_tools(installed: Path, tmp_path: Path) -> None:

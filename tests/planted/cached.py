@@ -18,11 +18,11 @@ import numpy as np
 
 from qwen_jax import runtime
 from tests.planted import checkpoints
+from tests.planted.cache_faults import CACHE_FAULTS, decoding
+from tests.planted.faults import Fault
 from tests.planted.matrix import Bench, make_bench
 from tools.localize.result import faults as reported
-from tools.numpy_engine.cache_faults import CACHE_FAULTS, decoding
 from tools.numpy_engine.engine import CACHED
-from tools.numpy_engine.faults import Fault
 
 LENGTH = 48
 CHUNKS = {

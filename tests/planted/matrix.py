@@ -22,12 +22,12 @@ from qwen_jax import replay, runtime
 from qwen_jax.replay import Replay
 from qwen_jax.weights import DEMO, open_model
 from stages.trace import Layout, open_trace
-from tests.planted import checkpoints
+from tests.planted import checkpoints, faults
 from tools.convert import convert
 from tools.localize import Localization, localize
 from tools.localize.result import faults as reported
 from tools.localize.result import to_json
-from tools.numpy_engine import engine, faults
+from tools.numpy_engine import engine
 
 ONE_LAYER = 2
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from qwen_jax import open_model, trace_model
 from qwen_jax.prompt import random_tokens
 from qwen_jax.weights import DEMO
+from tests.planted import faults
 from tests.planted.checkpoints import four_bit_checkpoint
 from tests.planted.matrix import cosine
-from tools.numpy_engine import engine, faults
+from tools.numpy_engine import engine
 
 BAR = 0.999
 

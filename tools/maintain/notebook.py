@@ -14,7 +14,7 @@ CELLS = [
     "# A broken engine, in a notebook\n\nEverything that the commands do is a function. Results "
     "show themselves.",
     "import qwen_jax\nfrom tools.diff import diff\nfrom tools.localize import localize\n"
-    "from tools.numpy_engine import faults\n\n"
+    "from tests.planted import faults\n\n"
     "model = qwen_jax.open_model()  # the demo; or a directory, a hub id, a GGUF\n"
     "tokens = tuple(range(1, 49))\nreference = qwen_jax.trace_model(model, tokens)\nreference",
     "An engine with a mistake in layer 3: the second residual is taken from the layer's input. Its "

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from tools.numpy_engine import engine, faults
+from tests.planted import faults
+from tools.numpy_engine import engine
 from tools.numpy_engine.__main__ import DEMO
 from tools.report.__main__ import main as report
 

@@ -9,14 +9,14 @@ manifest, of the embedded prompt unless ``--tokens`` is given; with ``--prefill-
 import argparse
 import signal
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tokenizers import Tokenizer
 
-from tools.numpy_engine import engine, faults
-from tools.numpy_engine.cache_faults import CACHE_FAULTS
+from tools.numpy_engine import engine
 
-DEMO = Path(__file__).parents[2] / "qwen_jax" / "demo"
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "qwen_jax" / "demo"
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,21 +47,23 @@ def main() -> None:
     parser.add_argument("--cache", choices=[*engine.CACHES], help="default: exact, if any")
     parser.add_argument("--out", type=Path, default=Path("engine-dump"))
     args = parser.parse_args()
-    if args.fault not in ("list", "none", *faults.FAULTS, *CACHE_FAULTS):
+    known, cached = planted_faults()
+    if not known and args.fault != "none":
+        parser.error("faults are planted in a checkout of the project alone; here, give none")
+    if args.fault not in ("list", "none", *known):
         parser.error(f"no fault {args.fault!r}; list shows those that there are")
     try:
         loaded = engine.load(args.model)
     except (OSError, ValueError) as error:
         parser.error(f"--model: {error}")
-    known = faults.of(loaded[0])
-    known |= {name: fault for name, fault in CACHE_FAULTS.items() if fault.applies(loaded[0])}
+    known = {name: fault for name, fault in known.items() if fault.applies(loaded[0])}
     if args.fault == "list":
         print("\n".join(f"{name}: {fault.says}" for name, fault in known.items()))
         return
     planted = known.get(args.fault)
     if planted is None and args.fault != "none":
         parser.error(f"{args.fault}: this {loaded[0].architecture} has nothing to make it in")
-    if args.fault in CACHE_FAULTS and not args.decode:
+    if args.fault in cached and not args.decode:
         parser.error(f"{args.fault}: is made in a decode; say how long with --decode N")
     if outside := [n for n in args.layers or () if not 0 <= n < loaded[0].layers]:
         parser.error(f"--layers {outside[0]}: layers go from 0 to {loaded[0].layers - 1}")
@@ -73,9 +75,10 @@ def main() -> None:
     more = {"first_position": args.first_position, "last_row": args.last_row}
     more |= {"steps": calls(parser, len(tokens), args.prefill_chunk, args.decode)}
     try:
-        run = faults.plant(
-            loaded, tokens, planted, args.layers, args.mode, **more, cache=args.cache
-        )
+        broken = engine.Engine(*loaded, args.mode)
+        if planted:
+            planted.apply(broken, args.layers)
+        run = broken.run(tokens, "last", **more, cache=args.cache)
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -84,6 +87,16 @@ def main() -> None:
         parser.error(f"--out {args.out}: {error.strerror}")
     said = f", {len(run.steps)} calls" if len(run.steps) > 1 else ""
     print(f"{args.out}/: {len(tokens)} tokens{said}, {args.mode}, fault: {args.fault}")
+
+
+def planted_faults() -> tuple[dict[str, Any], set[str]]:
+    """The faults that the tests plant, and which of them are made in a decode; nothing where this
+    is installed without the tests."""
+    if not (ROOT / "tests" / "planted").is_dir():
+        return {}, set()
+    from tests.planted import cache_faults, faults
+
+    return faults.FAULTS | cache_faults.CACHE_FAULTS, {*cache_faults.CACHE_FAULTS}
 
 
 def calls(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.planted.faults import FAULTS, Fault, attend, flat, scores, tiled
 from tools.numpy_engine.engine import (
     OPERATIONS,
     Array,
@@ -28,7 +29,6 @@ from tools.numpy_engine.engine import (
     rotate,
     softmax,
 )
-from tools.numpy_engine.faults import FAULTS, Fault, attend, flat, scores, tiled
 
 CACHE_FAULTS: dict[str, Fault] = {}
 
