@@ -60,18 +60,18 @@ class Recorder(ExitStack):
     """
 
     def __init__(
-        self, model: PreTrainedModel, tables: Architecture, record: Callable[..., None]
+        self, model: PreTrainedModel, arch: Architecture, record: Callable[..., None]
     ) -> None:
         super().__init__()
         self.record = record
         self.call: tuple[int, int] | None = None
-        self.code = modeling(tables)
+        self.code = modeling(arch)
         self._parts: dict[Key, dict[str, torch.Tensor]] = {}  # q, k, v on their way to one tensor
         for path, module in model.named_modules():
             for side in ("in", "out"):
-                found = place(tables, path, side)
-                if found and not _elsewhere(tables.stage[found.stage], tables):
-                    self._hook(module, side, found, list(parts(tables, found.stage)))
+                found = place(arch, path, side)
+                if found and not _elsewhere(arch.stage[found.stage], arch):
+                    self._hook(module, side, found, list(parts(arch, found.stage)))
         for layer in model.get_submodule("model.layers"):
             layer.self_attn.recorder = self  # found by ``_attention`` through its module
             self.callback(delattr, layer.self_attn, "recorder")
@@ -118,14 +118,14 @@ class Recorder(ExitStack):
         self.enter_context(linear.register_forward_hook(hook))
 
 
-def _elsewhere(row: Stage, tables: Architecture) -> bool:
+def _elsewhere(row: Stage, arch: Architecture) -> bool:
     """Whether a stage is recorded by ``_attention``, or is the logits."""
-    return row is tables.head or (row.kind.sums_products and not row.parameters)
+    return row is arch.head or (row.kind.sums_products and not row.parameters)
 
 
-def modeling(tables: Architecture) -> ModuleType:
+def modeling(arch: Architecture) -> ModuleType:
     """transformers' module of an architecture."""
-    return importlib.import_module(f"transformers.models.{tables.name}.modeling_{tables.name}")
+    return importlib.import_module(f"transformers.models.{arch.name}.modeling_{arch.name}")
 
 
 def _attention(
@@ -251,10 +251,10 @@ class TorchEngine:
                 "positions have gaps, and transformers would take each for the start of another "
                 "sequence; the JAX trace reads them as one"
             )
-        tables = self.model.config.tables
-        with self._recording(tables, want, emit) as recorder:
+        arch = self.model.config.arch
+        with self._recording(arch, want, emit) as recorder:
             found = self._forward(batch.tokens, batch.positions, batch.valid, logits == "last")
-            recorder.record(tables.head.name, None, found[:, -1] if logits == "last" else found)
+            recorder.record(arch.head.name, None, found[:, -1] if logits == "last" else found)
 
     def run_calls(
         self,
@@ -271,15 +271,15 @@ class TorchEngine:
         Raises:
             UserError: a capture point did not fire.
         """
-        tables = self.model.config.tables.cached
+        arch = self.model.config.arch.cached
         kept = make(self.network.config, cache, batch.valid.shape[1], self.static_cache)
         tokens, prompt, end = batch.tokens, batch.tokens.shape[1], 0
 
         def place(stage: str, layer: int | None, value: np.ndarray) -> None:
-            row = tables.stage[stage]
+            row = arch.stage[stage]
             emit(stage, layer, value, end - value.shape[1 + row.axes.index(row.row_axis)])
 
-        with self._recording(tables, want, place) as recorder:
+        with self._recording(arch, want, place) as recorder:
             kept.show = lambda layer, keys: recorder.record(
                 "k_post_rope", layer, keys.transpose(1, 2)
             )
@@ -295,7 +295,7 @@ class TorchEngine:
                     kept,
                 )
                 if picks or logits == "all":
-                    recorder.record(tables.head.name, None, found)
+                    recorder.record(arch.head.name, None, found)
                 if picks:
                     best = to_numpy(found[:, -1:]).argmax(-1).astype(np.int32)
                     tokens = np.concatenate([tokens, best], 1)
@@ -323,21 +323,21 @@ class TorchEngine:
         return logits
 
     @contextmanager
-    def _recording(self, tables: Architecture, want: Want, emit: Emit) -> Iterator[Recorder]:
+    def _recording(self, arch: Architecture, want: Want, emit: Emit) -> Iterator[Recorder]:
         """Hooks that ``emit`` the wanted stages of ``tables``; all of them must have fired at the
         end."""
         fired: set[Key] = set()
-        head = tables.head.name
+        head = arch.head.name
 
         def record(stage: str, layer: int | None, tensor: torch.Tensor) -> None:
             fired.add((stage, layer))
             if stage == head or want(stage, layer):
                 emit(stage, layer, to_numpy(tensor))
 
-        with Recorder(self.network, tables, record) as recorder:
+        with Recorder(self.network, arch, record) as recorder:
             yield recorder
         layers = self.model.config.num_hidden_layers
-        expected = [(s.name, layer) for s, layer in tables.computation_order(layers)]
+        expected = [(s.name, layer) for s, layer in arch.computation_order(layers)]
         if silent := [each for each in expected if each not in fired]:
             stage, layer = silent[0]
             raise UserError(
@@ -355,7 +355,7 @@ def load(model: Weights, dtype: str, attention: str) -> PreTrainedModel:
             f"{model.name}: transformers reads Hugging Face directories only; write one first with "
             f"{called('tools.convert')}"
         )
-    network = getattr(modeling(model.config.tables), model.config.tables.hf_class)
+    network = getattr(modeling(model.config.arch), model.config.arch.hf_class)
     return network.from_pretrained(
         model.directory,
         dtype=DTYPES[dtype],

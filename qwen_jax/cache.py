@@ -171,7 +171,7 @@ class KeyValueCache:
         put: Callable[[Stage, np.ndarray], Array],
     ) -> None:
         self.config, self.length = config, length
-        self.rows = config.tables.cache
+        self.rows = config.arch.cache
         window = config.sliding_window or length
         # Before a call it holds what the call's first row still sees: not that row itself.
         self.kept = {False: length, True: window - 1}

@@ -52,21 +52,21 @@ class Config:
     max_position_embeddings: int
 
     @property
-    def tables(self) -> Architecture:
+    def arch(self) -> Architecture:
         """The stages and parameters of the architecture."""
         return ARCHITECTURES[self.architecture]
 
     def tensor_names(self, scope: Scope, layer: int | None = None) -> dict[str, str]:
         """Parameter name -> Hugging Face tensor, of one layer, or of the start or the end."""
-        return self.tables.tensor_names(scope, layer, self.tie_word_embeddings)
+        return self.arch.tensor_names(scope, layer, self.tie_word_embeddings)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the model has, by its Hugging Face name."""
         dims = self.dims(1)
-        tensors = self.tables.tensors(self.num_hidden_layers, self.tie_word_embeddings)
+        tensors = self.arch.tensors(self.num_hidden_layers, self.tie_word_embeddings)
         return {
-            name: self.tables.parameter_shape(parameter.name, dims)
+            name: self.arch.parameter_shape(parameter.name, dims)
             for name, (parameter, _) in tensors.items()
         }
 
@@ -126,14 +126,14 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> Config:
         UserError: another architecture, or a setting that this project does not know, cannot
             handle or finds at a value that would change the forward pass.
     """
-    tables = ARCHITECTURES.get(str(raw.get("model_type")))  # which may be anything
-    if tables is None:
+    arch = ARCHITECTURES.get(str(raw.get("model_type")))  # which may be anything
+    if arch is None:
         raise UserError(
             f"{where}: model_type is {raw.get('model_type')!r}; this tool knows "
             f"{' and '.join(map(repr, ARCHITECTURES))} (Qwen2, Qwen2.5, Qwen3 and models distilled "
             "into them)"
         )
-    fixed = {**_MUST_EQUAL, **tables.fixed}
+    fixed = {**_MUST_EQUAL, **arch.fixed}
     for name, value in raw.items():
         if name in fixed:
             if value != fixed[name]:
@@ -153,20 +153,20 @@ def from_hf(raw: dict[str, Any], where: str = "config.json") -> Config:
     if layers > MOST_LAYERS:
         raise UserError(f"{where}: num_hidden_layers is {layers}; at most {MOST_LAYERS} are read")
     # transformers takes null for as many as there are query heads, and no such line for another
-    absent = tables.defaults["num_key_value_heads"]
+    absent = arch.defaults["num_key_value_heads"]
     kv_heads = size("num_key_value_heads", heads if "num_key_value_heads" in raw else absent)
     if heads % kv_heads:
         raise UserError(
             f"{where}: {heads} query heads cannot share {kv_heads} key/value heads evenly"
         )
-    head_dim = size("head_dim", tables.defaults.get("head_dim", size("hidden_size") // heads))
+    head_dim = size("head_dim", arch.defaults.get("head_dim", size("hidden_size") // heads))
     if head_dim % 2:
         raise UserError(f"{where}: head_dim is {head_dim}; RoPE rotates pairs, so it must be even")
     max_positions = size("max_position_embeddings", 32768)
     theta, yarn = _rope(raw, max_positions, where)
-    window, sliding = _sliding(raw, tables.defaults["max_window_layers"], layers, where)
+    window, sliding = _sliding(raw, arch.defaults["max_window_layers"], layers, where)
     return Config(
-        architecture=tables.name,
+        architecture=arch.name,
         vocab_size=size("vocab_size"),
         hidden_size=size("hidden_size"),
         intermediate_size=size("intermediate_size"),

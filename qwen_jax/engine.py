@@ -72,16 +72,16 @@ class JaxEngine:
             raise UserError(f"no backend {backend!r}; choose one of {', '.join(BACKENDS)}")
         self._kept: dict[Any, Any] | None = {} if keep else None
         self.model = model
-        self.tables = model.config.tables
+        self.arch = model.config.arch
         self.dtype = numpy_dtype(dtype)
         self.backend = backend
         self.device = device
         self.precision = precision
-        tables = self.tables
-        self._start = self._compiled(tables.start_stages)
-        self._layer = self._compiled(tables.layer_stages)
-        self._norm = self._compiled(tables.end_stages[:-1])
-        self._head = self._compiled(tables.end_stages[-1:])
+        arch = self.arch
+        self._start = self._compiled(arch.start_stages)
+        self._layer = self._compiled(arch.layer_stages)
+        self._norm = self._compiled(arch.end_stages[:-1])
+        self._head = self._compiled(arch.end_stages[-1:])
 
     def _compiled(
         self, rows: tuple[Stage, ...], how: Callable[..., Any] = run_stages
@@ -135,7 +135,7 @@ class JaxEngine:
             embedded = None if resume else self._embedding(batch.tokens)
             fetch = partial(self._fetch, want, emit)
             head = self._call(embedded, pos, logits, fetch, resume=resume)
-            emit(self.tables.head.name, None, head[:, 0] if logits == "last" else head)
+            emit(self.arch.head.name, None, head[:, 0] if logits == "last" else head)
 
     def run_calls(
         self,
@@ -159,14 +159,14 @@ class JaxEngine:
         Returns:
             The picked tokens, [B, T - P + 1] int32; the last of them is in no row.
         """
-        config, tables = self.model.config, self.tables
+        config, arch = self.model.config, self.arch
         tokens, (size, length) = batch.tokens, batch.valid.shape
         prompt = tokens.shape[1]
         with self._numerics():
             whole = positional_by_layer(config, batch.positions, batch.valid)
             held = KeyValueCache(config, self.dtype, size, length, self._put_stage)
-            layer = self._compiled(tables.cached.layer_stages, cached_in(cache))
-            rows, first = Rows(tables.cached, held, self._host, want, emit), 0
+            layer = self._compiled(arch.cached.layer_stages, cached_in(cache))
+            rows, first = Rows(arch.cached, held, self._host, want, emit), 0
             for count in steps:
                 end = first + count
                 pos = self._put(
@@ -216,8 +216,8 @@ class JaxEngine:
         host, of the rows that ``logits`` says, which may be "none": None.
         """
         config = self.model.config
-        tables = self.tables.cached if cached else self.tables
-        output = tables.layer_output.name
+        arch = self.arch.cached if cached else self.arch
+        output = arch.layer_output.name
         pending: tuple[int, Values] = 0, {}
         numbers = range(resume[0] if resume else 0, config.num_hidden_layers)
         heads = () if logits == "none" else self._heads()
@@ -227,8 +227,8 @@ class JaxEngine:
             else:
                 table, index = embedded  # type: ignore[misc]
                 given = self._put({TOKENS: index})
-                x = self._start(table, pos[False], given)[tables.first.name]
-                pending = 0, {tables.first.name: x}
+                x = self._start(table, pos[False], given)[arch.first.name]
+                pending = 0, {arch.first.name: x}
             for layer in numbers:
                 sliding = config.sliding_layers[layer]
                 if cached:
@@ -251,14 +251,14 @@ class JaxEngine:
             take(None, before)
             if logits == "none":
                 return None
-            x = before[tables.head.inputs[0]]
+            x = before[arch.head.inputs[0]]
             if logits == "last" and x.shape[1] > 1:
-                x = self._put(self._host(tables.head.inputs[0], x)[:, -1:])
+                x = self._put(self._host(arch.head.inputs[0], x)[:, -1:])
             return self._logits(weights, pos[False], x)
 
     def _end_parameters(self) -> dict[str, np.ndarray]:
         """What the stages between the last layer and the head read."""
-        needed = [name for stage in self.tables.end_stages[:-1] for name in stage.parameters]
+        needed = [name for stage in self.arch.end_stages[:-1] for name in stage.parameters]
         names = self.model.config.tensor_names("end")
         return {name: self.model.read(names[name]) for name in needed}
 
@@ -276,7 +276,7 @@ class JaxEngine:
         return np.asarray(value)
 
     def _fetch(self, want: Want, emit: Emit, layer: int | None, values: Values) -> None:
-        for row in self.tables.stages:  # a jitted function returns them in another order
+        for row in self.arch.stages:  # a jitted function returns them in another order
             if row.name in values and want(row.name, layer):
                 emit(row.name, layer, self._host(row.name, values[row.name]))
 
@@ -284,7 +284,7 @@ class JaxEngine:
         """The rows in use, for the embedding is most of a small model, and the tokens renumbered
         to them."""
         rows, index = np.unique(tokens, return_inverse=True)
-        parameter = self.tables.table
+        parameter = self.arch.embedding
 
         def load(key: tuple[str, bytes]) -> dict[str, np.ndarray]:
             return {parameter.name: self.model.gather(parameter.tensor, rows)}
@@ -294,7 +294,7 @@ class JaxEngine:
 
     def _embedding_of(self, tokens: np.ndarray) -> tuple[dict[str, jax.Array], np.ndarray]:
         """A row for each token: calls of a length are one program, whatever their tokens."""
-        parameter = self.tables.table
+        parameter = self.arch.embedding
         rows = self.model.gather(parameter.tensor, tokens.ravel())
         index = np.arange(tokens.size, dtype=np.int32)
         return self._place({parameter.name: rows}), index.reshape(tokens.shape)
@@ -343,7 +343,7 @@ class JaxEngine:
 
     def _logits(self, heads: Iterator[dict[str, jax.Array]], pos: Positional, x: Any) -> np.ndarray:
         """[B, T, D] -> [B, T, V], the head applied in blocks of the vocabulary."""
-        stage = self.tables.head
+        stage = self.arch.head
         found = np.empty((*x.shape[:2], self.model.config.vocab_size), self.dtype)
         first = 0
         for end in heads:
@@ -354,7 +354,7 @@ class JaxEngine:
 
     def _heads(self) -> Iterator[dict[str, jax.Array]]:
         """The head in blocks of the vocabulary, as ``_layers`` gives layers."""
-        name, parameter = head_tensor(self.model.config), self.tables.head.parameters[0]
+        name, parameter = head_tensor(self.model.config), self.arch.head.parameters[0]
         count, width = self.model.shapes[name]
         most = HEAD_BLOCK // (width * compute_dtype(self.dtype).itemsize)
         step = self.parts * _even_step(count // self.parts, most // self.parts)

@@ -21,7 +21,7 @@ def host_dtype(stored: np.dtype, dtype: np.dtype) -> np.dtype:
 
 def head_tensor(config: Config) -> str:
     """The tensor of the output projection."""
-    return config.tensor_names("end")[config.tables.head.parameters[0]]
+    return config.tensor_names("end")[config.arch.head.parameters[0]]
 
 
 def peak_memory(model: Weights, length: int, dtype: str, logits: str, kept: bool = False) -> int:
@@ -36,7 +36,7 @@ def peak_memory(model: Weights, length: int, dtype: str, logits: str, kept: bool
         host = host_dtype(model.dtype(name), computes)
         layer += math.prod(model.shapes[name]) * (2 * host.itemsize + wide * (host != computes))
     dims = model.config.dims(length)
-    head = math.prod(model.config.tables.head.shape(dims, logits)) * wide
+    head = math.prod(model.config.arch.head.shape(dims, logits)) * wide
     block = min(HEAD_BLOCK, math.prod(model.shapes[head_tensor(model.config)]) * wide)
     stages = _layer_values(model, length) * wide
     if kept:
@@ -63,4 +63,4 @@ def whole_memory(model: Weights, length: int, dtype: str, logits: str, kept: boo
 def _layer_values(model: Weights, length: int) -> int:
     """How many values the stages of one layer have."""
     dims = model.config.dims(length)
-    return sum(math.prod(stage.shape(dims)) for stage in model.config.tables.layer_stages)
+    return sum(math.prod(stage.shape(dims)) for stage in model.config.arch.layer_stages)

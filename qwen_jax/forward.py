@@ -120,7 +120,7 @@ def forward(
 
     ``pos`` is of ``ops.positional_by_layer``.
     """
-    arch, full = config.tables, pos[False]
+    arch, full = config.arch, pos[False]
     given = {TOKENS: jnp.asarray(tokens)}
     start = run_stages(arch.start_stages, config, params.start, full, given, dtype)
     x, layers = start[arch.first.name], []

@@ -205,14 +205,14 @@ def error_sums(
     return ErrorSums(*error, *both(scales), *born_sums, *known, *due_sums, *lost_sums)
 
 
-def row_axis(tables: Architecture, name: str) -> int:
+def row_axis(arch: Architecture, name: str) -> int:
     """The axis of the rows of a value that carries a batch axis."""
-    axes = tables.axes_of(name)
+    axes = arch.axes_of(name)
     return 1 + axes.index("T" if "T" in axes else "S")
 
 
 def cut_inputs(
-    tables: Architecture, stage: Stage, values: Sequence[Array | None], length: int
+    arch: Architecture, stage: Stage, values: Sequence[Array | None], length: int
 ) -> tuple[int, list[Array]] | None:
     """The inputs of a stage for as many of the last rows as all of them have, and that number.
 
@@ -221,7 +221,7 @@ def cut_inputs(
     if any(value is None for value in values):
         return None
     found = dict(zip(stage.inputs, values, strict=True))
-    have = {name: value.shape[row_axis(tables, name)] for name, value in found.items()}  # type: ignore[union-attr]
+    have = {name: value.shape[row_axis(arch, name)] for name, value in found.items()}  # type: ignore[union-attr]
     if any(have[name] < length for name in stage.keys):
         return None
     rows = min(have[name] for name in stage.inputs if name not in stage.keys)
@@ -229,14 +229,14 @@ def cut_inputs(
     def cut(name: str, value: Any) -> Array:
         if name in stage.keys or have[name] == rows:
             return value
-        return value[(slice(None),) * row_axis(tables, name) + (slice(-rows, None),)]
+        return value[(slice(None),) * row_axis(arch, name) + (slice(-rows, None),)]
 
     return rows, [cut(name, value) for name, value in found.items()]
 
 
-def last_rows(tables: Architecture, name: str, value: Array, rows: int) -> Array:
+def last_rows(arch: Architecture, name: str, value: Array, rows: int) -> Array:
     """The last rows of a value that carries a batch axis."""
-    return value[(slice(None),) * row_axis(tables, name) + (slice(-rows, None),)]
+    return value[(slice(None),) * row_axis(arch, name) + (slice(-rows, None),)]
 
 
 def run(
@@ -264,7 +264,7 @@ def run(
     Returns:
         (sums by stage, the values of the stages that were missing).
     """
-    tables, length = config.tables.cached, pos.mask.shape[-1]
+    arch, length = config.arch.cached, pos.mask.shape[-1]
     computed: dict[str, Both | None] = dict(given)
     measured: dict[str, ErrorSums] = {}
 
@@ -277,7 +277,7 @@ def run(
         return None if both is None else both[place]
 
     for stage in rows:
-        ready = cut_inputs(tables, stage, [read(name, 0) for name in stage.inputs], length)
+        ready = cut_inputs(arch, stage, [read(name, 0) for name in stage.inputs], length)
         if ready is None:
             if stage.name not in dumps:
                 computed[stage.name] = None
@@ -289,7 +289,7 @@ def run(
         gap = any(name in computed for name in stage.inputs)
         low = None
         if gap or stage.name not in dumps:
-            again = cut_inputs(tables, stage, [read(name, 1) for name in stage.inputs], length)
+            again = cut_inputs(arch, stage, [read(name, 1) for name in stage.inputs], length)
             narrow = [parameters[name].astype(dtype) for name in stage.parameters]
             low = stage_value(stage, config, here, again[1], narrow).astype(dtype)  # type: ignore[index]
         if stage.name not in dumps:
@@ -300,8 +300,8 @@ def run(
         else:
             expected = allowance(stage, config, here, angles, inputs, exact, dtype)
         size = size_squared(stage, config, here, inputs, weights, exact)
-        count = min(count, dumps[stage.name].shape[row_axis(tables, stage.name)])
-        cut = partial(last_rows, tables, stage.name, rows=count)
+        count = min(count, dumps[stage.name].shape[row_axis(arch, stage.name)])
+        cut = partial(last_rows, arch, stage.name, rows=count)
         found, exact, size, expected = map(cut, (dumps[stage.name], exact, size, expected))
         measured[stage.name] = error_sums(stage, found, exact, size, pos.last(count), expected)
     return measured, {s.name: computed[s.name] for s in rows if s.name in computed}

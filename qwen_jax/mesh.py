@@ -51,23 +51,23 @@ def tensor_specs(config: Config) -> dict[str, P]:
     A tied head is the embedding itself, which is then split by vocabulary: the lookup needs no
     more than the rows in use.
     """
-    tables, head = config.tables, head_tensor(config)
-    tensors = tables.tensors(config.num_hidden_layers, config.tie_word_embeddings)
+    arch, head = config.arch, head_tensor(config)
+    tensors = arch.tensors(config.num_hidden_layers, config.tie_word_embeddings)
     return {
-        name: spec(parameter.axes if name == head else parameter_axes(tables, parameter.name))
+        name: spec(parameter.axes if name == head else parameter_axes(arch, parameter.name))
         for name, (parameter, _) in tensors.items()
     }
 
 
-def parameter_axes(tables: Architecture, name: str) -> tuple[str, ...]:
+def parameter_axes(arch: Architecture, name: str) -> tuple[str, ...]:
     """The axes of a parameter as an engine holds it: of the embedding, the rows in use alone."""
-    axes = tables.parameter[name].axes
-    return ("rows", *axes[1:]) if tables.parameter[name] is tables.table else axes
+    axes = arch.parameter[name].axes
+    return ("rows", *axes[1:]) if arch.parameter[name] is arch.embedding else axes
 
 
-def parameter_specs(tables: Architecture, names: Iterable[str]) -> dict[str, P]:
+def parameter_specs(arch: Architecture, names: Iterable[str]) -> dict[str, P]:
     """How parameters lie on the devices."""
-    return {name: spec(parameter_axes(tables, name)) for name in names}
+    return {name: spec(parameter_axes(arch, name)) for name in names}
 
 
 def sizes(config: Config, processes: int = 1) -> list[int]:
@@ -129,18 +129,18 @@ def _summed(function: StageFunction, size: int) -> StageFunction:
     return total
 
 
-def _functions(tables: Architecture, size: int) -> dict[str, StageFunction]:
+def _functions(arch: Architecture, size: int) -> dict[str, StageFunction]:
     """The stage functions, with a sum where a product is over an axis that is split."""
 
-    tables = tables.cached
+    arch = arch.cached
 
     def contracts(stage: Stage) -> bool:
-        split = any(AXIS in spec(tables.axes_of(name)) for name in stage.inputs)
+        split = any(AXIS in spec(arch.axes_of(name)) for name in stage.inputs)
         return stage.linear and split and AXIS not in spec(stage.axes)
 
     return {
-        name: _summed(function, size) if contracts(tables.stage[name]) else function
-        for name, function in FUNCTIONS[tables.name].items()
+        name: _summed(function, size) if contracts(arch.stage[name]) else function
+        for name, function in FUNCTIONS[arch.name].items()
     }
 
 
@@ -153,10 +153,10 @@ def program(
 ) -> Callable[..., Any]:
     """``how`` of these rows over a mesh: called as ``(parameters, pos, given)``, all of them global
     arrays."""
-    size, tables = mesh.size, config.tables
-    functions = _functions(tables, size)
+    size, arch = mesh.size, config.arch
+    functions = _functions(arch, size)
     own = partial(how, rows, local(config, size), dtype=dtype, functions=functions)
-    cache = {stage.name: stage_spec(stage) for stage in tables.cache}
+    cache = {stage.name: stage_spec(stage) for stage in arch.cache}
     out = {stage.name: stage_spec(stage) for stage in rows}
     out |= {whole(stage.name): out[stage.name] for stage in rows if stage.kind is CACHE}
 
@@ -165,7 +165,7 @@ def program(
             own,
             mesh=mesh,
             in_specs=(
-                parameter_specs(tables, parameters),
+                parameter_specs(arch, parameters),
                 P(),
                 {name: cache.get(name, P()) for name in given},
             ),
@@ -267,7 +267,7 @@ class MeshEngine(JaxEngine):
 
     def _place(self, parameters: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         with runtime.numerics(None):  # a thread that reads ahead has settings of its own
-            specs = parameter_specs(self.tables, parameters)
+            specs = parameter_specs(self.arch, parameters)
             return {name: self._split(value, specs[name]) for name, value in parameters.items()}
 
     def _put_stage(self, stage: Stage, value: np.ndarray) -> jax.Array:
@@ -283,7 +283,7 @@ class MeshEngine(JaxEngine):
         if not value.is_fully_addressable:
             value = jax.reshard(value, NamedSharding(self.mesh, P())).addressable_data(0)
         whole = np.asarray(value)
-        if QKV not in self.tables.cached.stage[stage].axes:
+        if QKV not in self.arch.cached.stage[stage].axes:
             return whole
         # Each device has its own q, k and v side by side.
         part = local(self.model.config, self.mesh.size)

@@ -153,7 +153,7 @@ def _probe_rows(
     counted: Array,
 ) -> dict[str, Array]:  # fmt: skip
     """A product that is the same for every row of its first input: linear, or a weighted sum."""
-    x = jnp.moveaxis(inputs[0], row_axis(config.tables.cached, stage.inputs[0]), 1)[0]
+    x = jnp.moveaxis(inputs[0], row_axis(config.arch.cached, stage.inputs[0]), 1)[0]
     x, x2 = x.astype(EXACT), jnp.square(x.astype(jnp.float32))
     y = stage.matrix(dump.astype(EXACT))
     others = list(range(1, x.ndim))
@@ -318,7 +318,7 @@ class Screen:
         options: Mapping[str, Any],
     ) -> None:
         self.weights, self.config, self.pos, self.angles = weights, weights.config, pos, angles
-        self.tables, self.dtype = weights.config.tables.cached, dtype
+        self.arch, self.dtype = weights.config.arch.cached, dtype
         self.options = tuple(options.items())
         self._seen: dict[tuple[bool, int], Any] = {}
 
@@ -351,7 +351,7 @@ class Screen:
     def _count(self, stage: Stage, dumps: Mapping[str, np.ndarray]) -> int:
         """How many rows there are of a stage and of its inputs."""
         names = [stage.name, *(name for name in stage.inputs if name not in stage.keys)]
-        return min(dumps[name].shape[row_axis(self.tables, name)] for name in names)
+        return min(dumps[name].shape[row_axis(self.arch, name)] for name in names)
 
     def measure(
         self,
@@ -398,12 +398,12 @@ class _Group:
     ) -> None:
         self.screen, self.rows, self.sliding, self.count = screen, rows, sliding, count
         self.at_keys, self.tensors = at_keys, tensors
-        self.weights, self.config, self.tables = screen.weights, screen.config, screen.tables
+        self.weights, self.config, self.arch = screen.weights, screen.config, screen.arch
         self.keyed = {name for stage in rows for name in stage.keys}
         self.dumps: dict[str, np.ndarray] = {}
         for stage in rows:
             for name in (stage.name, *stage.inputs):
-                dump, axis = dumps[name], row_axis(self.tables, name)
+                dump, axis = dumps[name], row_axis(self.arch, name)
                 last = dump if name in self.keyed else _cut(dump, axis, -count, None)
                 self.dumps[name] = last
         self.found: dict[str, dict[str, np.ndarray]] = {stage.name: {} for stage in rows}
@@ -456,11 +456,11 @@ class _Group:
     def _cut(self, name: str, dump: np.ndarray, chunk: Chunk) -> np.ndarray:
         """The rows of a chunk, and the keys."""
         if name in self.keyed:
-            return _cut(dump, row_axis(self.tables, name), chunk.keys.start, chunk.keys.stop)
-        axes = self.tables.axes_of(name)
+            return _cut(dump, row_axis(self.arch, name), chunk.keys.start, chunk.keys.stop)
+        axes = self.arch.axes_of(name)
         if {"T", "S"} <= {*axes}:
             dump = _cut(dump, 1 + axes.index("S"), chunk.keys.start, chunk.keys.stop)
-        return _cut(dump, row_axis(self.tables, name), chunk.first, chunk.stop)
+        return _cut(dump, row_axis(self.arch, name), chunk.first, chunk.stop)
 
     def _positional(self, chunk: Chunk) -> Positional:
         pos, here = self.screen.pos[self.sliding], slice(chunk.first, chunk.stop)
@@ -469,7 +469,7 @@ class _Group:
         return Positional(cos, sin, mask[:, :, chunk.keys])  # type: ignore[arg-type]
 
     def _part(self, name: str, part: Part, chunk: Chunk) -> Part:
-        here, stage = slice(chunk.first, chunk.stop), self.tables.stage[name]
+        here, stage = slice(chunk.first, chunk.stop), self.arch.stage[name]
         signs, right, squares, left = part
         if stage.kind is SCORES:
             signs, right, squares = signs[:, chunk.keys], right[here], squares[here]
@@ -490,7 +490,7 @@ class _Group:
                 rows[:, chunk.counted : chunk.stop] = grid[:, new:]
                 continue
             of = stage.inputs[0] if name.startswith("input") else stage.name
-            if name != "error_probes" and "S" in self.tables.axes_of(of) and self.at_keys:
+            if name != "error_probes" and "S" in self.arch.axes_of(of) and self.at_keys:
                 whole = total.setdefault(name, np.zeros((*value.shape[:-1], length)))
                 whole[..., chunk.keys] += value
             else:
@@ -501,14 +501,11 @@ class _Group:
     def _nonzero_outside(self, stage: Stage, chunk: Chunk) -> bool:
         """Whether weights of a sum are not zero where no query of a chunk sees a key."""
         for name in (stage.name, stage.inputs[0]):
-            if (
-                not {"T", "S"} <= {*self.tables.axes_of(name)}
-                or self.tables.stage[name].kind.masked
-            ):
+            if not {"T", "S"} <= {*self.arch.axes_of(name)} or self.arch.stage[name].kind.masked:
                 continue
             key = name, chunk.counted
             if key not in self.odd:
-                axis = row_axis(self.tables, name)
+                axis = row_axis(self.arch, name)
                 row = _cut(self.dumps[name], axis, chunk.counted, chunk.stop)
                 outside = row[..., : chunk.keys.start], row[..., chunk.keys.stop :]
                 self.odd[key] = any(x.size and not (x.max() == x.min() == 0) for x in outside)

@@ -73,7 +73,7 @@ class Replay:
         self, trace: Trace, weights: Weights, dtype: np.dtype, unoptimised: bool = False
     ) -> None:
         self.trace, self.weights, self.dtype = trace, weights, dtype
-        self.config, self.tables = weights.config, trace.tables
+        self.config, self.arch = weights.config, trace.arch
         self._compiled = partial(
             compiled, config=weights.config, dtype=dtype, unoptimised=unoptimised
         )
@@ -108,15 +108,15 @@ class Replay:
     def start_parameters(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The embedding rows in use, and the tokens renumbered to them."""
         rows, index = np.unique(np.array([self.trace.tokens], np.int32), return_inverse=True)
-        table = self.tables.table
+        table = self.arch.embedding
         gathered = self.weights.gather(table.tensor, rows)
         return {table.name: gathered}, index.reshape(1, -1).astype(np.int32)
 
     def layer_dumps(self, layer: int) -> dict[str, np.ndarray]:
         """Everything dumped of one layer, and its input if that was dumped."""
-        found = {s.name: self.load(s.name, layer) for s in self.tables.layer_stages}
+        found = {s.name: self.load(s.name, layer) for s in self.arch.layer_stages}
         count = self.config.num_hidden_layers
-        found[LAYER_INPUT] = self.load(*self.tables.stored_as(LAYER_INPUT, layer, count))
+        found[LAYER_INPUT] = self.load(*self.arch.stored_as(LAYER_INPUT, layer, count))
         return {name: dump for name, dump in found.items() if dump is not None}
 
     def __iter__(self) -> Iterator[Measured]:
@@ -144,25 +144,25 @@ class Replay:
 
     def _measure(self, ahead: Ahead, step: Step, threads: int) -> Iterator[Measured]:
         """``threads``: as many layers are read, and ``ahead`` is done, before their turn."""
-        tables, layers = self.tables, self.config.num_hidden_layers
+        arch, layers = self.arch, self.config.num_hidden_layers
 
         def fetch(layer: int) -> tuple[Mapping[str, Any], dict[str, np.ndarray]]:
             dumps = self.layer_dumps(layer)
             with self.numerics():  # which is of a thread
-                return ahead(tables.layer_stages, layer, dumps), dumps
+                return ahead(arch.layer_stages, layer, dumps), dumps
 
         with ThreadPoolExecutor(threads) as pool:
             ready = deque(pool.submit(fetch, layer) for layer in range(min(threads, layers)))
             table, tokens = self.start_parameters()
-            start = {stage.name: self.load(stage.name, 0) for stage in tables.start_stages}
+            start = {stage.name: self.load(stage.name, 0) for stage in arch.start_stages}
             dumps = {n: dump for n, dump in start.items() if dump is not None} | {TOKENS: tokens}
-            yield from self._step(tables.start_stages, 0, table, dumps, {})
+            yield from self._step(arch.start_stages, 0, table, dumps, {})
             for layer in range(layers):
                 found, dumps = ready.popleft().result()
                 if layer + threads < layers:
                     ready.append(pool.submit(fetch, layer + threads))
-                carried = self._take(tables.first if layer == 0 else tables.layer_output)
-                yield from step(tables.layer_stages, layer, found, dumps, carried)
+                carried = self._take(arch.first if layer == 0 else arch.layer_output)
+                yield from step(arch.layer_stages, layer, found, dumps, carried)
         yield from self._finish(ahead, step)
 
     def _parameters(
@@ -230,7 +230,7 @@ class Replay:
         ready = [
             row
             for row in there
-            if cut_inputs(self.tables, row, [dumps[name] for name in row.inputs], length)
+            if cut_inputs(self.arch, row, [dumps[name] for name in row.inputs], length)
             and screen.possible(row, sliding, dumps)
         ]
         tensors = self.config.tensor_names(rows[0].scope, layer)
@@ -260,8 +260,8 @@ class Replay:
 
     def _finish(self, ahead: Ahead, step: Step) -> Iterator[Measured]:
         """The stages after the layers."""
-        tables, before = self.tables, self.tables.layer_output.name
-        *middle, head = tables.end_stages
+        arch, before = self.arch, self.arch.layer_output.name
+        *middle, head = arch.end_stages
         dump = self.load(before, self.config.num_hidden_layers - 1)
         dumps = {} if dump is None else {before: dump}
         given = dict(self._carried)
@@ -279,7 +279,7 @@ class Replay:
 
     def _head(self, dumps: Mapping[str, np.ndarray], logits: np.ndarray) -> Iterator[Measured]:
         """The head in slices of the vocabulary."""
-        head = self.tables.head
+        head = self.arch.head
         parameter, source = head.parameters[0], head.inputs[0]
         # Only the rows that are there: all of them would be [T, V] in float64.
         count = logits.shape[1]
@@ -301,13 +301,13 @@ class Replay:
 
     def _measure_some(self, keys: Collection[Key]) -> Iterator[Measured]:
         layers = self.config.num_hidden_layers
-        for stage, layer in self.tables.computation_order(layers):
+        for stage, layer in self.arch.computation_order(layers):
             if (stage.name, layer) not in keys:
                 continue
-            of = {name: self.tables.stored_as(name, layer, layers) for name in stage.inputs}
+            of = {name: self.arch.stored_as(name, layer, layers) for name in stage.inputs}
             of[stage.name] = stage.name, layer
             dumps = {n: d for n, key in of.items() if (d := self.load(*key)) is not None}
-            if stage is self.tables.head:
+            if stage is self.arch.head:
                 yield from self._head(dumps, dumps[stage.name])
                 continue
             parameters = self._parameters((stage,), layer, dumps)

@@ -23,7 +23,7 @@ class Rows:
     it; of a longer call, one layer at a time.
 
     Arguments:
-        tables: with the cache's stages.
+        arch: the architecture, with the cache's stages.
         held: the cache, which knows where a call's scores belong.
         host: fetches a stage's value.
         want, emit: see ``engine.JaxEngine.run_calls``.
@@ -31,13 +31,13 @@ class Rows:
 
     def __init__(
         self,
-        tables: Architecture,
+        arch: Architecture,
         held: KeyValueCache,
         host: Callable[[str, Any], np.ndarray],
         want: Callable[[str, Layer], bool],
         emit: Callable[[str, Layer, np.ndarray, int], None],
     ) -> None:
-        self._tables, self._held, self._host = tables, held, host
+        self._arch, self._held, self._host = arch, held, host
         self._want, self._emit = want, emit
         self._wanted: dict[Layer, list[Stage]] = {}
         self._first = self._end = self._count = 0
@@ -55,7 +55,7 @@ class Rows:
     def take(self, layer: Layer, values: Values) -> None:
         """What the call has computed in a layer."""
         if layer not in self._wanted:
-            every = self._tables.stages
+            every = self._arch.stages
             self._wanted[layer] = [row for row in every if self._want(row.name, layer)]
         rows = [row for row in self._wanted[layer] if row.name in values]
         self._calls[-1].append((layer, rows, [values[row.name] for row in rows]))
@@ -74,7 +74,7 @@ class Rows:
         self._put()
         if self._logits:
             logits = np.concatenate(self._logits, 1)
-            self._emit(self._tables.head.name, None, logits, self._end - logits.shape[1])
+            self._emit(self._arch.head.name, None, logits, self._end - logits.shape[1])
         self._first, self._calls, self._logits = self._end, [], []
 
     def _put(self) -> None:

@@ -81,7 +81,7 @@ def _reading(model: Weights) -> Iterator[None]:
 
     def read() -> None:
         with suppress(UserError):  # found again, and told, when the rows are read
-            model.hash(model.config.tables.table.tensor)
+            model.hash(model.config.arch.embedding.tensor)
 
     thread = threading.Thread(target=read)
     thread.start()

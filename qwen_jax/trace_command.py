@@ -320,7 +320,7 @@ def _rows(plan: Plan) -> list[dict[str, Any]]:
     for stage in plan.stages:
         files = sum(name == stage for name, _ in plan.stored)
         if files:
-            axes = plan.tables.stage[stage].stored_axes(plan.stored_logits)
+            axes = plan.arch.stage[stage].stored_axes(plan.stored_logits)
             size = files * plan.bytes(stage)
             shape = list(plan.shape(stage))
             rows.append(

@@ -124,10 +124,10 @@ class Plan:
         return stage in self.stages and (layer is None or layer in self.layers)
 
     @property
-    def tables(self) -> Architecture:
+    def arch(self) -> Architecture:
         """With the cache's stages where there is one."""
-        tables = self.model.config.tables
-        return tables.cached if self.cache else tables
+        arch = self.model.config.arch
+        return arch.cached if self.cache else arch
 
     @property
     def stored_logits(self) -> str:
@@ -135,7 +135,7 @@ class Plan:
         return self.logits if (self.generate or 1) == 1 else "all"
 
     def shape(self, stage: str) -> tuple[int, ...]:
-        row, dims = self.tables.stage[stage], self.model.config.dims(len(self.positions))
+        row, dims = self.arch.stage[stage], self.model.config.dims(len(self.positions))
         picks = row.last and self.logits == "last" and (self.generate or 1) > 1
         return row.shape(dims, self.stored_logits, self.generate if picks else None)
 
@@ -215,13 +215,13 @@ def make_plan(
         cache = "model"
     if cache is not None:
         cache = cache_format(dtype if cache == "model" else cache, config)
-    tables = config.tables.cached if cache else config.tables
-    names = parse_stages(stages, tables)
+    arch = config.arch.cached if cache else config.arch
+    names = parse_stages(stages, arch)
     numbers = parse_layers(layers, config.num_hidden_layers)
     format = format or ("safetensors" if dtype == "float64" else "aprt")
     stored = tuple(
         (stage.name, layer)
-        for stage, layer in tables.computation_order(config.num_hidden_layers)
+        for stage, layer in arch.computation_order(config.num_hidden_layers)
         if stage.name in names and (layer is None or layer in numbers)
     )
     if not stored:
@@ -332,7 +332,7 @@ def batch_to_memory(engine: Engine, plans: Sequence[Plan]) -> list[MemoryTrace]:
         if rows is None:
             values[i][key] = value
             return
-        row = plans[i].tables.stage[stage]
+        row = plans[i].arch.stage[stage]
         if key not in values[i]:
             values[i][key] = np.zeros(plans[i].shape(stage), dtype)
         place = [slice(None)] * row.axes.index(row.row_axis) + [rows]
@@ -388,7 +388,7 @@ def compute(
     longest = batch.valid.shape[1]
 
     def split(stage: str, layer: int | None, value: np.ndarray, begin: int = 0) -> None:
-        row = first.tables.stage[stage]
+        row = first.arch.stage[stage]
         axis = row.axes.index(row.row_axis)
         flat = value.ndim == len(row.axes)  # lm_head of one position: no T axis
         for i, plan in enumerate(plans):
@@ -533,7 +533,7 @@ def _write(
     """Run the engine once, and write each of its sequences where it goes."""
     last: dict[int, np.ndarray] = {}
     shown: int | None = -1
-    head, producer = plans[0].tables.head, engine.describe()
+    head, producer = plans[0].arch.head, engine.describe()
     with ExitStack() as stack:
         writers = [
             stack.enter_context(
@@ -597,12 +597,12 @@ def _resumed(
         return [], None
     layer = resume.first_layer(found, plan.stored)
     config = plan.model.config
-    carries = config.tables.layer_output.name
+    carries = config.arch.layer_output.name
     if layer == 0:
         tell(f"{out}/: no layer is whole with its {carries}, so it starts anew")
         return [], None
     stated = found.manifest.model.weights
-    names = [config.tables.table.tensor]
+    names = [config.arch.embedding.tensor]
     for number in range(layer):
         names += config.tensor_names("layer", number).values()
     for name in track(names):

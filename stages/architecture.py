@@ -340,7 +340,7 @@ class Architecture:
         return self.end_stages[-1]
 
     @property
-    def table(self) -> Parameter:
+    def embedding(self) -> Parameter:
         """The embedding."""
         return self.parameter[self.first.parameters[0]]
 

@@ -38,5 +38,5 @@ def architecture(name: str) -> Architecture:
 def any_stage(name: str) -> Stage:
     """The row of a stage of whichever architecture has it first."""
     plain = [*ARCHITECTURES.values()]
-    tables = [*plain, *(each.cached for each in plain)]
-    return next(each.stage[name] for each in tables if name in each.stage)
+    every = [*plain, *(each.cached for each in plain)]
+    return next(each.stage[name] for each in every if name in each.stage)

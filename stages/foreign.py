@@ -70,14 +70,14 @@ def open_foreign(path: Path, layout: Layout | None) -> Trace:
 
 def stages_in(path: Path, architecture: str) -> dict[Key, Found]:
     """What a directory holds. Files under other names are no stages of ours and are passed over."""
-    tables = ARCHITECTURES[architecture].cached
+    arch = ARCHITECTURES[architecture].cached
     files: dict[Key, Found] = {}
 
     def add(name: str, found: Found) -> None:
         head, _, stage = name.rpartition("/")
-        stage = tables.aliases.get(stage, stage)
+        stage = arch.aliases.get(stage, stage)
         number = head.removeprefix("layer-") if head else None
-        if stage not in tables.stage or not (number is None or number.isdecimal()):
+        if stage not in arch.stage or not (number is None or number.isdecimal()):
             return
         layer = None if number is None else int(number)
         if (stage, layer) in files:

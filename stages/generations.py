@@ -63,7 +63,7 @@ def parted(a: Trace, b: Trace, row: int) -> Parted | None:
 
 def _choice(trace: Trace, other: int, row: int) -> Choice:
     token, step = trace.tokens[row], trace.step_of(row)
-    head = trace.tables.head.name
+    head = trace.arch.head.name
     before = len(trace.tokens) - row + 1  # the row before it is that many from the end
     if (head, None) not in trace.entries or trace.rows_of(head, None) < before:
         return Choice(step, token, None, None)

@@ -118,7 +118,7 @@ def measure(trace: Trace, format: Format = FLOAT16, near: float = NEAR) -> list[
 def missing(trace: Trace, format: Format) -> list[str]:
     """The stages that would have to be looked at and are in no layer of a trace."""
     reading, there = _Reading(trace, format, NEAR), {stage for stage, _ in trace.entries}
-    return [row.name for row in trace.tables.stages if reading.of(row) and row.name not in there]
+    return [row.name for row in trace.arch.stages if reading.of(row) and row.name not in there]
 
 
 class _Reading:
@@ -127,9 +127,9 @@ class _Reading:
     def __init__(self, trace: Trace, format: Format, near: float) -> None:
         self.trace, self.format, self.near = trace, format, near
         self.sizes = {letter: trace.config[name] for letter, name in SIZES.items()}
-        tables = trace.tables
-        self.read = {name for row in tables.stages if row.kind is LINEAR for name in row.inputs}
-        self.cached = {row.inputs[0] for row in tables.cache}
+        arch = trace.arch
+        self.read = {name for row in arch.stages if row.kind is LINEAR for name in row.inputs}
+        self.cached = {row.inputs[0] for row in arch.cache}
 
     def of(self, row: Stage) -> bool:
         """Whether the format keeps anything of a stage."""
@@ -169,7 +169,7 @@ class _Reading:
     def _sums(self, row: Stage, layer: int | None) -> Iterator[Headroom]:
         """Of the stream: a head's norm is of far fewer terms, and reads a part of its input."""
         layers = self.trace.config["num_hidden_layers"]
-        key = self.trace.tables.stored_as(row.inputs[0], layer, layers)
+        key = self.trace.arch.stored_as(row.inputs[0], layer, layers)
         if row.heads(self.sizes) is None and key in self.trace.entries:
             value = self.trace.read_rows(*key).astype(np.float64)
             yield from self._largest(row, layer, SUM, np.square(value).sum(-1, keepdims=True))

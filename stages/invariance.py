@@ -40,15 +40,15 @@ def partings(a: Trace, b: Trace) -> list[Parting]:
     from. Rows that only one side holds are not compared.
     """
     length, layers = len(a.tokens), a.config["num_hidden_layers"]
-    tables = a.tables if len(a.tables.stages) >= len(b.tables.stages) else b.tables
+    arch = a.arch if len(a.arch.stages) >= len(b.arch.stages) else b.arch
     equal: dict[Key, np.ndarray] = {}
     found = []
-    for row, layer in tables.computation_order(layers):
+    for row, layer in arch.computation_order(layers):
         inputs = np.ones(length, bool)
         for name in row.inputs:
             if name == TOKENS:
                 continue
-            read = equal[tables.stored_as(name, layer, layers)]
+            read = equal[arch.stored_as(name, layer, layers)]
             inputs &= np.logical_and.accumulate(read) if name in row.keys else read
         key = row.name, layer
         if key not in a.entries or key not in b.entries:
@@ -64,7 +64,7 @@ def partings(a: Trace, b: Trace) -> list[Parting]:
 
 def _rows_equal(a: Trace, b: Trace, key: Key) -> np.ndarray:
     """[T] bool: of which rows the bits are equal. Rows that are not held count as equal."""
-    row, length = (a if key[0] in a.tables.stage else b).row(key[0]), len(a.tokens)
+    row, length = (a if key[0] in a.arch.stage else b).row(key[0]), len(a.tokens)
     x, y = a.read_rows(*key), b.read_rows(*key)
     axis = row.axes.index(row.row_axis)
     count = min(x.shape[axis], y.shape[axis])

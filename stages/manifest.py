@@ -146,9 +146,9 @@ class Manifest(Struct, frozen=True, kw_only=True):
     planned: tuple[tuple[str, Whole | None], ...] | UnsetType = UNSET
 
     @property
-    def tables(self) -> Architecture:
-        tables = ARCHITECTURES[self.architecture]
-        return tables.cached if self.cache else tables
+    def arch(self) -> Architecture:
+        arch = ARCHITECTURES[self.architecture]
+        return arch.cached if self.cache else arch
 
     def to_bytes(self) -> bytes:
         """The file's content: the same manifest always gives the same bytes."""
@@ -231,7 +231,7 @@ def _check(directory: Path, manifest: Manifest) -> None:
         ValueError: the rest.
     """
     try:
-        tables = architecture(manifest.architecture).cached
+        arch = architecture(manifest.architecture).cached
     except UserError as error:
         raise UserError(f"{directory / NAME}: {error}") from None
     length = len(manifest.tokens)
@@ -243,7 +243,7 @@ def _check(directory: Path, manifest: Manifest) -> None:
     _check_config(manifest.model.config)
     seen: set[Key] = set()
     for entry in manifest.files:
-        _check_entry(directory, entry, tables, manifest)
+        _check_entry(directory, entry, arch, manifest)
         key = entry.stage, entry.layer
         if key in seen:
             raise ValueError(f"{entry.stage} of layer {entry.layer} is there twice")
@@ -272,16 +272,14 @@ def _check_config(config: dict[str, Any]) -> None:
         raise ValueError("sliding_layers of model.config is not true or false for each layer")
 
 
-def _check_entry(
-    directory: Path, entry: FileEntry, tables: Architecture, manifest: Manifest
-) -> None:
+def _check_entry(directory: Path, entry: FileEntry, arch: Architecture, manifest: Manifest) -> None:
     path = PurePosixPath(entry.path)
     inside = Path(os.path.realpath(directory / path)).is_relative_to(os.path.realpath(directory))
     if path.is_absolute() or ".." in path.parts or not inside:
         raise UserError(f"{directory / NAME}: path {entry.path!r} leaves the trace directory")
-    row = tables.stage.get(entry.stage)
+    row = arch.stage.get(entry.stage)
     if row is None:
-        raise ValueError(f"{entry.path}: {entry.stage!r} is no stage of {tables.name}")
+        raise ValueError(f"{entry.path}: {entry.stage!r} is no stage of {arch.name}")
     if row.layer_of(entry.layer) != entry.layer or (entry.layer is None) != (row.scope == "end"):
         raise ValueError(f"{path}: {row.name} of layer {entry.layer}")
     config = manifest.model.config

@@ -24,35 +24,35 @@ class Place(NamedTuple):
     part: str = ""
 
 
-def place(tables: Architecture, path: str, side: str) -> Place | None:
+def place(arch: Architecture, path: str, side: str) -> Place | None:
     """What the input ("in") or output ("out") of the module at a Hugging Face path is; None where
     it is no stage. What stands in front of ``layers.``, or of the last name, does not count."""
     if match := LAYER.fullmatch(path):
         layer, end = int(match[1]), match[2] or ""
-        found = _layer_places(tables).get((end, side))
+        found = _layer_places(arch).get((end, side))
         return found and found._replace(layer=layer)
-    return _outer_places(tables).get((path.rpartition(".")[2], side))
+    return _outer_places(arch).get((path.rpartition(".")[2], side))
 
 
 @cache
-def _layer_places(tables: Architecture) -> dict[tuple[str, str], Place]:
-    return {key: found for row in tables.layer_stages for key, found in _places(tables, row)}
+def _layer_places(arch: Architecture) -> dict[tuple[str, str], Place]:
+    return {key: found for row in arch.layer_stages for key, found in _places(arch, row)}
 
 
 @cache
-def _outer_places(tables: Architecture) -> dict[tuple[str, str], Place]:
+def _outer_places(arch: Architecture) -> dict[tuple[str, str], Place]:
     """Of what lies outside the layers, by the last name of a path."""
     return {
         (end.rpartition(".")[2], side): found._replace(layer=row.layer_of(0))
-        for row in (*tables.start_stages, *tables.end_stages)
-        for (end, side), found in _places(tables, row)
+        for row in (*arch.start_stages, *arch.end_stages)
+        for (end, side), found in _places(arch, row)
     }
 
 
-def _places(tables: Architecture, row: Stage) -> Iterator[tuple[tuple[str, str], Place]]:
+def _places(arch: Architecture, row: Stage) -> Iterator[tuple[tuple[str, str], Place]]:
     """(module, side) -> what it is, without the layer."""
-    modules = [tables.parameter[name].module for name in row.parameters]
-    if row is tables.layer_output:
+    modules = [arch.parameter[name].module for name in row.parameters]
+    if row is arch.layer_output:
         yield ("", "out"), Place(row.name, None)
     elif row.kind is ACTIVATION:
         yield (ACTIVATION_MODULE, "out"), Place(row.name, None)
@@ -62,27 +62,27 @@ def _places(tables: Architecture, row: Stage) -> Iterator[tuple[tuple[str, str],
         for module in modules:
             yield (module, "out"), Place(row.name, None, module.rpartition(".")[2])
     else:
-        for reader in tables.stages:
+        for reader in arch.stages:
             if reader.inputs == (row.name,) and len(reader.parameters) == 1:
-                module = tables.parameter[reader.parameters[0]].module
+                module = arch.parameter[reader.parameters[0]].module
                 yield (module, "in"), Place(row.name, None)
 
 
-def modules(tables: Architecture, row: Stage, layer: int | None) -> list[tuple[str, str]]:
+def modules(arch: Architecture, row: Stage, layer: int | None) -> list[tuple[str, str]]:
     """The Hugging Face path and side of the modules that a stage is found at, in order; empty
     where it is the value of none."""
     found = []
-    for (end, side), _ in _places(tables, row):
+    for (end, side), _ in _places(arch, row):
         path = f"model.layers.{layer}.{end}".rstrip(".") if row.scope == "layer" else end
         found.append((path, side))
     return found
 
 
-def parts(tables: Architecture, stage: str) -> dict[str, str]:
+def parts(arch: Architecture, stage: str) -> dict[str, str]:
     """The last names of the modules whose values stand side by side in a stage, in order, with the
     axis of each; empty where it is the value of one module, or of none."""
-    if stage not in tables.stage:
+    if stage not in arch.stage:
         return {}
-    rows = [tables.parameter[name] for name in tables.stage[stage].parameters]
+    rows = [arch.parameter[name] for name in arch.stage[stage].parameters]
     found = {row.module.rpartition(".")[2]: row.axes[0] for row in rows}
     return found if len(rows) > 1 else {}

@@ -92,7 +92,7 @@ def _check_weights(a: Trace, b: Trace, notes: list[str]) -> None:
 
 def _check_embedding(a: Trace, b: Trace, notes: list[str]) -> None:
     """Tokens and weights show in the embedding before anything has been computed."""
-    key = (b.tables.first.name, 0)
+    key = (b.arch.first.name, 0)
     if key not in a.entries or key not in b.entries:
         notes.append("no embedding on both sides: tokens and weights are unproved by it")
         return

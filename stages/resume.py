@@ -69,6 +69,6 @@ def first_layer(trace: Trace, wanted: Sequence[Key]) -> int:
     layers = trace.config["num_hidden_layers"]
     for layer in range(layers, 0, -1):
         before = {key for key in wanted if key[1] is not None and key[1] < layer}
-        if before | {(trace.tables.layer_output.name, layer - 1)} <= whole:
+        if before | {(trace.arch.layer_output.name, layer - 1)} <= whole:
             return layer
     return 0

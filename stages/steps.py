@@ -100,8 +100,8 @@ class StepsTrace(Trace):
     def _whole(self, key: Key, parts: list[Part], layout: Layout) -> FileEntry:
         """The stage of all calls. A trace's rows are the last ones of its sequence: what a call
         computed for its last row alone begins where no row is missing any more."""
-        tables = ARCHITECTURES[layout.config["architecture"]].cached
-        row, length = tables.stage[key[0]], len(layout.tokens)
+        arch = ARCHITECTURES[layout.config["architecture"]].cached
+        row, length = arch.stage[key[0]], len(layout.tokens)
         if other := next((p for p in parts if p.file.dtype != parts[0].file.dtype), None):
             first = parts[0].file
             raise UserError(

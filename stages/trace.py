@@ -47,7 +47,7 @@ class Trace:
         steps: how many rows each call of the engine computed.
         changed: rows of the key/value cache that a later call read otherwise.
         dtype: the model's dtype; None where a foreign trace does not say.
-        tables: the architecture.
+        arch: the architecture.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Trace:
         self.dtype: str | None = found.dtype if found else None
         self.steps: tuple[int, ...] = found.steps if found else (len(tokens),)
         # Without cache stages in the trace, attention is replayed from what went into the cache.
-        tables = ARCHITECTURES[config["architecture"]]
-        self.tables: Architecture = tables.with_cache({stage for stage, _ in entries})
-        names = self.tables.names
+        arch = ARCHITECTURES[config["architecture"]]
+        self.arch: Architecture = arch.with_cache({stage for stage, _ in entries})
+        names = self.arch.names
         order = sorted(
             entries, key=lambda key: (math.inf if key[1] is None else key[1], names.index(key[0]))
         )
@@ -88,7 +88,7 @@ class Trace:
         return int(np.searchsorted(np.cumsum(self.steps), row, "right"))
 
     def row(self, stage: str) -> Stage:
-        return self.tables.stage[stage]
+        return self.arch.stage[stage]
 
     def rows_of(self, stage: str, layer: int | None) -> int:
         """How many rows, the last ones of the sequence, are held of a stage."""
@@ -116,7 +116,7 @@ class Trace:
         """What there is, as plain data."""
         return {
             "name": str(self.path),
-            "architecture": self.tables.name,
+            "architecture": self.arch.name,
             "dtype": self.dtype,
             "tokens": list(self.tokens),
             "positions": list(self.positions),
@@ -128,7 +128,7 @@ class Trace:
 
     def __repr__(self) -> str:
         return (
-            f"<{type(self).__name__} {self.path}: {self.tables.name}, {self.dtype or 'foreign'}, "
+            f"<{type(self).__name__} {self.path}: {self.arch.name}, {self.dtype or 'foreign'}, "
             f"{len(self.tokens)} tokens, {len(self.entries)} stages>"
         )
 
@@ -153,9 +153,9 @@ class MemoryTrace(Trace):
         positions: tuple[int, ...] | None = None,
         steps: tuple[int, ...] | None = None,
     ) -> None:
-        tables = ARCHITECTURES[config["architecture"]].cached
+        arch = ARCHITECTURES[config["architecture"]].cached
         entries = {
-            (stage, layer): new_entry(tables.stage[stage], layer, value.shape, len(tokens))
+            (stage, layer): new_entry(arch.stage[stage], layer, value.shape, len(tokens))
             for (stage, layer), value in values.items()
         }
         given = tuple(range(len(tokens))) if positions is None else positions
@@ -291,7 +291,7 @@ def _check_dtype(trace: Trace, dtype: str) -> None:
     counted = Counter(str(entry.dtype) for entry in trace.entries.values())
     if not counted or counted[dtype] == max(counted.values()):
         return
-    first = trace.tables.first.name  # has the weights' format
+    first = trace.arch.first.name  # has the weights' format
     telling = [
         e for k, e in trace.entries.items() if not trace.row(k[0]).kind.masked and k[0] != first
     ]

@@ -43,7 +43,7 @@ def _lay_out(planned: Planned, header: Manifest) -> dict[Key, FileEntry]:
     """
     entries: dict[Key, FileEntry] = {}
     for (stage, layer), (shape, dtype) in planned.items():
-        row = header.tables.stage[stage]
+        row = header.arch.stage[stage]
         axes = row.stored_axes(header.logits)
         rows = shape[axes.index(row.row_axis)] if row.row_axis in axes else None
         file = stage + FORMATS[header.format]
@@ -228,7 +228,7 @@ class TraceWriter:
     def _fits(self, key: Key, value: np.ndarray, rows: slice) -> bool:
         """Whether the value is these rows of the stage as planned."""
         place = self._places[key]
-        along = place.axes.index(self.header.tables.stage[place.stage].row_axis)
+        along = place.axes.index(self.header.arch.stage[place.stage].row_axis)
         planned = [*place.shape]
         planned[along] = rows.stop - rows.start
         if "S" in place.axes[along + 1 :] and value.ndim == len(planned):
@@ -239,7 +239,7 @@ class TraceWriter:
         """Queue the rows of a stage that wait, as one value."""
         waiting = self._few.pop(key)
         place, (last, end) = self._places[key], waiting[-1]
-        along = place.axes.index(self.header.tables.stage[place.stage].row_axis)
+        along = place.axes.index(self.header.arch.stage[place.stage].row_axis)
         first = waiting[0][1].start
         shape = (*last.shape[:along], end.stop - first, *last.shape[along + 1 :])
         value = np.zeros(shape, last.dtype)
@@ -335,7 +335,7 @@ class TraceWriter:
         axes, shape = place.axes, place.shape
         along, expected = 0, shape
         if rows is not None:
-            along = axes.index(self.header.tables.stage[place.stage].row_axis)
+            along = axes.index(self.header.arch.stage[place.stage].row_axis)
             expected = (*shape[:along], rows.stop - rows.start, *shape[along + 1 :])
             if "S" in axes[along + 1 :]:
                 at = axes.index("S")

@@ -168,7 +168,7 @@ def check_rounding(
     reference = torch_trace(directory, tokens, dtype)
     trace = jax_trace(directory, tokens, dtype, backend)
     config = HuggingFaceWeights(directory).config
-    names = config.tables.names
+    names = config.arch.names
     for stage in names[: names.index(last) + 1]:
         distance = ulps(*(visible(config, stage, 0, t[stage, 0]) for t in (trace, reference)))
         equal, near = (distance == 0).mean(), (distance <= 1).mean()
@@ -218,7 +218,7 @@ def test_the_oracle_only_reads(demo, prompt, tmp_path, architecture, dtype) -> N
         write_checkpoint(tmp_path, model_type=architecture, dtype="bfloat16")
         model, tokens = HuggingFaceWeights(tmp_path), tuple(range(1, 42))
     engine, head = TorchEngine(model, dtype, "cpu"), ("lm_head", None)
-    order = model.config.tables.computation_order(model.config.num_hidden_layers)
+    order = model.config.arch.computation_order(model.config.num_hidden_layers)
     everything = {(stage.name, layer) for stage, layer in order}
     for logits, keep in (("all", 0), ("last", 1)):
         stock = stock_logits(model.directory, tokens, dtype, keep)

@@ -35,10 +35,10 @@ ORDER = {
 DIMS = {"T": 5, "S": 7, "N": 4, "K": 2, "H": 8, "D": 24, "F": 40, "V": 48}
 SQUARE = DIMS | {"S": 5}  # of a whole sequence
 
-EACH = pytest.mark.parametrize("tables", ARCHITECTURES.values(), ids=list(ARCHITECTURES))
-EVERY = [(tables, stage) for tables in ARCHITECTURES.values() for stage in tables.stages]
+EACH = pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=list(ARCHITECTURES))
+EVERY = [(arch, stage) for arch in ARCHITECTURES.values() for stage in arch.stages]
 EVERY_STAGE = pytest.mark.parametrize(
-    ("tables", "stage"), EVERY, ids=[f"{tables.name}-{stage.name}" for tables, stage in EVERY]
+    ("arch", "stage"), EVERY, ids=[f"{arch.name}-{stage.name}" for arch, stage in EVERY]
 )
 
 
@@ -61,18 +61,18 @@ def test_the_architectures():
 
 
 @EACH
-def test_names_and_their_order(tables):
-    assert " ".join(tables.names) == ORDER[tables.name]
-    assert len(tables.names) == len(tables.stages) == {"qwen2": 20, "qwen3": 21}[tables.name]
-    assert all(tables.stage[name].name == name for name in tables.names)
+def test_names_and_their_order(arch):
+    assert " ".join(arch.names) == ORDER[arch.name]
+    assert len(arch.names) == len(arch.stages) == {"qwen2": 20, "qwen3": 21}[arch.name]
+    assert all(arch.stage[name].name == name for name in arch.names)
 
 
 def test_one_order_that_all_architectures_share():
-    cached = [tables.cached for tables in ARCHITECTURES.values()]
-    assert set(ALL_NAMES) == {name for tables in cached for name in tables.names}
+    cached = [arch.cached for arch in ARCHITECTURES.values()]
+    assert set(ALL_NAMES) == {name for arch in cached for name in arch.names}
     assert len(set(ALL_NAMES)) == len(ALL_NAMES)
-    for tables in ARCHITECTURES.values():
-        assert tuple(name for name in ALL_NAMES if name in tables.names) == tables.names
+    for arch in ARCHITECTURES.values():
+        assert tuple(name for name in ALL_NAMES if name in arch.names) == arch.names
     assert any_stage("qkv_bias") is QWEN2.stage["qkv_bias"]
     assert any_stage("q_norm") is QWEN3.stage["q_norm"]
     assert any_stage("attn_scores") is QWEN2.stage["attn_scores"]  # not the one with a cache
@@ -81,16 +81,16 @@ def test_one_order_that_all_architectures_share():
 def test_a_cache_stands_between_its_input_and_attention():
     """Without one there are the twenty stages; with one, two more, and only attention's reading of
     keys and values changes."""
-    for tables in ARCHITECTURES.values():
-        cached = tables.cached
-        assert set(cached.names) - set(tables.names) == {"k_cache", "v_cache"}
-        changed = [n for n in tables.names if cached.stage[n] != tables.stage[n]]
+    for arch in ARCHITECTURES.values():
+        cached = arch.cached
+        assert set(cached.names) - set(arch.names) == {"k_cache", "v_cache"}
+        changed = [n for n in arch.names if cached.stage[n] != arch.stage[n]]
         assert changed == ["attn_scores", "attention"]
         for name, cache in zip(changed, ("k_cache", "v_cache"), strict=True):
             assert cached.stage[name].keys == (cache,)
-            assert tables.stage[name].keys == cached.stage[cache].inputs
-        only_k = tables.with_cache({"k_cache"})
-        assert only_k.stage["attention"] == tables.stage["attention"]
+            assert arch.stage[name].keys == cached.stage[cache].inputs
+        only_k = arch.with_cache({"k_cache"})
+        assert only_k.stage["attention"] == arch.stage["attention"]
         assert only_k.stage["attn_scores"] == cached.stage["attn_scores"]
 
 
@@ -107,9 +107,9 @@ def test_what_qwen3_has_of_its_own():
 
 
 @EACH
-def test_inputs_are_values_of_earlier_stages(tables):
+def test_inputs_are_values_of_earlier_stages(arch):
     known = {TOKENS}
-    for stage in tables.stages:
+    for stage in arch.stages:
         assert stage.inputs and set(stage.inputs) <= known, stage.name
         assert set(stage.keys) | set(stage.unrounded) <= set(stage.inputs), stage.name
         known |= {stage.name}
@@ -118,48 +118,48 @@ def test_inputs_are_values_of_earlier_stages(tables):
 
 
 @EACH
-def test_every_value_but_the_last_is_used(tables):
-    used = {name for stage in tables.stages for name in stage.inputs}
-    assert set(tables.names) - used == {"embedding", "lm_head"}  # the first as layer_input
-    assert (tables.first.name, tables.head.name) == ("embedding", "lm_head")
-    assert tables.layer_output.name == "post_ffn_residual"
+def test_every_value_but_the_last_is_used(arch):
+    used = {name for stage in arch.stages for name in stage.inputs}
+    assert set(arch.names) - used == {"embedding", "lm_head"}  # the first as layer_input
+    assert (arch.first.name, arch.head.name) == ("embedding", "lm_head")
+    assert arch.layer_output.name == "post_ffn_residual"
 
 
 @EACH
-def test_every_parameter_is_used_once_and_in_its_scope(tables):
-    used = [(name, stage.scope) for stage in tables.stages for name in stage.parameters]
-    assert sorted(used) == sorted((each.name, each.scope) for each in tables.parameters)
-    for name in tables.parameter:
-        assert name in tables.used_by(name).parameters
-    assert tables.table.name == "embed_tokens"
-    assert [each.tied_to for each in tables.parameters if each.tied_to] == ["embed_tokens"]
+def test_every_parameter_is_used_once_and_in_its_scope(arch):
+    used = [(name, stage.scope) for stage in arch.stages for name in stage.parameters]
+    assert sorted(used) == sorted((each.name, each.scope) for each in arch.parameters)
+    for name in arch.parameter:
+        assert name in arch.used_by(name).parameters
+    assert arch.embedding.name == "embed_tokens"
+    assert [each.tied_to for each in arch.parameters if each.tied_to] == ["embed_tokens"]
 
 
 @EACH
-def test_a_linear_stage_is_its_weights_side_by_side(tables):
-    for stage in tables.stages:
+def test_a_linear_stage_is_its_weights_side_by_side(arch):
+    for stage in arch.stages:
         assert stage.linear == (stage.kind is LINEAR)
         if stage.linear:
-            shapes = [tables.parameter_shape(name, DIMS) for name in stage.parameters]
+            shapes = [arch.parameter_shape(name, DIMS) for name in stage.parameters]
             (source,) = stage.inputs
-            inner = {math.prod(axis_size(a, DIMS) for a in tables.axes_of(source)[1:])}
+            inner = {math.prod(axis_size(a, DIMS) for a in arch.axes_of(source)[1:])}
             assert {width for _, width in shapes} == inner, stage.name
             assert stage.shape(DIMS) == (5, sum(out for out, _ in shapes)), stage.name
 
 
 @EACH
-def test_scopes_come_in_order(tables):
-    scopes = [s.scope for s in tables.stages]
+def test_scopes_come_in_order(arch):
+    scopes = [s.scope for s in arch.stages]
     assert scopes == sorted(scopes, key=["start", "layer", "end"].index)
-    assert tables.stages == (*tables.start_stages, *tables.layer_stages, *tables.end_stages)
-    assert tables.stage["embedding"].layer_of(3) == 0
-    assert tables.stage["ffn_up"].layer_of(3) == 3
-    assert tables.stage["lm_head"].layer_of(3) is None
+    assert arch.stages == (*arch.start_stages, *arch.layer_stages, *arch.end_stages)
+    assert arch.stage["embedding"].layer_of(3) == 0
+    assert arch.stage["ffn_up"].layer_of(3) == 3
+    assert arch.stage["lm_head"].layer_of(3) is None
 
 
 def test_axes_have_sizes():
-    for tables in ARCHITECTURES.values():
-        for row in (*tables.stages, *tables.parameters):
+    for arch in ARCHITECTURES.values():
+        for row in (*arch.stages, *arch.parameters):
             assert all(axis_size(axis, DIMS) > 0 for axis in row.axes), row.name
     for axis, size in ((QKV, 64), ("N*H", 32), ("H", 8), ("2K", 4), ("N+2K", 8), ("12K*H", 192)):
         assert axis_size(axis, DIMS) == size
@@ -173,40 +173,40 @@ def test_axes_have_sizes():
 
 
 @EACH
-def test_only_the_last_rows_of_a_stage(tables):
-    for stage in tables.stages:
+def test_only_the_last_rows_of_a_stage(arch):
+    for stage in arch.stages:
         whole, last = stage.shape(DIMS), stage.shape(DIMS, rows=2)
         place = stage.axes.index("T")
         assert last == (*whole[:place], 2, *whole[place + 1 :]), stage.name
-    assert tables.stage["attn_scores"].shape(DIMS, rows=1) == (4, 1, 7)  # S stays
+    assert arch.stage["attn_scores"].shape(DIMS, rows=1) == (4, 1, 7)  # S stays
 
 
 @EACH
-def test_only_lm_head_depends_on_the_kept_logits(tables):
-    head = tables.stage["lm_head"]
+def test_only_lm_head_depends_on_the_kept_logits(arch):
+    head = arch.stage["lm_head"]
     assert head.stored_axes("last") == ("V",)
     assert head.stored_axes("all") == ("T", "V")
     assert head.shape(DIMS, "last") == (48,)
-    for stage in tables.stages[:-1]:
+    for stage in arch.stages[:-1]:
         assert not stage.last and stage.stored_axes("last") == stage.axes
 
 
 @EACH
-def test_every_row_and_axis_letter_is_explained(tables):
-    for stage in tables.stages:
+def test_every_row_and_axis_letter_is_explained(arch):
+    for stage in arch.stages:
         assert stage.value.strip() == stage.value != "", stage.name
-    for row in (*tables.stages, *tables.parameters):
+    for row in (*arch.stages, *arch.parameters):
         for axis in row.axes:
             letters = [letter for letter in axis if letter.isalpha()]
             assert all(f"{x} " in (architecture.__doc__ or "") for x in letters), row.name
 
 
 @EACH
-def test_computation_order(tables):
-    order = [(stage.name, layer) for stage, layer in tables.computation_order(2)]
+def test_computation_order(arch):
+    order = [(stage.name, layer) for stage, layer in arch.computation_order(2)]
     assert order[:2] == [("embedding", 0), ("attn_norm", 0)]
     assert order[-3:] == [("post_ffn_residual", 1), ("final_norm", None), ("lm_head", None)]
-    assert len(order) == len(set(order)) == 3 + 2 * {"qwen2": 17, "qwen3": 18}[tables.name]
+    assert len(order) == len(set(order)) == 3 + 2 * {"qwen2": 17, "qwen3": 18}[arch.name]
 
 
 # --- who reads what
@@ -214,14 +214,14 @@ def test_computation_order(tables):
 
 @EACH
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_readers_are_those_whose_input_is_stored_there(tables, layers):
-    order = [(stage.name, layer) for stage, layer in tables.computation_order(layers)]
-    read = {key: list(tables.readers(*key, layers)) for key in order}
+def test_readers_are_those_whose_input_is_stored_there(arch, layers):
+    order = [(stage.name, layer) for stage, layer in arch.computation_order(layers)]
+    read = {key: list(arch.readers(*key, layers)) for key in order}
     wanted = {key: [] for key in order}
-    for stage, layer in tables.computation_order(layers):
+    for stage, layer in arch.computation_order(layers):
         for name in stage.inputs:
             if name != TOKENS:
-                source = tables.stored_as(name, layer, layers)
+                source = arch.stored_as(name, layer, layers)
                 assert order.index(source) < order.index((stage.name, layer))
                 wanted[source].append((stage.name, layer))
     assert read == wanted
@@ -229,14 +229,14 @@ def test_readers_are_those_whose_input_is_stored_there(tables, layers):
 
 
 def test_readers_of_some_stages():
-    for tables in ARCHITECTURES.values():
-        assert list(tables.readers("embedding", 0, 2)) == [
+    for arch in ARCHITECTURES.values():
+        assert list(arch.readers("embedding", 0, 2)) == [
             ("attn_norm", 0), ("post_attn_residual", 0)
         ]  # fmt: skip
-        assert list(tables.readers("post_ffn_residual", 0, 2)) == [
+        assert list(arch.readers("post_ffn_residual", 0, 2)) == [
             ("attn_norm", 1), ("post_attn_residual", 1)
         ]  # fmt: skip
-        assert list(tables.readers("post_ffn_residual", 1, 2)) == [("final_norm", None)]
+        assert list(arch.readers("post_ffn_residual", 1, 2)) == [("final_norm", None)]
     qkv = ["q_post_rope", "k_post_rope", "attention"]
     assert [name for name, _ in QWEN2.readers("qkv_bias", 1, 2)] == qkv
     qkv = ["q_norm", "k_norm", "attention"]
@@ -244,9 +244,9 @@ def test_readers_of_some_stages():
 
 
 def test_the_keys_are_read_at_every_key_position():
-    for tables in ARCHITECTURES.values():
-        keys = {stage.name: stage.keys for stage in tables.stages if stage.keys}
-        before = "qkv_bias" if tables is QWEN2 else "qkv_matmul"
+    for arch in ARCHITECTURES.values():
+        keys = {stage.name: stage.keys for stage in arch.stages if stage.keys}
+        before = "qkv_bias" if arch is QWEN2 else "qkv_matmul"
         assert keys == {"attn_scores": ("k_post_rope",), "attention": (before,)}
     assert {stage.name: stage.unrounded for stage in QWEN2.stages if stage.unrounded} == {
         "qkv_bias": ("qkv_matmul",)
@@ -269,14 +269,14 @@ def heads_of(stage):
 
 
 @EVERY_STAGE
-def test_how_many_heads(tables, stage):
+def test_how_many_heads(arch, stage):
     assert stage.heads(SQUARE) == heads_of(stage)
     assert stage.heads_lead == (stage.name in ("attn_scores", "attn_softmax"))
 
 
 @EVERY_STAGE
 @pytest.mark.parametrize("batch", [(), (1,)])
-def test_a_stage_as_a_matrix(tables, stage, batch):
+def test_a_stage_as_a_matrix(arch, stage, batch):
     value = numbers((*batch, *stage.shape(SQUARE)))
     matrix = stage.matrix(value)
     rows = 20 if stage.heads_lead else 5
@@ -300,7 +300,7 @@ def slices_of(stage, value):
 
 
 @EVERY_STAGE
-def test_sums_are_folded_to_slices(tables, stage):
+def test_sums_are_folded_to_slices(arch, stage):
     value = numbers(stage.shape(SQUARE)) ** 2
     matrix = stage.matrix(value)
     found = stage.fold(stage.heads(SQUARE), matrix.sum(1), matrix.sum(0))
@@ -315,7 +315,7 @@ def test_sums_are_folded_to_slices(tables, stage):
 
 @EVERY_STAGE
 @pytest.mark.parametrize("batch", [(), (1,)])
-def test_a_mask_of_slices_is_spread_over_the_value(tables, stage, batch):
+def test_a_mask_of_slices_is_spread_over_the_value(arch, stage, batch):
     shape = (*batch, *stage.shape(SQUARE))
     places = np.arange(math.prod(shape)).reshape(shape)
     for axis, part in slices_of(stage, places.reshape(stage.shape(SQUARE))).items():
@@ -326,7 +326,7 @@ def test_a_mask_of_slices_is_spread_over_the_value(tables, stage, batch):
 
 
 @EVERY_STAGE
-def test_a_value_by_heads_and_back(tables, stage):
+def test_a_value_by_heads_and_back(arch, stage):
     heads = stage.heads(SQUARE)
     if not heads:
         return
@@ -343,12 +343,12 @@ def test_a_value_by_heads_and_back(tables, stage):
 
 @EACH
 @pytest.mark.parametrize("tied", [False, True])
-def test_tensors_are_those_of_transformers(tables, tied):
+def test_tensors_are_those_of_transformers(arch, tied):
     transformers = pytest.importorskip("transformers")
-    raw = hf_config(model_type=tables.name, tie_word_embeddings=tied)
+    raw = hf_config(model_type=arch.name, tie_word_embeddings=tied)
     # whatever transformers makes of it: bias or not, norms, N*H (32) is not D (24)
     theirs = transformers.AutoConfig.for_model(**raw)
-    model = getattr(transformers, tables.hf_class)(theirs)
+    model = getattr(transformers, arch.hf_class)(theirs)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if tied:
         assert wanted.pop("lm_head.weight") == wanted["model.embed_tokens.weight"]
@@ -364,10 +364,10 @@ def test_tensors_are_those_of_transformers(tables, tied):
 
 
 @EACH
-def test_gguf_names_are_those_of_its_package(tables):
+def test_gguf_names_are_those_of_its_package(arch):
     gguf = pytest.importorskip("gguf")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[tables.name.upper()], 3)
-    for tensor, (parameter, layer) in tables.tensors(3, tied=False).items():
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.name.upper()], 3)
+    for tensor, (parameter, layer) in arch.tensors(3, tied=False).items():
         stem, _, suffix = tensor.rpartition(".")
         assert parameter.gguf_name(layer) == f"{names.get_name(stem)}.{suffix}"
 
@@ -394,8 +394,8 @@ def test_the_module_of_a_parameter():
         (" ALL ", None),
     ],
 )
-def test_stage_lists(tables, text, names):
-    assert parse_stages(text, tables) == (tables.names if names is None else names)
+def test_stage_lists(arch, text, names):
+    assert parse_stages(text, arch) == (arch.names if names is None else names)
 
 
 @EACH
@@ -414,44 +414,44 @@ def test_stage_lists(tables, text, names):
         ("all,ffn_up", "'ffn_up' twice"),
     ],
 )
-def test_wrong_stage_lists(tables, text, says):
+def test_wrong_stage_lists(arch, text, says):
     with pytest.raises(UserError) as error:
-        parse_stages(text, tables)
+        parse_stages(text, arch)
     assert says in one_line(error)
 
 
-@pytest.mark.parametrize(("text", "tables"), [("q_norm", QWEN2), ("qkv_bias", QWEN3)])
-def test_a_stage_of_another_architecture(text, tables):
+@pytest.mark.parametrize(("text", "arch"), [("q_norm", QWEN2), ("qkv_bias", QWEN3)])
+def test_a_stage_of_another_architecture(text, arch):
     with pytest.raises(UserError) as error:
-        parse_stages(text, tables)
+        parse_stages(text, arch)
     assert f"unknown stage {text!r}" in one_line(error)
 
 
 @EACH
 @pytest.mark.parametrize("text", ["", "ffn_upp"])
-def test_a_wrong_stage_list_is_answered_with_the_names(tables, text):
+def test_a_wrong_stage_list_is_answered_with_the_names(arch, text):
     with pytest.raises(UserError) as error:
-        parse_stages(text, tables)
-    for name in ("all", *tables.names):
+        parse_stages(text, arch)
+    for name in ("all", *arch.names):
         assert name in one_line(error)
 
 
 @settings(deadline=None)
 @given(st.sampled_from(list(ARCHITECTURES.values())), st.data(), st.randoms())
-def test_any_order_and_case_of_names_gives_computation_order(tables, data, random):
-    names = data.draw(st.sets(st.sampled_from(tables.names), min_size=1))
+def test_any_order_and_case_of_names_gives_computation_order(arch, data, random):
+    names = data.draw(st.sets(st.sampled_from(arch.names), min_size=1))
     shuffled = sorted(names, key=lambda name: random.random())
     spelled = [random.choice([str.upper, str.title, str.lower])(name) for name in shuffled]
     blanks = [random.choice(["", " ", "  "]) for _ in spelled]
     text = ",".join(blank + name + blank for name, blank in zip(spelled, blanks, strict=True))
-    assert parse_stages(text, tables) == tuple(name for name in tables.names if name in names)
+    assert parse_stages(text, arch) == tuple(name for name in arch.names if name in names)
 
 
 @EACH
-def test_aliases_name_stages_and_hide_none(tables):
-    assert tables.aliases
-    assert set(tables.aliases.values()) <= set(tables.names)
-    assert not set(tables.aliases) & set(tables.names)
+def test_aliases_name_stages_and_hide_none(arch):
+    assert arch.aliases
+    assert set(arch.aliases.values()) <= set(arch.names)
+    assert not set(arch.aliases) & set(arch.names)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_decode_is_the_prefill_of_its_tokens(tiny: Path, chunk: int | None) ->
     check_stages(made.model.config, plain, torch_trace(tiny, found.tokens), 1e-5)
     for _, layer in cached:
         np.testing.assert_array_equal(found.read("k_cache", layer), plain["k_post_rope", layer])
-        v = plain[found.tables.stage["v_cache"].inputs[0], layer][:, -64:].reshape(-1, 2, 32)
+        v = plain[found.arch.stage["v_cache"].inputs[0], layer][:, -64:].reshape(-1, 2, 32)
         np.testing.assert_array_equal(found.read("v_cache", layer), v)
 
 

@@ -131,11 +131,9 @@ def test_a_module_is_a_stage(path: str, side: str, expected: Place | None) -> No
 
 
 def test_modules_of_a_qwen3() -> None:
-    tables = ARCHITECTURES["qwen3"]
-    assert place(tables, "model.layers.3.self_attn.q_norm", "out") == Place("q_norm", 3)
-    assert place(tables, "model.layers.3.self_attn.q_proj", "out") == Place(
-        "qkv_matmul", 3, "q_proj"
-    )
+    arch = ARCHITECTURES["qwen3"]
+    assert place(arch, "model.layers.3.self_attn.q_norm", "out") == Place("q_norm", 3)
+    assert place(arch, "model.layers.3.self_attn.q_proj", "out") == Place("qkv_matmul", 3, "q_proj")
 
 
 # --- the recorder. D 64, N 4, K 2, H 16, F 96, V 48, two layers
@@ -346,7 +344,7 @@ def test_transformers_computes_what_jax_does(
 ) -> None:
     trace = collect("transformers", model, tmp_path / "d", *options)
     inside = set() if "--attention" not in options else {"attn_softmax"}
-    biased = {"qkv_matmul"} if "qkv_bias" in trace.tables.stage else set()
+    biased = {"qkv_matmul"} if "qkv_bias" in trace.arch.stage else set()
     assert absent(trace) == {"attn_scores"} | inside | biased
     assert trace.manifest and not trace.changed
     first = trace.positions[0]

@@ -52,7 +52,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 @pytest.mark.parametrize("overrides", [{}, {"rope_scaling": YARN}, {"use_sliding_window": True}])
 def test_plain_data_and_back(type, overrides):
     config = from_hf(hf_config(model_type=type, **overrides, sliding_window=7, max_window_layers=1))
-    assert config.tables is ARCHITECTURES[type]
+    assert config.arch is ARCHITECTURES[type]
     data = json.loads(json.dumps(config.to_json()))
     assert Config.from_json(data) == config and hash(Config.from_json(data)) == hash(config)
 
@@ -245,10 +245,10 @@ def test_a_head_size_of_its_own():
 def test_transformers_has_the_same_defaults(field):
     """The tables' defaults, and a published size's, against a configuration of nothing."""
     transformers = pytest.importorskip("transformers")
-    for name, tables in ARCHITECTURES.items():
+    for name, arch in ARCHITECTURES.items():
         theirs = transformers.AutoConfig.for_model(name)
-        if field in tables.defaults:
-            assert tables.defaults[field] == getattr(theirs, field), name
+        if field in arch.defaults:
+            assert arch.defaults[field] == getattr(theirs, field), name
 
 
 @pytest.mark.parametrize("type", ARCHITECTURES)

@@ -411,9 +411,7 @@ def test_a_tolerance_that_would_disarm_the_gate_is_refused(traced, capsys, toler
         run(capsys, traced(), traced(), f"--tolerance={tolerance}")
 
 
-EVERY = [
-    (tables.name, row.name) for tables in ARCHITECTURES.values() for row in tables.layer_stages
-]
+EVERY = [(arch.name, row.name) for arch in ARCHITECTURES.values() for row in arch.layer_stages]
 
 
 @pytest.mark.parametrize(("checkpoint", "stage"), EVERY, indirect=["checkpoint"])
@@ -421,7 +419,7 @@ def test_a_planted_fault_is_where_the_traces_part(
     stage, traced, checkpoint, tmp_path, monkeypatch, capsys
 ):
     """One stage function of ours is replaced, in all layers: the traces part in layer 0 there."""
-    functions = models.FUNCTIONS[open_trace(traced()).tables.name]
+    functions = models.FUNCTIONS[open_trace(traced()).arch.name]
     right = functions[stage]
 
     def wrong(*args):

@@ -30,9 +30,9 @@ def written(report: Localization, tmp_path_factory: pytest.TempPathFactory) -> d
 def test_every_stage_is_a_node_and_every_input_an_edge(written: dict[str, Any]) -> None:
     (graph,) = written["graph"]["graphs"]
     nodes = {node["id"]: node for node in graph["nodes"]}
-    tables = ARCHITECTURES["qwen3"]
+    arch = ARCHITECTURES["qwen3"]
     layers = len({node["namespace"] for node in graph["nodes"] if node.get("namespace")})
-    expected = list(tables.computation_order(layers))
+    expected = list(arch.computation_order(layers))
     assert len(nodes) == len(graph["nodes"]) == len(expected) + 1
     # without these its page waits for ever, though its own types give them a default
     assert all({"namespace", "incomingEdges"} <= set(node) for node in graph["nodes"])

@@ -41,7 +41,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def names_of(model: GgufWeights) -> dict[str, str]:
     """Hugging Face name -> the tensor's name in the file."""
     config = model.config
-    tensors = config.tables.tensors(config.num_hidden_layers, config.tie_word_embeddings)
+    tensors = config.arch.tensors(config.num_hidden_layers, config.tie_word_embeddings)
     return {name: row.gguf_name(layer) for name, (row, layer) in tensors.items()}
 
 

@@ -242,7 +242,7 @@ def test_what_is_not_usual_is_written_and_read(tmp_path):
 
 def test_the_tables_are_those_of_the_architecture():
     for name in ("qwen2", "qwen3"):
-        assert replace(SMALL, architecture=name).tables is ARCHITECTURES[name]
+        assert replace(SMALL, architecture=name).arch is ARCHITECTURES[name]
 
 
 # --- schema 1

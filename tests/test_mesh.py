@@ -169,7 +169,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(("model", "dtype", "size"), MESHES)
 def test_every_stage_lies_where_it_should(world: World, model: str, dtype: str, size: int) -> None:
     lies = world.notes[f"{model}-{dtype}-{size}"]["lies"]
-    names = world.model(model).config.tables.names
+    names = world.model(model).config.arch.names
     assert {stage: tuple(axes) for stage, axes in lies.items()} == {s: placed(s) for s in names}
 
 
@@ -186,7 +186,7 @@ def test_splitting_creates_no_error(world: World, model: str, dtype: str, size: 
         least = 20 if dtype == "float32" else 8.4
         assert item.bits >= least, f"{m.stage.name}, layer {m.layer}: {item.bits:.1f} bits"
         measured.append((m.stage, m.layer))
-    assert measured == list(config.tables.computation_order(config.num_hidden_layers))
+    assert measured == list(config.arch.computation_order(config.num_hidden_layers))
 
 
 @pytest.mark.parametrize("model", ["heads", "qwen3"])
@@ -530,7 +530,7 @@ def plan_of_transformers(config: dict) -> dict[str, P]:
     parsed = from_hf(config)
     theirs = CONFIG_MAPPING[parsed.architecture].base_model_tp_plan
     plan = {f"model.{name}": style for name, style in theirs.items()}
-    plan |= getattr(modeling(parsed.tables), parsed.tables.hf_class)._tp_plan
+    plan |= getattr(modeling(parsed.arch), parsed.arch.hf_class)._tp_plan
     found = {}
     for name, shape in parsed.shapes.items():
         module, kind = name.rsplit(".", 1)
@@ -552,23 +552,23 @@ def test_the_plan_is_that_of_transformers(architecture: str, tied: bool) -> None
     assert mesh.tensor_specs(from_hf(config)) == plan_of_transformers(config)
 
 
-@pytest.mark.parametrize("tables", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_a_part_of_a_parameter_is_one_of_the_smaller_model(tables: Architecture) -> None:
+@pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_a_part_of_a_parameter_is_one_of_the_smaller_model(arch: Architecture) -> None:
     """What a device holds has the shape that the stage functions expect of a model of its size."""
-    config, size = from_hf(hf_config(model_type=tables.name, **HEADS)), 8
+    config, size = from_hf(hf_config(model_type=arch.name, **HEADS)), 8
     devices = AbstractMesh((size,), ("tp",), axis_types=(AxisType.Explicit,))
     weights, own = abstract(config, "float32"), abstract(mesh.local(config, size), "float32")
     counted = 0
     for part, smaller in zip(
         (weights.layers[0], weights.end), (own.layers[0], own.end), strict=True
     ):
-        for name, where in mesh.parameter_specs(tables, part).items():
+        for name, where in mesh.parameter_specs(arch, part).items():
             split = NamedSharding(devices, where).shard_shape(part[name].shape)
             assert split == smaller[name].shape, name
             counted += 1
-    assert counted == len(tables.parameters) - 1
+    assert counted == len(arch.parameters) - 1
     # Of the embedding every device has the rows in use.
-    assert mesh.parameter_specs(tables, weights.start) == {"embed_tokens": P(None, None)}
+    assert mesh.parameter_specs(arch, weights.start) == {"embed_tokens": P(None, None)}
 
 
 @pytest.mark.parametrize(
@@ -578,7 +578,7 @@ def test_a_part_of_a_parameter_is_one_of_the_smaller_model(tables: Architecture)
 def test_the_largest_over_eight_devices(name: str, part: tuple[int, ...]) -> None:
     """Types alone: what every stage of the largest models is on each of eight devices."""
     config, length, size = from_hf((PUBLISHED | PUBLISHED_3)[name]), 5, 8
-    tables = config.tables
+    arch = config.arch
     devices = AbstractMesh((size,), ("tp",), axis_types=(AxisType.Explicit,))
     weights = abstract(config, "bfloat16")
 
@@ -592,17 +592,17 @@ def test_the_largest_over_eight_devices(name: str, part: tuple[int, ...]) -> Non
     tokens = on(jax.ShapeDtypeStruct((1, length), "int32"), P())
     found = {}
     for rows, parameters, given in (
-        (tables.start_stages, weights.start, {TOKENS: tokens}),
-        (tables.layer_stages, weights.layers[-1], {LAYER_INPUT: hidden}),
-        (tables.end_stages, weights.end, {"post_ffn_residual": hidden}),
+        (arch.start_stages, weights.start, {TOKENS: tokens}),
+        (arch.layer_stages, weights.layers[-1], {LAYER_INPUT: hidden}),
+        (arch.end_stages, weights.end, {"post_ffn_residual": hidden}),
     ):
-        parameters = jax.tree.map(on, parameters, mesh.parameter_specs(tables, parameters))
+        parameters = jax.tree.map(on, parameters, mesh.parameter_specs(arch, parameters))
         run = mesh.program(devices, rows, config, numpy_dtype("bfloat16"))
         found |= jax.eval_shape(run, parameters, pos, given)
-    assert set(found) == set(tables.names)
+    assert set(found) == set(arch.names)
     own = mesh.local(config, size).dims(length)
     assert (own["N"], own["K"], own["F"], own["V"]) == part
-    for stage in tables.stages:
+    for stage in arch.stages:
         value = found[stage.name]
         assert value.shape == (1, *stage.shape(config.dims(length)))
         assert tuple(value.sharding.spec) == placed(stage.name)

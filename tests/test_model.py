@@ -113,13 +113,13 @@ def test_batches_and_left_padding(tiny: Path) -> None:
         pad = len(TOKENS) - len(sequence)
 
         def unpadded(stage: str, value: np.ndarray, pad: int = pad) -> np.ndarray:
-            axes = model.config.tables.stage[stage].axes
+            axes = model.config.arch.stage[stage].axes
             return value[tuple(slice(pad if axis in "TS" else 0, None) for axis in axes)]
 
         alone = {key: unpadded(key[0], value[row]) for key, value in values.items()}
         check_stages(model.config, alone, jax_trace(tiny, sequence), REORDERED)
 
-    network = getattr(transformers, model.config.tables.hf_class)
+    network = getattr(transformers, model.config.arch.hf_class)
     network = network.from_pretrained(tiny, attn_implementation="eager").eval()
     with torch.no_grad():
         theirs = network(
@@ -241,7 +241,7 @@ def test_published_sizes_fit_the_stage_table(name: str) -> None:
     program = partial(forward, config, dtype=numpy_dtype("bfloat16"))
     shaped = jax.eval_shape(program, weights, jax.ShapeDtypeStruct((1, length), np.int32), pos)
     assert len(shaped.layers) == raw["num_hidden_layers"]
-    for stage, layer in config.tables.computation_order(config.num_hidden_layers):
+    for stage, layer in config.arch.computation_order(config.num_hidden_layers):
         group = {"start": shaped.start, "end": shaped.end}.get(stage.scope)
         value = (shaped.layers[layer] if group is None else group)[stage.name]
         assert value.shape == (1, *stage.shape(config.dims(length))), (stage.name, layer)

@@ -56,7 +56,7 @@ def test_what_is_captured_changes_no_byte(tiny: Path, backend: str, dtype: str) 
     first = engine()
     everything = observe(first, lambda stage, layer: True)
     head = "lm_head", None
-    names = first.tables.names
+    names = first.arch.names
     choices = [lambda stage, layer, name=name: stage == name for name in names]
     choices += [lambda stage, layer: False, lambda stage, layer: layer == 1]
     for want in choices:
@@ -86,11 +86,11 @@ def recompute(
     model: HuggingFaceWeights, trace: Trace, layer: int, stage: str, dtype: str
 ) -> np.ndarray:
     """One stage of one layer, un-jitted, from the inputs that were captured."""
-    tables, config = model.config.tables, model.config
-    row = tables.stage[stage]
-    rows = [*(tables.stage[name] for name in row.unrounded), row]
-    above = tables.stored_as(LAYER_INPUT, layer, config.num_hidden_layers)
-    captured = {s.name: trace[s.name, layer][None] for s in tables.layer_stages}
+    arch, config = model.config.arch, model.config
+    row = arch.stage[stage]
+    rows = [*(arch.stage[name] for name in row.unrounded), row]
+    above = arch.stored_as(LAYER_INPUT, layer, config.num_hidden_layers)
+    captured = {s.name: trace[s.name, layer][None] for s in arch.layer_stages}
     captured[LAYER_INPUT] = trace[above][None]
     pos = positional_by_layer(config, np.arange(len(TOKENS))[None])[config.sliding_layers[layer]]
     with runtime.numerics():
@@ -110,7 +110,7 @@ def check_consumed(model: HuggingFaceWeights, dtype: str) -> None:
     differing = {"bfloat16": 1e-3, "float16": 8e-3}[dtype]
     trace = jax_trace(model.directory, TOKENS, dtype)
     for layer in range(model.config.num_hidden_layers):
-        for stage in model.config.tables.layer_stages:
+        for stage in model.config.arch.layer_stages:
             again = recompute(model, trace, layer, stage.name, dtype)
             apart = (ulps(again, trace[stage.name, layer]) > 0).mean()
             assert apart <= differing, f"{stage.name}, layer {layer}: {apart:.2%} differ"

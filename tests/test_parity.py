@@ -352,7 +352,7 @@ def test_no_gpu_is_one_line_and_exit_2(run_cli) -> None:
 
 def layers(model: Weights, attention: str = "stages") -> programs.Layers:
     """The engine that traces."""
-    variant = variants.variant(model.config.tables, attention, "")
+    variant = variants.variant(model.config.arch, attention, "")
     return programs.Layers(model, "float32", "xla", jax.devices("cpu")[0], variant)
 
 

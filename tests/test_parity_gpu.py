@@ -62,9 +62,9 @@ def parts_of(kept: dict[str, Compiled], model: Weights, dtype: str) -> dict[str,
 def test_healthy_programs_break_no_rule(
     dtype: str, kept: dict[str, Compiled], model: Weights
 ) -> None:
-    tables = model.config.tables
+    arch = model.config.arch
     for name, (part, compiled) in parts_of(kept, model, dtype).items():
-        found = check.check(part, compiled, tables, (dtype, "highest"))
+        found = check.check(part, compiled, arch, (dtype, "highest"))
         assert found.violations == [] and found.contracted == 0
         assert found.kernels == len(compiled.kernels) > 0
         products = {"layer": {check.SHORT[dtype]}, "head": {check.SHORT[dtype]}}
@@ -80,8 +80,8 @@ def test_a_broken_rule_names_program_stage_and_instruction(
     name: str, kept: dict[str, Compiled], model: Weights
 ) -> None:
     wanted = planted(model)[name]
-    tables = model.config.tables
-    found = check.check(wanted.part, kept[name], tables, ("float32", "highest")).violations
+    arch = model.config.arch
+    found = check.check(wanted.part, kept[name], arch, ("float32", "highest")).violations
     assert {each.rule for each in found} == {wanted.rule}
     assert {each.stage for each in found} == {wanted.stage}
     assert any(wanted.instruction in each.instruction for each in found), found
@@ -95,16 +95,16 @@ def test_tf32_is_no_violation_where_it_was_asked_for(
     kept: dict[str, Compiled], model: Weights
 ) -> None:
     part = planted(model)["default"].part
-    found = check.check(part, kept["default"], model.config.tables, ("float32", "default"))
+    found = check.check(part, kept["default"], model.config.arch, ("float32", "default"))
     assert found.violations == [] and found.products == {"tf32"}
 
 
 def test_a_check_that_finds_no_product_is_no_pass(
     kept: dict[str, Compiled], model: Weights
 ) -> None:
-    part, tables = layers(model, "float32")["head"], model.config.tables
+    part, arch = layers(model, "float32")["head"], model.config.arch
     start = kept["start-float32"]
-    found = check.check(part, start, tables, ("float32", "highest")).violations
+    found = check.check(part, start, arch, ("float32", "highest")).violations
     assert ("products", "no product was found") in {(v.rule, v.instruction) for v in found}
 
 
@@ -248,7 +248,7 @@ def test_an_executed_model_is_as_exact_as_its_dtype(
     """Against un-jitted on the CPU, and every stage against float64. Of 16-bit values hardly any
     differ from what the CPU makes of the same inputs (measured: 0.2 per mille at most)."""
     found, traces = runs(dtype)
-    variant = variants.variant(model.config.tables, "stages", "")
+    variant = variants.variant(model.config.arch, "stages", "")
     eager = programs.Layers(model, dtype, "eager", jax.devices("cpu")[0], variant)
     with jax.default_matmul_precision("highest"):
         reference = sequences(eager.values(BATCH), BATCH, model, dtype)
@@ -279,7 +279,7 @@ def test_a_matrix_instruction_that_cuts_off_shows_at_products_alone(
     _, traces = runs("bfloat16", chop=7)
     point = Point(dtype="bfloat16", flags="default", device="gpu")
     found = measure.local(traces, model, point, "gpu")
-    kinds = {model.config.tables.stage[fault["stage"]].kind.sums_products for fault in found.faults}
+    kinds = {model.config.arch.stage[fault["stage"]].kind.sums_products for fault in found.faults}
     assert kinds == {True}
 
 
@@ -295,7 +295,7 @@ def test_a_corrupted_input_first_shows_where_it_is_used(
     arguments["pos.mask"] = np.tril(np.ones((1, 17, 17), bool))
     names = [path[-1].key for path, _ in part.returns]
     plain = dict(zip(names, execute.execute(compiled, arguments), strict=True))
-    order = [stage.name for stage in model.config.tables.layer_stages]
+    order = [stage.name for stage in model.config.arch.layer_stages]
     for name, stage in [
         ("parameters['up_proj']", "ffn_up"),
         ("parameters['k_bias']", "qkv_bias"),
@@ -391,11 +391,11 @@ def test_compiled_checked_and_executed(model: Weights, tmp_path: Path) -> None:
 @needs_compiler
 @pytest.mark.parametrize("target", TARGETS)
 def test_rules_are_broken_as_before_when_compiled_anew(target: str, model: Weights) -> None:
-    where, tables = compile.device(target), model.config.tables
+    where, arch = compile.device(target), model.config.arch
     for name, wanted in planted(model).items():
         with jax.default_matmul_precision(wanted.precision):
             made = compile.compiled(wanted.part, where)
-        found = check.check(wanted.part, made, tables, ("float32", "highest")).violations
+        found = check.check(wanted.part, made, arch, ("float32", "highest")).violations
         assert {(each.rule, each.stage) for each in found} == {(wanted.rule, wanted.stage)}, name
         assert any(wanted.instruction in each.instruction for each in found)
 

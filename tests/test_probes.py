@@ -108,7 +108,7 @@ def test_positions_that_go_back(tmp_path):
 def test_last_layers_of_few_rows_and_missing_stages(sound):
     r, values = sound, {}
     for (stage, layer), value in r.trace.values.items():
-        row = r.tables.stage[stage]
+        row = r.arch.stage[stage]
         last = layer is None or (layer == 1 and row.axes != QKV and not stage.startswith("k_"))
         if last and stage != "attn_norm":
             values[stage, layer] = np.take(value, range(20, LENGTH), row.axes.index("T"))
@@ -120,7 +120,7 @@ def test_last_layers_of_few_rows_and_missing_stages(sound):
 
 def test_few_rows_are_all_looked_at(sound):
     """Then nothing of a product is random."""
-    r, stage = sound, sound.tables.stage["attn_out"]
+    r, stage = sound, sound.arch.stage["attn_out"]
     dumps = {n: r.load(n, 0)[:, :5] for n in ("attention", "attn_out")}
     (x, y), w = (
         (d[0].astype(np.float64) for d in dumps.values()),
@@ -199,7 +199,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
     screen = probes.Screen(open_model(None), pos, np.zeros((length, 16)), np.dtype("float32"), {})
     scores = np.broadcast_to(np.float32(0), (1, 14, length, length))
     dumps = {"attn_scores": scores, "attn_softmax": scores}
-    rows = (config.tables.stage["attn_softmax"],)
+    rows = (config.arch.stage["attn_softmax"],)
     group = probes._Group(screen, rows, False, length, True, dumps, {})
     sizes = [group._cut("attn_softmax", scores, chunk).size for chunk in group._chunks()]
     assert max(sizes) <= scores.size / 100

@@ -66,7 +66,7 @@ def test_every_kind_of_stage_has_its_formula(directory, tmp_path, name):
     trace = open_trace(bench.right.dump(tmp_path / "right"), bench.layout)
     whole = replay.Replay(trace, bench.model, np.dtype("float32"))
     with whole.numerics():
-        for row in trace.tables.stages:
+        for row in trace.arch.stages:
             layer = row.layer_of(1)
             case = StageReplay(whole, row, layer)
             heads = case.heads or 1

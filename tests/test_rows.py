@@ -36,7 +36,7 @@ def test_together_is_alone(
         def emit(stage: str, layer: int | None, value: np.ndarray, first: int) -> None:
             nonlocal count
             count += 1
-            row = engine.tables.cached.stage[stage]
+            row = engine.arch.cached.stage[stage]
             axis = 1 + row.axes.index(row.row_axis)
             if row.row_axis == "T" and "S" in row.axes:
                 assert value.shape[-1] == first + value.shape[axis]

@@ -249,7 +249,7 @@ def test_changes_of_a_cache_that_is_no_stage_of_the_trace(whole):
         told = [dict(zip(("layer", "cache", "row", "step"), each, strict=True)) for each in places]
         given = SimpleNamespace(
             changed=[Changed(**each, bits=0.5) for each in told],
-            tables=trace.tables,
+            arch=trace.arch,
             config={"num_hidden_layers": 3},
             tokens=TOKENS,
         )

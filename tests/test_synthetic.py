@@ -57,7 +57,7 @@ def test_the_published_sizes(size, billions):
 
 
 @pytest.mark.parametrize(
-    ("spec", "tables", "name"),
+    ("spec", "arch", "name"),
     [
         ("qwen2-7b", QWEN2, "synthetic-7b"),
         ("14B", QWEN2, "synthetic-14b"),
@@ -65,9 +65,9 @@ def test_the_published_sizes(size, billions):
         ("Qwen3-14b", QWEN3, "synthetic-qwen3-14b"),
     ],
 )
-def test_a_size_of_an_architecture(spec, tables, name):
+def test_a_size_of_an_architecture(spec, arch, name):
     model = open_model(f"synthetic:{spec}")
-    assert model.config.tables is tables and model.name == name
+    assert model.config.arch is arch and model.name == name
 
 
 def test_the_first_layers_of_a_size():

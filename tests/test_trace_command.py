@@ -93,7 +93,7 @@ class FakeEngine:
 
     def run(self, tokens, positions, logits, want, emit, resume=None):
         config = self.model.config
-        for stage, layer in config.tables.computation_order(config.num_hidden_layers):
+        for stage, layer in config.arch.computation_order(config.num_hidden_layers):
             if want(stage.name, layer) or stage.name == "lm_head":
                 shape = stage.shape(config.dims(len(tokens)), logits)
                 seed = [*tokens, *positions, ALL_NAMES.index(stage.name), layer or 0]
@@ -463,12 +463,12 @@ def test_all_stages_of_a_qwen3(world, run, qwen3):
     result = run(*qwen3, "--out", "out", "--json", "-")
     assert result.code == 0
     data, opened = strict_json(result.stdout), open_trace(world / "out")
-    tables = ARCHITECTURES["qwen3"]
+    arch = ARCHITECTURES["qwen3"]
     assert data["architecture"] == opened.manifest.architecture == "qwen3"
-    assert opened.tables == tables
-    wanted = [(stage.name, layer) for stage, layer in tables.computation_order(2)]
+    assert opened.arch == arch
+    wanted = [(stage.name, layer) for stage, layer in arch.computation_order(2)]
     assert [(entry.stage, entry.layer) for entry in opened.manifest.files] == wanted
-    assert [row["stage"] for row in data["stages"]] == list(tables.names)
+    assert [row["stage"] for row in data["stages"]] == list(arch.names)
     assert opened.read("q_norm", 1).shape == (3, 4, 8)
     assert opened.read("k_norm", 1).shape == (3, 2, 8)
     assert opened.read("attention", 1).shape == (3, 32)  # N*H, which is not D

@@ -66,7 +66,7 @@ def torch_trace(
 def visible(config: Config, stage: str, layer: int | None, value: np.ndarray) -> np.ndarray:
     """The elements of a stage that are part of the computation: all but the masked scores. The
     positions are one after the other."""
-    if not config.tables.stage[stage].kind.masked or layer is None:
+    if not config.arch.stage[stage].kind.masked or layer is None:
         return value
     return value[:, layer_mask(config.to_json(), layer, range(value.shape[1]))]
 
@@ -83,7 +83,7 @@ def check_stages(config: Config, trace: Trace, reference: Trace, bound: float) -
 
     Fails with a table of all stages and layers, the first of them over the bound marked.
     """
-    every = config.tables.computation_order(config.num_hidden_layers)
+    every = config.arch.computation_order(config.num_hidden_layers)
     order = [(stage.name, layer) for stage, layer in every]
     assert set(trace) == set(order) == set(reference)
     lines, over = [], 0

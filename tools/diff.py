@@ -192,7 +192,7 @@ def diff(
     ready = preflight.check(a, b)
     if rows is not None:
         ready.notes.insert(0, f"compared are the {rows} rows in common; {', '.join(more)} more")
-    names = parse_stages(stages, b.tables)
+    names = parse_stages(stages, b.arch)
     numbers = parse_layers(layers, b.config["num_hidden_layers"])
     keys = [(s, n) for s, n in ready.common if s in names and (n is None or n in numbers)]
     if not keys:
@@ -253,7 +253,7 @@ def compare_traces(
         stage, layer = key
         row = b.row(stage)
         x, y = _common_rows(row, a.read_rows(*key), b.read_rows(*key))
-        if x.shape == y.shape and row is b.tables.head:
+        if x.shape == y.shape and row is b.arch.head:
             logits.append(compare_logits(x, y))
         if x.shape != y.shape:
             raise NotComparable(

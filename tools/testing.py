@@ -87,10 +87,10 @@ def _check_asked(found: list[Key], stages: str, layers: str, trace: Trace) -> No
     """
     __tracebackhide__ = True
     count = trace.config["num_hidden_layers"]
-    names, numbers = parse_stages(stages, trace.tables), parse_layers(layers, count)
+    names, numbers = parse_stages(stages, trace.arch), parse_layers(layers, count)
     asked = [
         (stage.name, layer)
-        for stage, layer in trace.tables.computation_order(count)
+        for stage, layer in trace.arch.computation_order(count)
         if stage.name in names and (layer is None or layer in numbers)
     ]
     every_stage, every_layer = (text.strip().lower() == "all" for text in (stages, layers))

@@ -101,7 +101,7 @@ class GgufWeights(Weights):
 
     def _fit(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors by their Hugging Face names."""
-        tensors = self.config.tables.tensors(
+        tensors = self.config.arch.tensors(
             self.config.num_hidden_layers, self.config.tie_word_embeddings
         )
         names = {name: row.gguf_name(layer) for name, (row, layer) in tensors.items()}
@@ -213,18 +213,18 @@ def hf_config(content: Content, where: str) -> dict[str, Any]:
     }
     if missing := [prefix + key for key in REQUIRED if key not in told]:
         raise UserError(f"{where}: its metadata lacks {missing[0]}")
-    tables = ARCHITECTURES[architecture]
-    head = tables.parameter[tables.head.parameters[0]].gguf
+    arch = ARCHITECTURES[architecture]
+    head = arch.parameter[arch.head.parameters[0]].gguf
     raw = {
-        "architectures": [tables.hf_class],
+        "architectures": [arch.hf_class],
         "model_type": architecture,
         "hidden_act": "silu",
         "num_key_value_heads": told["attention.head_count"],
         "rope_theta": 10000.0,
         "tie_word_embeddings": head not in tensors,
         "torch_dtype": str(DECODED),  # which holds every value of every type
-        **tables.fixed,
-        "vocab_size": _vocabulary(tables, metadata, tensors, where),
+        **arch.fixed,
+        "vocab_size": _vocabulary(arch, metadata, tensors, where),
     }
     raw |= {name: told[key] for key, name in ATTRIBUTES.items() if key in told}
     if (layers := raw["num_hidden_layers"]) not in range(1, len(tensors)):
@@ -248,10 +248,10 @@ def _scalar(value: Any, where: str) -> Any:
 
 
 def _vocabulary(
-    tables: Architecture, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+    arch: Architecture, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
 ) -> int:
     """The rows of the embedding, which must be as many as the tokens that are listed."""
-    name = tables.table.gguf
+    name = arch.embedding.gguf
     embedding = tensors.get(name)
     if embedding is None or len(embedding.shape) != 2:
         raise UserError(f"{where}: has no {name}, or one that is no matrix")

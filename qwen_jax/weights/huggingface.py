@@ -110,10 +110,10 @@ class HuggingFaceWeights(Weights):
 
     def _needless_heads(self) -> dict[str, str]:
         """Tensors that a tied model need not have, but some files do -> what they repeat."""
-        tables, tied = self.config.tables, self.config.tie_word_embeddings
+        arch, tied = self.config.arch, self.config.tie_word_embeddings
         return {
-            p.tensor_name(None): tables.parameter[p.tied_to].tensor_name(None)
-            for p in tables.parameters
+            p.tensor_name(None): arch.parameter[p.tied_to].tensor_name(None)
+            for p in arch.parameters
             if p.tied_to and tied and p.tensor_name(None) in self._files
         }
 

@@ -59,7 +59,7 @@ class SyntheticWeights(Weights):
     """A model of a published size whose weights are random.
 
     Arguments:
-        tables: the architecture.
+        arch: the architecture.
         size: of its published sizes.
         layers: only the first so many of its layers; all by default.
         overflows: as Qwen2-7B does in float16.
@@ -68,20 +68,18 @@ class SyntheticWeights(Weights):
     directory = None
 
     def __init__(
-        self, tables: Architecture, size: str, layers: int | None = None, overflows: bool = False
+        self, arch: Architecture, size: str, layers: int | None = None, overflows: bool = False
     ) -> None:
         super().__init__()
         # Streams are named after the size; what Qwen2's are named after dates from before Qwen3.
-        self.size = size if tables is QWEN2 else f"{tables.name} {size}"
-        self.published_layers = tables.published[size]["num_hidden_layers"]
-        called = size if tables is QWEN2 else f"{tables.name}-{size}"
+        self.size = size if arch is QWEN2 else f"{arch.name} {size}"
+        self.published_layers = arch.published[size]["num_hidden_layers"]
+        called = size if arch is QWEN2 else f"{arch.name}-{size}"
         called += OVERFLOW if overflows else ""
         self.name = f"synthetic-{called}" + (f"-{layers}" if layers else "")
-        self.hf_config = hf_config(tables, size, layers or self.published_layers)
+        self.hf_config = hf_config(arch, size, layers or self.published_layers)
         self.config = from_hf(self.hf_config)
-        self.tensors = tables.tensors(
-            self.config.num_hidden_layers, self.config.tie_word_embeddings
-        )
+        self.tensors = arch.tensors(self.config.num_hidden_layers, self.config.tie_word_embeddings)
         self.massive = self._channels("massive channels", self.config.hidden_size)
         self.overflowing = (
             self._channels("overflowing channels", self.config.intermediate_size)
@@ -122,8 +120,8 @@ class SyntheticWeights(Weights):
 
     def _statistics(self, parameter: Parameter, layer: int | None) -> tuple[float, float]:
         """Mean and standard deviation of a tensor."""
-        tables = self.config.tables
-        if tables.used_by(parameter.name).kind is NORM:
+        arch = self.config.arch
+        if arch.used_by(parameter.name).kind is NORM:
             mean = FINAL_NORM if layer is None else LAYER_NORM
             return mean, mean * NORM_SPREAD
         if parameter.axes[0] == "V":
@@ -135,7 +133,7 @@ class SyntheticWeights(Weights):
                 "q_bias": (Q_BIAS_ENDS, Q_BIAS_ENDS) if self.overflowing.size else (usual, usual),
             }.get(parameter.name, (usual, usual))
             return 0.0, {0: first, self.published_layers - 1: last}.get(layer, usual)
-        return 0.0, tables.parameter_shape(parameter.name, self.config.dims(1))[1] ** -0.5
+        return 0.0, arch.parameter_shape(parameter.name, self.config.dims(1))[1] ** -0.5
 
 
 def open_synthetic(spec: str) -> SyntheticWeights:
@@ -152,23 +150,23 @@ def open_synthetic(spec: str) -> SyntheticWeights:
     given = OVERFLOWING if overflows else given
     if given.lower() not in known:
         raise UserError(f"{spec}: no size {given!r}; choose one of {', '.join(size_names())}")
-    tables, size = known[given.lower()]
-    most = tables.published[size]["num_hidden_layers"]
+    arch, size = known[given.lower()]
+    most = arch.published[size]["num_hidden_layers"]
     if ":" not in spec.removeprefix(PREFIX):
-        return SyntheticWeights(tables, size, overflows=overflows)
+        return SyntheticWeights(arch, size, overflows=overflows)
     if not re.fullmatch("[0-9]{1,3}", layers) or not 1 <= int(layers) <= most:
         raise UserError(f"{spec}: {layers!r} layers; {given} can be cut to 1 up to {most}")
-    return SyntheticWeights(tables, size, int(layers), overflows)
+    return SyntheticWeights(arch, size, int(layers), overflows)
 
 
 @cache
 def _sizes() -> dict[str, tuple[Architecture, str]]:
     """Whatever may stand after ``synthetic:`` -> architecture and size."""
     found: dict[str, tuple[Architecture, str]] = {}
-    for tables in ARCHITECTURES.values():
-        for size in tables.published:
-            found.setdefault(size, (tables, size))
-            found[f"{tables.name}-{size}"] = tables, size
+    for arch in ARCHITECTURES.values():
+        for size in arch.published:
+            found.setdefault(size, (arch, size))
+            found[f"{arch.name}-{size}"] = arch, size
     return found
 
 
@@ -180,20 +178,20 @@ def size_names() -> list[str]:
     return [*shortest.values(), OVERFLOWING + OVERFLOW]
 
 
-def hf_config(tables: Architecture, size: str, layers: int) -> dict[str, Any]:
+def hf_config(arch: Architecture, size: str, layers: int) -> dict[str, Any]:
     """The ``config.json`` of a size, as it is published but for the number of layers."""
     published = {
-        "architectures": [tables.hf_class],
+        "architectures": [arch.hf_class],
         "attention_dropout": 0.0,
         "hidden_act": "silu",
         "initializer_range": 0.02,
         "max_window_layers": layers,
-        "model_type": tables.name,
+        "model_type": arch.name,
         "rope_theta": 1000000.0,
         "torch_dtype": "bfloat16",
         "use_cache": True,
         "use_sliding_window": False,
-        **tables.published[size],
+        **arch.published[size],
         "num_hidden_layers": layers,
     }
     return dict(sorted(published.items()))

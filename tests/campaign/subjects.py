@@ -179,7 +179,7 @@ def _same_weights(good: Path, copy: Path, told: dict[str, Any]) -> str:
         reader = gguf.GGUFReader(spec)
         theirs = {
             name: next(t.data for t in reader.tensors if t.name == p.gguf_name(layer))
-            for name, (p, layer) in model.config.tables.tensors(
+            for name, (p, layer) in model.config.arch.tensors(
                 model.config.num_hidden_layers, model.config.tie_word_embeddings
             ).items()
         }

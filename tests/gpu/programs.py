@@ -38,7 +38,7 @@ class Planted(NamedTuple):
 
 def layers(model: Weights, dtype: str) -> dict[str, Part]:
     """The layer-wise programs, by name."""
-    variant = variants.variant(model.config.tables, "stages", "")
+    variant = variants.variant(model.config.arch, "stages", "")
     cpu = jax.devices("cpu")[0]
     engine = programs.Layers(model, dtype, "xla", cpu, variant)
     return {part.name: part for part in engine.programs(BATCH)}
@@ -75,13 +75,13 @@ def lower(config: Config, pos: Positional, x: Array, weight: Array) -> Array:
 
 def planted(model: Weights) -> dict[str, Planted]:
     """A program for each rule."""
-    tables, parts = model.config.tables, layers(model, "float32")
+    arch, parts = model.config.arch, layers(model, "float32")
 
     def replaced(name: str, stage: str = "", function: Any = None, without: str = "") -> Part:
         """A program with another function for a stage, or one that keeps a stage to itself."""
         part = parts[name]
-        functions = FUNCTIONS[tables.name] | {stage: function}
-        rows = [tables.stage[each] for each in part.stages]
+        functions = FUNCTIONS[arch.name] | {stage: function}
+        rows = [arch.stage[each] for each in part.stages]
 
         def run(parameters: Any, pos: Any, given: Any) -> dict[str, Array]:
             dtype = np.dtype(np.float32)

@@ -66,8 +66,8 @@ def seconds(model: str | None, length: int, rates: Rates) -> dict[str, float]:
     """The floor of each contender and tool, for a prompt of ``length`` tokens in float32."""
     weights = open_model(model)
     plan = tracing.make_plan(weights, random_tokens(length, weights))
-    config, tables = weights.config, weights.config.tables
-    linear = {name for row in tables.layer_stages if row.linear for name in row.parameters}
+    config, arch = weights.config, weights.config.arch
+    linear = {name for row in arch.layer_stages if row.linear for name in row.parameters}
     named = config.tensor_names("layer", 0)
     layer = sum(math.prod(weights.shapes[named[name]]) for name in linear if name in named)
     count = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size

@@ -35,7 +35,7 @@ def one_file(plan: Plan, out: Path) -> Run:
 
 def outputs(plan: Plan, out: Path) -> Run:
     """Each layer's output alone, to disk."""
-    name = plan.tables.layer_output.name
+    name = plan.arch.layer_output.name
     stored = tuple(key for key in plan.stored if key[0] == name)
     return trace(replace(plan, stages=(name,), stored=stored), out)
 
@@ -73,8 +73,8 @@ def nnsight(plan: Plan, out: Path) -> Run:
     config = plan.model.config
     wanted = {
         each
-        for row, layer in config.tables.computation_order(config.num_hidden_layers)
-        for each in modules(config.tables, row, layer)
+        for row, layer in config.arch.computation_order(config.num_hidden_layers)
+        for each in modules(config.arch, row, layer)
     }
     places: list[tuple[str, str]] = []  # in the order of PyTorch's computation, as nnsight asks
     hooks = [

@@ -204,13 +204,13 @@ class Reader:
                 self._named(name, layer, rule.shift, part)
 
     def _named(self, names: str, layer: int | None, shift: int, value: Any) -> None:
-        tables, layers = self.recorder.tables, self.recorder.config.num_hidden_layers
-        stage = _first(names, tables)
-        scope = tables.stage[stage].scope
+        arch, layers = self.recorder.arch, self.recorder.config.num_hidden_layers
+        stage = _first(names, arch)
+        scope = arch.stage[stage].scope
         if scope == "layer":
             layer = (layers if layer is None else layer) + shift
             if layer < 0:  # what enters the first layer
-                stage, layer = tables.first.name, 0
+                stage, layer = arch.first.name, 0
         self.recorder.named(0 if scope == "start" else layer, stage, value)
 
     def _hidden(self, value: np.ndarray) -> None:
@@ -220,15 +220,15 @@ class Reader:
                 "give the engine's eagle_aux_hidden_state_layer_ids"
             )
         for place, number in enumerate(self.ids):
-            output = self.recorder.tables.layer_output.name
+            output = self.recorder.arch.layer_output.name
             self._named(output, number, -1, value[:, place])
 
 
-def _first(names: str, tables: Architecture) -> str:
+def _first(names: str, arch: Architecture) -> str:
     for name in names.split():
-        if name in tables.stage:
+        if name in arch.stage:
             return name
-    raise UserError(f"--map: {names!r} is no stage of {tables.name}")
+    raise UserError(f"--map: {names!r} is no stage of {arch.name}")
 
 
 def numbers(text: str) -> tuple[int, ...]:

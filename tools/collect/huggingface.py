@@ -53,7 +53,7 @@ class TransformersSession(Session):
     def __init__(
         self, model: Weights, settings: Settings, recorder: Recorder, calls: Calls
     ) -> None:
-        self.settings, self.recorder, self.tables = settings, recorder, model.config.tables
+        self.settings, self.recorder, self.arch = settings, recorder, model.config.arch
         self.dtype, self.own_weights = settings.dtype, bool(settings.quantize)
         self.seen: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self._hooks = ExitStack()
@@ -78,7 +78,7 @@ class TransformersSession(Session):
                 self._hooks.enter_context(module.register_forward_hook(self._leaving(path)))
         name = self.settings.attention
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(
-            name, modeling(self.tables).eager_attention_forward
+            name, modeling(self.arch).eager_attention_forward
         )
         before = ALL_ATTENTION_FUNCTIONS.get(name)
 

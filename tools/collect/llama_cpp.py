@@ -39,14 +39,14 @@ def _by_weight() -> dict[tuple[str, str], tuple[str, str]]:
     ADD takes beside its input."""
     found = {("MUL_MAT", "attn_qkv.weight"): ("qkv_matmul", "")}  # q, k and v in one
     found["ADD", "attn_qkv.bias"] = ("qkv_bias", "")
-    for tables in ARCHITECTURES.values():
-        for row in tables.stages:
-            beside = parts(tables, row.name)
-            for parameter in (tables.parameter[name] for name in row.parameters):
+    for arch in ARCHITECTURES.values():
+        for row in arch.stages:
+            beside = parts(arch, row.name)
+            for parameter in (arch.parameter[name] for name in row.parameters):
                 part = parameter.module.rpartition(".")[2] if beside else ""
                 found[OPERATIONS[row.kind], parameter.gguf] = row.name, part
                 if parameter.tied_to:
-                    tied = tables.parameter[parameter.tied_to].gguf
+                    tied = arch.parameter[parameter.tied_to].gguf
                     found[OPERATIONS[row.kind], tied] = row.name, part
     return found
 
@@ -213,7 +213,7 @@ class LlamaSession(Session):
         self._errors: list[str] = []
         self._log = Log(self._hear)  # kept, for the library calls it as long as it is loaded
         self.llama.llama_log_set(self._log, None)
-        biased = "qkv_bias" in model.config.tables.stage
+        biased = "qkv_bias" in model.config.arch.stage
         self.watch = Watch(self.llama, recorder, biased)
         self._callback = Eval(self.watch)
         params = self.llama.model_params

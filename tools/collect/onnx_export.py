@@ -66,7 +66,7 @@ class Exported:
         self._makers = {name: node for node in self._nodes for name in node.output}
         self._from_tokens = self._depending("input_ids")
         self.linear: dict[str, str] = {}
-        found = {(tap.stage, tap.layer, tap.part): tap for tap in self._find(model.config.tables)}
+        found = {(tap.stage, tap.layer, tap.part): tap for tap in self._find(model.config.arch)}
         self.taps = list(found.values())
 
     def close(self) -> None:
@@ -79,18 +79,18 @@ class Exported:
                 found.update(node.output)
         return found
 
-    def _find(self, tables: Architecture) -> Iterator[Tap]:
+    def _find(self, arch: Architecture) -> Iterator[Tap]:
         modules: dict[str, list[Any]] = {}
         for node in self._nodes:
             for path in scopes(node)[:-1]:
                 modules.setdefault(path, []).append(node)
         for path, nodes in modules.items():
             for side, value in (("in", self._entering(nodes)), ("out", self._leaving(nodes))):
-                place = places.place(tables, path, side)
+                place = places.place(arch, path, side)
                 if place and value:
                     yield Tap(value, place.layer, place.stage, place.part)
                     if place.part or len(nodes) == 1:
-                        yield from self._product(tables, path, nodes, place)
+                        yield from self._product(arch, path, nodes, place)
             if path.endswith(".self_attn"):
                 own = [node for node in nodes if scopes(node)[-2] == path]
                 yield from self._attention(int(path.split(".")[-2]), own)
@@ -108,14 +108,14 @@ class Exported:
         return next((name for name in reversed(out) if name in read | {self.logits}), None)
 
     def _product(
-        self, tables: Architecture, path: str, nodes: Sequence[Any], place: places.Place
+        self, arch: Architecture, path: str, nodes: Sequence[Any], place: places.Place
     ) -> Iterator[Tap]:
         """A projection's product, before its bias; and the constant in it."""
         for node in nodes:
             if node.op_type == "MatMul" and node.input[1] in self._constants:
                 self.linear[path] = node.input[1]
-                before = tables.stage[place.stage].inputs[0]
-                if place.part and places.parts(tables, before):
+                before = arch.stage[place.stage].inputs[0]
+                if place.part and places.parts(arch, before):
                     yield Tap(node.output[0], place.layer, before, place.part)
 
     def _attention(self, layer: int, nodes: Sequence[Any]) -> Iterator[Tap]:

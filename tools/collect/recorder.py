@@ -112,8 +112,8 @@ class Recorder:
     ) -> None:
         self.model = model if isinstance(model, Weights) else open_model(model)
         self.config = self.model.config
-        self.tables = self.config.tables
-        self.stages = parse_stages(stages, self.tables)
+        self.arch = self.config.arch
+        self.stages = parse_stages(stages, self.arch)
         self.layers = parse_layers(layers, self.config.num_hidden_layers)
         self.biased = biased
         self.steps: list[int] = []
@@ -138,9 +138,9 @@ class Recorder:
     def tap(self, path: str, side: str, value: Any) -> None:
         """What enters ("in") or leaves ("out") the module at a Hugging Face path, such as
         ``model.layers.3.self_attn.o_proj``. What is no stage is passed over."""
-        if place := places.place(self.tables, path, side):
-            stage, before = place.stage, self.tables.stage[place.stage].inputs[0]
-            if place.part and not self.biased and places.parts(self.tables, before):
+        if place := places.place(self.arch, path, side):
+            stage, before = place.stage, self.arch.stage[place.stage].inputs[0]
+            if place.part and not self.biased and places.parts(self.arch, before):
                 stage = before  # the product alone
             self.named(place.layer, stage, value, place.part)
 
@@ -155,9 +155,9 @@ class Recorder:
         """
         if not self.steps:
             raise UserError("a stage was recorded before begin() told of a call")
-        row = self.tables.stage.get(stage)
+        row = self.arch.stage.get(stage)
         if row is None:
-            raise UserError(f"{stage!r} is no stage of {self.tables.name}")
+            raise UserError(f"{stage!r} is no stage of {self.arch.name}")
         if not self.want(stage, layer):
             return
         array = to_numpy(value)
@@ -181,7 +181,7 @@ class Recorder:
                 self.changed.setdefault((layer, cache, row), found)
 
     def _side_by_side(self, row: Stage, layer: int | None, value: np.ndarray, part: str) -> None:
-        widths = places.parts(self.tables, row.name)
+        widths = places.parts(self.arch, row.name)
         if part not in widths:
             raise UserError(f"{part!r} is no part of {row.name}: expected {', '.join(widths)}")
         width = axis_size(widths[part], self.config.dims(1))
@@ -195,9 +195,9 @@ class Recorder:
     def _join(self) -> None:
         """The call is over: what of it stands side by side becomes one."""
         for (stage, layer), found in self._parts.items():
-            order = list(places.parts(self.tables, stage))
+            order = list(places.parts(self.arch, stage))
             if found.keys() == set(order):
-                row = self.tables.stage[stage]
+                row = self.arch.stage[stage]
                 whole = np.concatenate([found[name] for name in order], -1)
                 self._keep(row, layer, self._rows(row, layer, whole))
             else:
@@ -269,16 +269,16 @@ class Recorder:
             raise UserError(f"{len(tokens)} tokens, but {len(self.positions)} rows were computed")
         if weights is None:
             weights = {name: self.model.hash(name) for name in self.model.shapes}
-        head = whole.get((self.tables.head.name, None))
+        head = whole.get((self.arch.head.name, None))
         last = head is not None and len(head) == 1 < len(tokens)
         if head is not None and last:
-            whole[self.tables.head.name, None] = head[0]
+            whole[self.arch.head.name, None] = head[0]
         dtype = dtype or _commonest(whole.values())
         told = {"versions": {NAME: version()}} | dict(producer)
         told |= {"absent": absent} if absent else {}
         changed = tuple(self.changed.values())
         header = Manifest(
-            architecture=self.tables.name,
+            architecture=self.arch.name,
             format=cast(Format, format or ("safetensors" if dtype == "float64" else "aprt")),
             dtype=cast(DType, dtype),
             logits="last" if last else "all",
@@ -301,7 +301,7 @@ class Recorder:
 
     def _order(self) -> list[Key]:
         layers = self.config.num_hidden_layers
-        return [(row.name, n) for row, n in self.tables.computation_order(layers)]
+        return [(row.name, n) for row, n in self.arch.computation_order(layers)]
 
     def _whole(self, why: dict[str, str]) -> tuple[dict[Key, np.ndarray], dict[str, str]]:
         """Every stage over all calls, and of what is asked for but not there: stage -> why."""
@@ -313,7 +313,7 @@ class Recorder:
                 continue
             calls = self._calls.get((stage, layer))
             if calls and calls[-1].end == len(self.positions):
-                whole[stage, layer] = joined(self.tables.stage[stage], calls)
+                whole[stage, layer] = joined(self.arch.stage[stage], calls)
                 continue
             missing.setdefault(stage, []).append(layer)
             if calls:

@@ -179,8 +179,8 @@ def _main(argv: list[str]) -> int:
         raise UserError("--expect-layer is the layer of --expect-stage; give that too")
     model, prompt = open_model(args.model), arguments.prompt_of(args)
     if args.expect_stage:
-        tables, layers = model.config.tables.cached, model.config.num_hidden_layers
-        expected = bisect.asked(tables, layers, args.expect_stage, args.expect_layer)
+        arch, layers = model.config.arch.cached, model.config.num_hidden_layers
+        expected = bisect.asked(arch, layers, args.expect_stage, args.expect_layer)
 
     ask = partial(question_of, args)
 

@@ -30,16 +30,16 @@ def unjudged() -> Iterator[None]:
         raise Unjudged(str(error) if expected else f"a bug in this program: {error!r}") from error
 
 
-def asked(tables: Architecture, layers: int, stage: str, layer: int | None = None) -> set[Key]:
+def asked(arch: Architecture, layers: int, stage: str, layer: int | None = None) -> set[Key]:
     """The stages that a question is about: of one layer, or of all.
 
     Raises:
         UserError: the model has no such stage or layer.
     """
-    name = tables.aliases.get(stage.strip().lower(), stage.strip().lower())
-    if name not in tables.stage:
-        raise UserError(f"--expect-stage {stage!r}; the stages are {', '.join(tables.names)}")
-    row = tables.stage[name]
+    name = arch.aliases.get(stage.strip().lower(), stage.strip().lower())
+    if name not in arch.stage:
+        raise UserError(f"--expect-stage {stage!r}; the stages are {', '.join(arch.names)}")
+    row = arch.stage[name]
     if layer is not None and (row.scope != "layer" or not 0 <= layer < layers):
         held = f"0 to {layers - 1}" if row.scope == "layer" else f"none for {name}"
         raise UserError(f"--expect-layer {layer}: layers are {held}")

@@ -74,7 +74,7 @@ def _clear(
         item = suspect.item
         readers = [
             key
-            for key in replay.tables.readers(*item.key, replay.config.num_hidden_layers)
+            for key in replay.arch.readers(*item.key, replay.config.num_hidden_layers)
             if key in by_key and key not in cleared
         ]
         if not readers:
@@ -87,7 +87,7 @@ def _clear(
         certain = case.certain
         for key in readers:
             reader = by_key[key]
-            row = replay.tables.stage[key[0]]
+            row = replay.arch.stage[key[0]]
             case = StageReplay(replay, row, key[1], overrides | {suspect.key: exact}, formats)
             if not case.replayable:
                 continue
@@ -125,7 +125,7 @@ def _vague_inputs(
     for name in suspect.item.row.inputs:
         if name == TOKENS:
             continue
-        key = replay.tables.stored_as(name, suspect.key[1], replay.config.num_hidden_layers)
+        key = replay.arch.stored_as(name, suspect.key[1], replay.config.num_hidden_layers)
         item = held.get(key)
         if item and key not in suspects and item.level < verdict.NOMINAL[replay.dtype.name] - VAGUE:
             case = StageReplay(replay, item.row, key[1], formats=formats)

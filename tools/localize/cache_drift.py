@@ -17,7 +17,7 @@ def with_changes(trace: Trace, findings: list[Finding]) -> list[Finding]:
     A stage that reads a changed row is off by that row, whatever it does itself: what was found of
     it there, in the calls since then, counts to the change.
     """
-    tables, layers = ARCHITECTURES[trace.tables.name].cached, trace.config["num_hidden_layers"]
+    arch, layers = ARCHITECTURES[trace.arch.name].cached, trace.config["num_hidden_layers"]
     found: dict[tuple[str, int], list[Changed]] = {}
     for each in trace.changed:
         found.setdefault((f"{each.cache.lower()}_cache", each.layer), []).append(each)
@@ -25,7 +25,7 @@ def with_changes(trace: Trace, findings: list[Finding]) -> list[Finding]:
     for (stage, layer), changes in found.items():
         finding = _finding(trace, stage, layer, changes)
         result.append(finding)
-        readers = list(tables.readers(stage, layer, layers))
+        readers = list(arch.readers(stage, layer, layers))
         for other in findings:
             if other.suspect.key in readers and _follows(other.suspect, trace, changes):
                 other.diagnosis = finding.diagnosis
@@ -37,7 +37,7 @@ def _finding(trace: Trace, stage: str, layer: int, changes: Sequence[Changed]) -
     rows[[each.row for each in changes]] = True
     bits = min(each.bits for each in changes)
     item = LocalError(
-        row=ARCHITECTURES[trace.tables.name].cached.stage[stage],
+        row=ARCHITECTURES[trace.arch.name].cached.stage[stage],
         layer=layer,
         skipped_rows=0,
         bits=bits,

@@ -35,6 +35,6 @@ def of(trace: Trace, items: Sequence[LocalError]) -> Coverage:
     """The coverage of a dump whose ``items`` could be measured."""
     alone = {item.key for item in items if not item.segment}
     together = {key for item in items if item.segment for key in (item.key, *item.segment)}
-    total = len([*trace.tables.computation_order(trace.config["num_hidden_layers"])])
+    total = len([*trace.arch.computation_order(trace.config["num_hidden_layers"])])
     through = len(together - alone)
     return Coverage(len(alone), through, total - len(alone) - through)

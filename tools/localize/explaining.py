@@ -164,7 +164,7 @@ ANEW = 3.5
 def _quantised(case: StageReplay) -> bool:
     """Whether the stage multiplies by, or looks up, rows of a quantised type."""
     types = getattr(case.model, "types", {})  # of a GGUF
-    rows = [case.tables.parameter[name] for name in case.stage.parameters]
+    rows = [case.arch.parameter[name] for name in case.stage.parameters]
     names = [case.config.tensor_names(r.scope, case.layer)[r.name] for r in rows]
     return any(types.get(name, "F32") not in ("F32", "F16", "BF16") for name in names)
 

@@ -110,7 +110,7 @@ def trace_dtype(trace: Trace) -> str:
     if trace.dtype:
         return trace.dtype
     # not the embedding, which has the weights' format, nor scores, where a mask's fill may stand
-    first = trace.tables.first.name
+    first = trace.arch.first.name
     telling = [k for k in trace.entries if k[0] != first and not trace.row(k[0]).kind.masked]
     values = [trace.read(*key).ravel()[:65536] for key in telling[:6]]
     return coarsest_dtype(np.concatenate(values)) if values else "float32"
@@ -158,7 +158,7 @@ def _skipped(trace: Trace, layers: int, items: list[LocalError]) -> list[dict[st
     what is, by stage."""
     measured = {item.key for item in items}
     rows: dict[tuple[str, str], list[int | None]] = {}
-    for stage, layer in trace.tables.computation_order(layers):
+    for stage, layer in trace.arch.computation_order(layers):
         if (stage.name, layer) not in trace.entries:
             rows.setdefault((stage.name, "not in the trace"), []).append(layer)
         elif (stage.name, layer) not in measured:

@@ -104,7 +104,7 @@ class Slice:
 
     def of_head(self, value: np.ndarray, name: str, part: str, head: int) -> np.ndarray:
         """[T, H]: one head of q, k or v, which may be all there is, or side by side."""
-        if self.case.tables.axes_of(name)[-1] == QKV:
+        if self.case.arch.axes_of(name)[-1] == QKV:
             config = self.case.config
             n, k = config.num_attention_heads, config.num_key_value_heads
             head += {"q": 0, "k": n, "v": n + k}[part]

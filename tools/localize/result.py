@@ -247,7 +247,7 @@ MEANINGS: tuple[tuple[dict[str, str], str], ...] = (
 def _meaning(report: Localization, lowered: dict[str, list[str]]) -> str | None:
     """What a pattern of precision classes means, where it has one cause."""
     through = _through(report.items)
-    kinds = {stage.name: stage.kind for stage in report.trace.tables.stages}
+    kinds = {stage.name: stage.kind for stage in report.trace.arch.stages}
     products = {name for name, kind in kinds.items() if kind.sums_products}
 
     def blamed(stage: str) -> set[str]:

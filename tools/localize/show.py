@@ -20,7 +20,7 @@ def _table(report: Localization) -> Table:
     """Layers down, stages across, significant bits in the cells; faults marked with ``*``."""
     held = {item.key: item for item in report.items}
     faulty = {finding.suspect.key for finding in report.findings}
-    rows = report.trace.tables.layer_stages
+    rows = report.trace.arch.layer_stages
     shown = [row.name for row in rows if any(key[0] == row.name for key in held)]
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
@@ -57,7 +57,7 @@ def show_localization(show: Console, report: Localization) -> None:
     )
     cli.fold(show, _table(report))
     whole = Text()
-    ends = [row for row in report.trace.tables.stages if row.scope != "layer"]
+    ends = [row for row in report.trace.arch.stages if row.scope != "layer"]
     for key in [(row.name, row.layer_of(0)) for row in ends]:
         if key in held:
             whole.append(f"{key[0]} ")

@@ -84,7 +84,7 @@ def about_both(question: Question, a: Trace, b: Trace) -> Question:
 
 def _first(trace: Trace, row: int | None) -> int | None:
     """The token that a trace puts first after a row; None where it does not say."""
-    key, length = (trace.tables.head.name, None), len(trace.tokens)
+    key, length = (trace.arch.head.name, None), len(trace.tokens)
     after = -1 if row is None else row if row < 0 else row - length
     if key not in trace.entries or not -trace.rows_of(*key) <= after < 0:
         return None

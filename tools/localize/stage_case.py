@@ -59,8 +59,8 @@ class StageReplay:
         return self.replay.config
 
     @property
-    def tables(self) -> Architecture:
-        return self.replay.tables
+    def arch(self) -> Architecture:
+        return self.replay.arch
 
     @property
     def model(self) -> Weights:
@@ -81,7 +81,7 @@ class StageReplay:
 
     def other(self, stage: str, layer: int | None = None) -> "StageReplay":
         """Another stage, of this layer or another."""
-        row = self.tables.stage[stage]
+        row = self.arch.stage[stage]
         return self._at(row, row.layer_of(self.layer) if layer is None else layer)
 
     def _at(self, row: Stage, layer: int | None) -> "StageReplay":
@@ -149,19 +149,19 @@ class StageReplay:
     @property
     def has_calls(self) -> bool:
         """Whether the engine has a cache to make mistakes with."""
-        stored = any(row.kind is CACHE for row in self.tables.stages)
+        stored = any(row.kind is CACHE for row in self.arch.stages)
         return stored or len(self.replay.trace.steps) > 1
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
         """The stage's parameters: vectors in float64, matrices as they are stored."""
-        if self.stage is self.tables.first:
+        if self.stage is self.arch.first:
             return {name: _exact(w) for name, w in self.replay.start_parameters()[0].items()}
         return {name: self.parameter(name) for name in self.stage.parameters}
 
     def parameter(self, name: str, layer: int | None = None) -> Weight:
         """A parameter of this layer, or of another; vectors in float64, matrices as stored."""
-        row = self.tables.parameter[name]
+        row = self.arch.parameter[name]
         number = self.layer if layer is None else layer
         tensor = self.config.tensor_names(row.scope, number)[name]
         found = self.model.read(tensor)
@@ -175,7 +175,7 @@ class StageReplay:
         """The dump of any value as seen from this layer, or None where there is none."""
         if name == TOKENS:
             return jnp.asarray(self.replay.start_parameters()[1])
-        key = self.tables.stored_as(name, self.layer, self.config.num_hidden_layers)
+        key = self.arch.stored_as(name, self.layer, self.config.num_hidden_layers)
         if key in self.overrides:
             return self.overrides[key]
         found = self.replay.load(*key)
@@ -187,16 +187,16 @@ class StageReplay:
         if found is not None or name == TOKENS:
             return found
         layers = self.config.num_hidden_layers
-        key = self.tables.stored_as(name, self.layer, layers)
+        key = self.arch.stored_as(name, self.layer, layers)
         if key not in self._known:
             for layer in self._layers_before(key):  # one after the other: not a deep recursion
-                self._compute((self.tables.layer_output.name, layer))
+                self._compute((self.arch.layer_output.name, layer))
             self._compute(key)
         return self._known[key]
 
     def _layers_before(self, key: Key) -> range:
         """The layers, from the first one, whose outputs are missing right before a value's."""
-        name, layer = self.tables.layer_output.name, key[1]
+        name, layer = self.arch.layer_output.name, key[1]
         if layer is None:
             layer = self.config.num_hidden_layers
         first = layer
@@ -210,7 +210,7 @@ class StageReplay:
     def _compute(self, key: Key) -> None:
         if key in self._known or key in self.replay.trace.entries or key in self.overrides:
             return
-        case = self._at(self.tables.stage[key[0]], key[1])
+        case = self._at(self.arch.stage[key[0]], key[1])
         value = case.exact if case.replayable else None
         if value is not None and self.narrow:
             value = value.astype(self.replay.dtype).astype(jnp.float64)
@@ -220,14 +220,14 @@ class StageReplay:
     def _ready(self) -> tuple[int, list[Array]] | None:
         """How many rows there are, and the inputs for them."""
         values = [self._computed(name) for name in self.stage.inputs]
-        ready = cut_inputs(self.tables, self.stage, values, len(self.replay.trace.tokens))
+        ready = cut_inputs(self.arch, self.stage, values, len(self.replay.trace.tokens))
         dump = self._stored(self.stage.name)
         if ready is None or dump is None:
             return ready
         held = dump.shape[1 + self.stage.axes.index(self.stage.row_axis)]
         rows = min(ready[0], held, self.most or held)
         return rows, [
-            value if name in self.stage.keys else last_rows(self.tables, name, value, rows)
+            value if name in self.stage.keys else last_rows(self.arch, name, value, rows)
             for name, value in zip(self.stage.inputs, ready[1], strict=True)
         ]
 
@@ -264,13 +264,13 @@ class StageReplay:
         return self._cut(name, self._computed(name))
 
     def _cut(self, name: str, value: Array | None) -> Array | None:
-        return None if value is None else last_rows(self.tables, name, value, self.rows)
+        return None if value is None else last_rows(self.arch, name, value, self.rows)
 
     @cached_property
     def dump(self) -> Array:
         found = self._stored(self.stage.name)
         assert found is not None, "only dumped stages are explained"
-        return last_rows(self.tables, self.stage.name, found, self.rows)
+        return last_rows(self.arch, self.stage.name, found, self.rows)
 
     @cached_property
     def exact(self) -> Array:

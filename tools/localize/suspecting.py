@@ -117,9 +117,7 @@ def off_grid(evidence: Evidence, known: set[Key]) -> Iterator[Suspect]:
         if not coarse or item.segment or item.key in known or item.key in fitted.by_item:
             continue
         count = replay.config.num_hidden_layers
-        keys = [
-            replay.tables.stored_as(n, item.layer, count) for n in item.row.inputs if n != TOKENS
-        ]
+        keys = [replay.arch.stored_as(n, item.layer, count) for n in item.row.inputs if n != TOKENS]
         if not any(_grid(replay, key) for key in [item.key, *keys] if key in replay.trace.entries):
             expected = verdict.NOMINAL[dtype]
             masks = verdict.bad_slices(item, expected)

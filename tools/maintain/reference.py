@@ -23,8 +23,8 @@ def render() -> str:
         "heads, H head size, D hidden, F intermediate, V vocabulary. Files hold one sequence, "
         "without B.",
     ]
-    for tables in ARCHITECTURES.values():
-        lines += _tables(tables)
+    for arch in ARCHITECTURES.values():
+        lines += _tables(arch)
     lines += [
         "",
         "## Precision classes",
@@ -64,33 +64,33 @@ def render() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _tables(tables: Architecture) -> list[str]:
+def _tables(arch: Architecture) -> list[str]:
     """The two tables of one architecture."""
     lines = [
         "",
-        f"## {tables.name}: stages, in computation order",
+        f"## {arch.name}: stages, in computation order",
         "",
         "| stage | file | computed from | parameters | axes | value |",
         "|---|---|---|---|---|---|",
     ]
-    for row in tables.cached.stages:
+    for row in arch.cached.stages:
         place = {"start": "layer-0/", "layer": "layer-<n>/", "end": ""}[row.scope]
         inputs, axes = ", ".join(row.inputs), " ".join(row.axes)
         read = ", ".join(f"`{name}`" for name in row.parameters)
         cells = [f"`{row.name}`", f"{place}{row.name}.bin", inputs, read, axes, row.value]
         lines.append(f"| {' | '.join(cells)} |")
-    cache = " and ".join(f"`{row.name}`" for row in tables.cache)
+    cache = " and ".join(f"`{row.name}`" for row in arch.cache)
     lines += [
         "",
         f"{cache} are there only where there is a cache; without one, what they are computed from "
         "is read in their place.",
         "",
-        f"## {tables.name}: parameters",
+        f"## {arch.name}: parameters",
         "",
         "| parameter | axes | Hugging Face | GGUF |",
         "|---|---|---|---|",
     ]
-    for each in tables.parameters:
+    for each in arch.parameters:
         names = [each.tensor, each.gguf]
         if each.scope == "layer":
             names = [f"model.layers.&lt;n&gt;.{names[0]}", f"blk.&lt;n&gt;.{names[1]}"]

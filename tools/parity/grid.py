@@ -199,7 +199,7 @@ def impossible(point: Point, config: Config, device: str) -> str | None:
         return "a scan runs one program for every layer; some layers here have a sliding window"
     if point.loop != "layer" and (point.attention != "stages" or point.plant):
         return "replaced stages are tried in the per-layer program only"
-    if point.plant == "scaled_bias" and "qkv_bias" not in config.tables.stage:
+    if point.plant == "scaled_bias" and "qkv_bias" not in config.arch.stage:
         return f"{config.architecture} has no qkv_bias"
     if point.loop != "layer" and point.trial in ("captured", "stages"):
         return "a whole program always returns every stage; with fewer it is another program"

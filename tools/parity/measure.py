@@ -182,7 +182,7 @@ def local(traces: Iterable[MemoryTrace], model: Weights, point: Point, device: s
                     "expected": expected,
                     "why": why,
                 }
-    order = [(s.name, n) for s, n in config.tables.computation_order(config.num_hidden_layers)]
+    order = [(s.name, n) for s, n in config.arch.computation_order(config.num_hidden_layers)]
     result.faults = [worst[key] for key in order if key in worst]
     return result
 

@@ -14,13 +14,13 @@ def sequences(
     values: Values, batch: Padded, model: Weights, dtype: str, name: str = ""
 ) -> list[MemoryTrace]:
     """One trace for each sequence of a batch, without what stands at its padding."""
-    tables, config = model.config.tables, model.config.to_json()
+    arch, config = model.config.arch, model.config.to_json()
     traces = []
     for row, length in enumerate(batch.lengths):
         first = batch.tokens.shape[1] - length
         kept = {}
         for (stage, layer), value in values.items():
-            axes = tables.stage[stage].axes
+            axes = arch.stage[stage].axes
             cut = [slice(first, None) if axis in ("T", "S") else slice(None) for axis in axes]
             kept[stage, layer] = np.ascontiguousarray(value[row][tuple(cut)])
         tokens = tuple(map(int, batch.tokens[row, first:]))

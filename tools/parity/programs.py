@@ -83,8 +83,8 @@ class Layers(JaxEngine):
     def _compiled(
         self, rows: tuple[Stage, ...], how: Callable[..., Any] = run_stages
     ) -> Callable[..., Any]:
-        functions, usual = self.variant.functions, FUNCTIONS[self.tables.name]
-        if rows == self.tables.layer_stages:
+        functions, usual = self.variant.functions, FUNCTIONS[self.arch.name]
+        if rows == self.arch.layer_stages:
             rows = self.variant.rows
         elif all(functions.get(row.name) is usual.get(row.name) for row in rows):
             return super()._compiled(rows, how)
@@ -95,7 +95,7 @@ class Layers(JaxEngine):
 
     def programs(self, batch: Padded) -> Iterator[Part]:
         """Its programs, with weights in the dtype that they are stored in."""
-        config, tables = self.model.config, self.tables
+        config, arch = self.model.config, self.arch
         struct, (rows, length) = jax.ShapeDtypeStruct, batch.tokens.shape
         pos = shapes_of(positional_by_layer(config, batch.positions, batch.valid))
         weights = partial(stored, self.model)
@@ -106,16 +106,16 @@ class Layers(JaxEngine):
 
         table = weights("start")
         used = struct(
-            (len(np.unique(batch.tokens)), config.hidden_size), table[tables.table.name].dtype
+            (len(np.unique(batch.tokens)), config.hidden_size), table[arch.embedding.name].dtype
         )
         ids = {TOKENS: struct((rows, length), np.int32)}
         yield part(
             "start",
             self._start,
-            {tables.table.name: used},
+            {arch.embedding.name: used},
             pos[False],
             ids,
-            rows=tables.start_stages,
+            rows=arch.start_stages,
         )
         for sliding in sorted(pos):
             layer = config.sliding_layers.index(sliding)
@@ -128,13 +128,13 @@ class Layers(JaxEngine):
                 rows=self.variant.rows,
             )
         end = weights("end")
-        norm, head = tables.end_stages[:-1], tables.head
+        norm, head = arch.end_stages[:-1], arch.head
         yield part(
             "norm",
             self._norm,
             {p: end[p] for stage in norm for p in stage.parameters},
             pos[False],
-            {tables.layer_output.name: x},
+            {arch.layer_output.name: x},
             rows=norm,
         )
         yield part(
@@ -180,7 +180,7 @@ class Whole:
 
     def programs(self, batch: Padded) -> Iterator[Part]:
         """Its one program, with weights in the dtype that they are stored in."""
-        config, tables = self.model.config, self.model.config.tables
+        config, arch = self.model.config, self.model.config.arch
         weights = partial(stored, self.model)
         layers = tuple(weights("layer", n) for n in range(config.num_hidden_layers))
         if self.form == "scan":
@@ -190,7 +190,7 @@ class Whole:
             )
         params = Params(start=weights("start"), layers=layers, end=weights("end"))
         pos = shapes_of(positional_by_layer(config, batch.positions, batch.valid))
-        stages = (tables.head.name,) if self.form == "unobserved" else tables.names
+        stages = (arch.head.name,) if self.form == "unobserved" else arch.names
         yield Part(self.form, self.program, (params, shapes_of(batch.tokens), pos), stages)
 
     def values(self, batch: Padded) -> Values:
@@ -210,10 +210,10 @@ class Whole:
         start, layers, end = found
         values: Values = {(name, 0): value for name, value in start.items()}
         for number in range(config.num_hidden_layers):
-            for name in (stage.name for stage in config.tables.layer_stages):
+            for name in (stage.name for stage in config.arch.layer_stages):
                 stacked = self.form == "scan"
                 values[name, number] = layers[name][number] if stacked else layers[number][name]
-        return values | {(s.name, None): end[s.name] for s in config.tables.end_stages}
+        return values | {(s.name, None): end[s.name] for s in config.arch.end_stages}
 
 
 def _unrolled(
@@ -233,15 +233,15 @@ def _scan(
 ) -> tuple[Any, Any, Any]:
     """``forward.forward`` with ``lax.scan`` over ``weights.layers``, whose leaves are [L, ...]; so
     are those of the layers' values."""
-    tables, full, layer = config.tables, pos[False], pos[config.sliding_layers[0]]
-    output = tables.layer_output.name
-    start = run_stages(tables.start_stages, config, weights.start, full, {TOKENS: tokens}, dtype)
+    arch, full, layer = config.arch, pos[False], pos[config.sliding_layers[0]]
+    output = arch.layer_output.name
+    start = run_stages(arch.start_stages, config, weights.start, full, {TOKENS: tokens}, dtype)
 
     def body(x: Array, parameters: Any) -> tuple[Array, dict[str, Array]]:
         given = {LAYER_INPUT: x}
-        values = run_stages(tables.layer_stages, config, parameters, layer, given, dtype)
+        values = run_stages(arch.layer_stages, config, parameters, layer, given, dtype)
         return values[output], values
 
-    x, layers = lax.scan(body, start[tables.first.name], weights.layers)
-    end = run_stages(tables.end_stages, config, weights.end, full, {output: x}, dtype)
+    x, layers = lax.scan(body, start[arch.first.name], weights.layers)
+    end = run_stages(arch.end_stages, config, weights.end, full, {output: x}, dtype)
     return start, layers, end

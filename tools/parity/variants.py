@@ -124,14 +124,14 @@ PLANTS: dict[str, tuple[str, Callable[..., Array]]] = {
 }
 
 
-def variant(tables: Architecture, attention: str, plant: str, products: str = "") -> Variant:
+def variant(arch: Architecture, attention: str, plant: str, products: str = "") -> Variant:
     """The stages of a point's candidate."""
-    rows, functions = tables.layer_stages, dict(FUNCTIONS[tables.name])
+    rows, functions = arch.layer_stages, dict(FUNCTIONS[arch.name])
     if attention in ATTENTION:
-        rows = _fused(tables)
+        rows = _fused(arch)
         functions["attention"] = ATTENTION[attention]
     if products:
-        summed = [stage.name for stage in tables.stages if stage.kind.sums_products]
+        summed = [stage.name for stage in arch.stages if stage.kind.sums_products]
         functions |= {name: PRODUCTS[products](functions[name]) for name in summed}
     if plant:
         stage, function = PLANTS[plant]
@@ -139,13 +139,13 @@ def variant(tables: Architecture, attention: str, plant: str, products: str = ""
     return Variant(rows, functions)
 
 
-def _fused(tables: Architecture) -> tuple[Stage, ...]:
+def _fused(arch: Architecture) -> tuple[Stage, ...]:
     """The layer's stages without scores and softmax: what they are made of goes straight into the
     weighted sum."""
-    last = tables.stage["attention"]
-    softmax = tables.stage[last.inputs[0]]
-    scores = tables.stage[softmax.inputs[0]]
+    last = arch.stage["attention"]
+    softmax = arch.stage[last.inputs[0]]
+    scores = arch.stage[softmax.inputs[0]]
     inputs = (*scores.inputs, *last.inputs[1:])
     one = replace(last, inputs=inputs, keys=(*scores.keys, *last.keys))
-    rows = (one if row is last else row for row in tables.layer_stages)
+    rows = (one if row is last else row for row in arch.layer_stages)
     return tuple(row for row in rows if row not in (scores, softmax))

@@ -97,8 +97,8 @@ class Worker:
         from tools.parity import programs, variants
 
         if point.loop == "layer":
-            tables = self.model.config.tables
-            variant = variants.variant(tables, point.attention, point.plant, point.products)
+            arch = self.model.config.arch
+            variant = variants.variant(arch, point.attention, point.plant, point.products)
             return programs.Layers(self.model, point.dtype, "xla", self.device, variant)
         form = "unobserved" if point.trial == "unobserved" else point.loop
         return programs.Whole(self.model, point.dtype, self.device, form)
@@ -129,7 +129,7 @@ class Worker:
         key = point.dtype, point.length, point.batch
         if self.kept[0] != key:
             self.kept = (None, None)
-            variant = variants.variant(self.model.config.tables, "stages", "")
+            variant = variants.variant(self.model.config.arch, "stages", "")
             engine = programs.Layers(self.model, point.dtype, "eager", self.cpu, variant)
             with jax.default_matmul_precision("highest"):
                 self.kept = key, self.traces(engine.values(self.batch(point)), point)
@@ -170,14 +170,14 @@ class Worker:
         from tools.parity.gpu.check import check
         from tools.parity.gpu.compile import compiled
 
-        tables, programs, violations = self.model.config.tables, [], []
+        arch, programs, violations = self.model.config.arch, [], []
         engine, parts = self.engine(point), {}
         for part in engine.programs(self.batch(point)):
-            summed = any(tables.stage[name].kind.sums_products for name in part.stages)
+            summed = any(arch.stage[name].kind.sums_products for name in part.stages)
             for by in ("cuBLAS", "Triton") if summed else ("Triton",):
                 with jax.default_matmul_precision(point.precision):
                     made = compiled(part, self.target, triton=by == "Triton")
-                found = check(part, made, tables, (point.dtype, point.precision)).to_json()
+                found = check(part, made, arch, (point.dtype, point.precision)).to_json()
                 violations += [each | {"products": by} for each in found.pop("violations")]
                 programs.append({"program": part.name, "products_by": by} | found)
                 parts[part.name] = part, made
@@ -241,10 +241,10 @@ class Worker:
         """Each stage captured alone: its values and the logits against those of one full run."""
         run, batch = self.candidate(point), self.batch(point)
         full, alone = run(batch), dict[Any, Any]()
-        tables = self.model.config.tables
-        for name in tables.names:
+        arch = self.model.config.arch
+        for name in arch.names:
             found = run(batch, lambda stage, layer, name=name: stage == name)
-            if name != tables.head.name:
+            if name != arch.head.name:
                 row = self.against({k: v for k, v in full.items() if k in found}, found, point)
                 if not row["identical"]:
                     return row | {"captured": name}

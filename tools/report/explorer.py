@@ -36,16 +36,16 @@ def node(key: Key) -> str:
     return key[0] if key[1] is None else f"layer-{key[1]}/{key[0]}"
 
 
-def graph(tables: Architecture, layers: int, dims: dict[str, int]) -> Data:
+def graph(arch: Architecture, layers: int, dims: dict[str, int]) -> Data:
     """A collection of one graph: a node a stage, and one for the tokens; an edge an input.
 
     ``dims`` maps axis letters to sizes.
     """
     # what its types give a default, its pages do not
     nodes: list[Data] = [{"id": TOKENS, "label": TOKENS, "namespace": "", "incomingEdges": []}]
-    for row, layer in tables.computation_order(layers):
+    for row, layer in arch.computation_order(layers):
         sources = [
-            TOKENS if name == TOKENS else node(tables.stored_as(name, layer, layers))
+            TOKENS if name == TOKENS else node(arch.stored_as(name, layer, layers))
             for name in row.inputs
         ]
         nodes.append(
@@ -53,7 +53,7 @@ def graph(tables: Architecture, layers: int, dims: dict[str, int]) -> Data:
                 "id": node((row.name, layer)),
                 "label": row.name,
                 "namespace": f"layer-{layer}" if row.scope == "layer" else "",
-                "attrs": [{"key": k, "value": v} for k, v in _attributes(tables, row, layer)],
+                "attrs": [{"key": k, "value": v} for k, v in _attributes(arch, row, layer)],
                 "incomingEdges": [
                     {"sourceNodeId": source, "sourceNodeOutputId": "0", "targetNodeInputId": str(i)}
                     for i, source in enumerate(sources)
@@ -63,15 +63,15 @@ def graph(tables: Architecture, layers: int, dims: dict[str, int]) -> Data:
                 ],
             }
         )
-    return {"label": tables.name, "graphs": [{"id": tables.name, "nodes": nodes}]}
+    return {"label": arch.name, "graphs": [{"id": arch.name, "nodes": nodes}]}
 
 
-def _attributes(tables: Architecture, row: Stage, layer: int | None) -> Iterator[tuple[str, str]]:
+def _attributes(arch: Architecture, row: Stage, layer: int | None) -> Iterator[tuple[str, str]]:
     yield "value", row.value
     yield "arithmetic", row.kind.name
     yield "axes", " x ".join(row.axes)
     for name in row.parameters:
-        yield f"parameter {name}", tables.parameter[name].tensor_name(layer)
+        yield f"parameter {name}", arch.parameter[name].tensor_name(layer)
 
 
 def _shape(row: Stage, dims: dict[str, int]) -> str:
@@ -88,7 +88,7 @@ def node_data(report: Localization) -> dict[str, Data]:
         node(item.key): {"value": verdict.class_of(item.level, item.row, item.segment) or "lower"}
         for item in report.items
     }
-    found["class"] = {report.trace.tables.name: {"name": "precision class", "results": classes}}
+    found["class"] = {report.trace.arch.name: {"name": "precision class", "results": classes}}
     return found
 
 
@@ -100,7 +100,7 @@ def _numbers(view: views.View, report: Localization, cells: Any) -> Data:
         ground, ink = (FAULT, "#111") if key in faulty else colours(view.shade(value))
         held = float(f"{value:.4g}") if known else 0.0
         results[node(key)] = {"value": held, "bgColor": ground, "textColor": ink}
-    return {report.trace.tables.name: {"name": view.label, "results": results}}
+    return {report.trace.arch.name: {"name": view.label, "results": results}}
 
 
 def write(report: Localization, directory: Path) -> list[Path]:
@@ -111,7 +111,7 @@ def write(report: Localization, directory: Path) -> list[Path]:
     """
     trace, layers = report.trace, report.trace.config["num_hidden_layers"]
     dims = Config.from_json(trace.config).dims(len(trace.tokens))
-    files = {"graph": graph(trace.tables, layers, dims)} | node_data(report)
+    files = {"graph": graph(trace.arch, layers, dims)} | node_data(report)
     written = []
     try:
         directory.mkdir(exist_ok=True)

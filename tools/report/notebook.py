@@ -38,7 +38,7 @@ def _whole(title: str, parts: Iterable[str], view: View) -> str:
 
 def _map(trace: Trace, view: View, faulty: set[Key]) -> str:
     values = view.cells["A"]
-    shown = [row for row in trace.tables.stages if any(key[0] == row.name for key in values)]
+    shown = [row for row in trace.arch.stages if any(key[0] == row.name for key in values)]
     turned = "writing-mode:vertical-rl;transform:rotate(180deg)"
     head = "".join(f'<th scope="col"><span style="{turned}">{r.name}</span></th>' for r in shown)
     lines = []

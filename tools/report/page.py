@@ -100,7 +100,7 @@ def _id(key: Key) -> str:
 def _verdict(side: str, report: Localization, several: bool) -> str:
     name = f'<span class="side">{side}</span> ' if several else ""
     about = (
-        f"{report.trace.path}: {report.trace.tables.name}, {report.dtype}, "
+        f"{report.trace.path}: {report.trace.arch.name}, {report.dtype}, "
         f"{len(report.trace.tokens)} tokens, weights of {report.model}"
     )
     tag = "h1" if side == "A" else "p"
@@ -175,7 +175,7 @@ def _heat_map(side: str, trace: Trace, view: View, faulty: set[Key], caption: st
     count = trace.config["num_hidden_layers"]
     values = view.cells[side]
     there = set(trace.entries)
-    shown = [row for row in trace.tables.stages if any(key[0] == row.name for key in there)]
+    shown = [row for row in trace.arch.stages if any(key[0] == row.name for key in there)]
     head = "".join(f'<th scope="col"><span>{row.name}</span></th>' for row in shown)
     lines = []
     for layer in [*range(count), None]:
@@ -289,7 +289,7 @@ def _made(trace: Trace, model: str | None) -> Iterator[tuple[str, str]]:
     yield "trace", str(trace.path)
     if model:
         yield "judged by the weights of", model
-    yield "architecture", trace.tables.name
+    yield "architecture", trace.arch.name
     yield "dtype", trace.dtype or f"not said; its values are {trace_dtype(trace)}"
     yield "tokens", f"{len(trace.tokens)}, positions {trace.positions[0]} to {trace.positions[-1]}"
     more = ", ..." if len(trace.steps) > 12 else ""

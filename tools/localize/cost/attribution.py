@@ -212,13 +212,13 @@ class _Measuring:
 
     def __init__(self, replay: Replay, question: Question, clean: bool) -> None:
         self.replay, self.question = replay, question
-        self.config, self.tables = replay.config, replay.tables
+        self.config, self.arch = replay.config, replay.arch
         # Of coarser arithmetic float32 is enough, at half the time and memory. It is off by some
         # 1e-6 nats; a model that is small enough is checked without that.
         small = question.checked and work(self.config, len(replay.trace.tokens)) <= CHECKED
         self.dtype = autodiff.EXACT if clean or small else jnp.float32
         self.layers = self.config.num_hidden_layers
-        *middle, self.head = self.tables.end_stages
+        *middle, self.head = self.arch.end_stages
         self.middle = tuple(middle)
         self.shares: dict[Key, Share] = {}
         self.lost: Key | None = None
@@ -233,7 +233,7 @@ class _Measuring:
             return None
         exact = None
         if self.right:
-            given_right = {self.tables.layer_output.name: self.right[self.layers]}
+            given_right = {self.arch.layer_output.name: self.right[self.layers]}
             exact = value(end, self._pos(None), {}, given_right)
         asked = self._ask(np.asarray(x), None if exact is None else np.asarray(exact))
         if asked is None:
@@ -242,11 +242,11 @@ class _Measuring:
         answer, slopes = asked
         slopes = self._back(self.middle, None, end, dumps, given, slopes)
         for layer, parameters, dumps, given in self._each(reversed(range(self.layers))):
-            slopes = self._renamed(slopes, self.tables.layer_output)
-            slopes = self._back(self.tables.layer_stages, layer, parameters, dumps, given, slopes)
-        slopes = self._renamed(slopes, self.tables.first)
+            slopes = self._renamed(slopes, self.arch.layer_output)
+            slopes = self._back(self.arch.layer_stages, layer, parameters, dumps, given, slopes)
+        slopes = self._renamed(slopes, self.arch.first)
         table, dumps = self._start()
-        self._back(self.tables.start_stages, 0, table, dumps, {}, slopes)
+        self._back(self.arch.start_stages, 0, table, dumps, {}, slopes)
         if not all(np.isfinite(s.margin) for s in self.shares.values()):
             return None
         self.shares = dict(reversed(self.shares.items()))
@@ -258,7 +258,7 @@ class _Measuring:
     def _start(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The parameters of the start stages; their dumps and the tokens."""
         table, tokens = self.replay.start_parameters()
-        there = {s.name: self.replay.load(s.name, 0) for s in self.tables.start_stages}
+        there = {s.name: self.replay.load(s.name, 0) for s in self.arch.start_stages}
         return table, {n: d for n, d in there.items() if d is not None} | {TOKENS: tokens}
 
     def _end(self) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
@@ -267,7 +267,7 @@ class _Measuring:
         names = self.config.tensor_names("end")
         needed = [name for stage in self.middle for name in stage.parameters]
         parameters = {name: self.replay.weights.read(names[name]) for name in needed}
-        before = self.tables.layer_output.name
+        before = self.arch.layer_output.name
         there = {s.name: self.replay.load(s.name, None) for s in self.middle}
         there[before] = self.replay.load(before, self.layers - 1)
         dumps = {name: dump for name, dump in there.items() if dump is not None}
@@ -307,13 +307,13 @@ class _Measuring:
 
     def _missing_inputs(self) -> dict[int, Array | None]:
         found: dict[int, Array | None] = {}
-        program = self._program(autodiff.complete, self.tables.start_stages)
+        program = self._program(autodiff.complete, self.arch.start_stages)
         entries = self.replay.trace.entries
-        if (self.tables.first.name, 0) not in entries:
+        if (self.arch.first.name, 0) not in entries:
             found[0] = program(self._start()[0], self._pos(None), self._start()[1], {})
-        program = self._program(autodiff.complete, self.tables.layer_stages)
+        program = self._program(autodiff.complete, self.arch.layer_stages)
         for layer in range(self.layers):
-            if (self.tables.layer_output.name, layer) in entries:
+            if (self.arch.layer_output.name, layer) in entries:
                 continue
             dumps = self.replay.layer_dumps(layer)
             given = {} if LAYER_INPUT in dumps else {LAYER_INPUT: found[layer]}
@@ -323,9 +323,9 @@ class _Measuring:
 
     def _right_inputs(self) -> dict[int, Array]:
         table, dumps = self._start()
-        program = self._program(autodiff.complete, self.tables.start_stages)
+        program = self._program(autodiff.complete, self.arch.start_stages)
         found = {0: program(table, self._pos(None), {TOKENS: dumps[TOKENS]}, {})}
-        program = self._program(autodiff.complete, self.tables.layer_stages)
+        program = self._program(autodiff.complete, self.arch.layer_stages)
         for layer in range(self.layers):
             parameters = read_parameters(self.replay.weights, "layer", layer)
             given = {LAYER_INPUT: found[layer]}
@@ -444,8 +444,8 @@ class _Measuring:
         """Carry slopes back through some rows, and keep the shares; what is left are the slopes of
         what came before."""
         right: dict[str, Array] = {}
-        if self.right and rows is not self.tables.start_stages:
-            before = self.tables.layer_output.name if layer is None else LAYER_INPUT
+        if self.right and rows is not self.arch.start_stages:
+            before = self.arch.layer_output.name if layer is None else LAYER_INPUT
             right = {before: self.right[self.layers if layer is None else layer]}
         needed = {name: parameters[name] for row in rows for name in row.parameters}
         if right:
@@ -498,17 +498,17 @@ class _Measuring:
         def moved(value: Any) -> Array:
             return jnp.broadcast_to(value, (count, *value.shape[1:])).astype(self.dtype)
 
-        rows, (table, dumps) = self.tables.start_stages, self._start()
+        rows, (table, dumps) = self.arch.start_stages, self._start()
         program = self._program(autodiff.forward, rows)
         x = moved(program(table, self._pos(None), dumps, {}, {}, keep(rows, 0)))
-        rows = self.tables.layer_stages
+        rows = self.arch.layer_stages
         program = self._program(autodiff.forward, rows)
         for layer, parameters, dumps, given in self._each(range(self.layers)):
             pos, before = self._pos(layer), {LAYER_INPUT: x}
             x = program(parameters, pos, dumps, given, before, keep(rows, layer))
         parameters, dumps, given = self._end()
         program = self._program(autodiff.forward, self.middle)
-        before = {self.tables.layer_output.name: x}
+        before = {self.arch.layer_output.name: x}
         x = program(parameters, self._pos(None), dumps, given, before, keep(self.middle, None))
         margins = self._margins(found, np.asarray(x), keep((self.head,), None)[self.head.name])
         shares = dict(found.shares)

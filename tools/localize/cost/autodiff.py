@@ -52,7 +52,7 @@ class Layer:
         dtype: Any,
     ) -> None:
         self.config, self.pos = config, pos
-        self.tables, self.length = config.tables.cached, pos.mask.shape[-1]
+        self.arch, self.length = config.arch.cached, pos.mask.shape[-1]
         self.weights = {name: weight.astype(dtype) for name, weight in parameters.items()}
         as_float = {n: x if n == TOKENS else x.astype(dtype) for n, x in dumps.items()}
         self.values: dict[str, Array | None] = {**given, **as_float}
@@ -64,7 +64,7 @@ class Layer:
     def ready(self, stage: Stage) -> tuple[int, list[Array]] | None:
         """How many rows the stage can be computed for, and its inputs for them."""
         values = [self.values[name] for name in stage.inputs]
-        return cut_inputs(self.tables, stage, values, self.length)
+        return cut_inputs(self.arch, stage, values, self.length)
 
     def run(self, stage: Stage, count: int, inputs: Sequence[Array]) -> Array:
         weights = [self.weights[name] for name in stage.parameters]
@@ -83,13 +83,13 @@ class Layer:
             value = values[name]
             assert value is not None
             whole = name in stage.keys
-            found.append(value if whole else last_rows(self.tables, name, value, count))
+            found.append(value if whole else last_rows(self.arch, name, value, count))
         return found
 
     def created(self, stage: Stage, exact: Array, rows: int) -> Array:
         """The error that the stage created, in its last rows, beside its own value."""
-        exact = last_rows(self.tables, stage.name, exact, rows)
-        error = last_rows(self.tables, stage.name, self.value(stage), rows) - exact
+        exact = last_rows(self.arch, stage.name, exact, rows)
+        error = last_rows(self.arch, stage.name, self.value(stage), rows) - exact
         if stage.kind.masked:
             error = jnp.where(self.pos.last(rows).mask[:, None], error, 0)
         return error
@@ -123,7 +123,7 @@ class Layer:
         """A slope of some last rows of a value, of as many as the layer has of it."""
         value = self.values[name]
         assert value is not None
-        return _padded(self.tables, name, slope, value.shape)
+        return _padded(self.arch, name, slope, value.shape)
 
     def by_parameter(self, stage: Stage, values: Array) -> dict[str, Array]:
         """Values of the stage's columns, in the last axis, cut to those of each parameter."""
@@ -142,15 +142,15 @@ def _between(stage: Stage, inputs: Sequence[Array], there: Sequence[Array] | Non
     ]
 
 
-def _axis(tables: Architecture, name: str) -> int:
+def _axis(arch: Architecture, name: str) -> int:
     """The axis of the rows of a slope [Q, B, ...] of a value."""
-    axes = tables.axes_of(name)
+    axes = arch.axes_of(name)
     return 2 + axes.index("T" if "T" in axes else "S")
 
 
-def _padded(tables: Architecture, name: str, slope: Array, shape: tuple[int, ...]) -> Array:
+def _padded(arch: Architecture, name: str, slope: Array, shape: tuple[int, ...]) -> Array:
     """A slope of the last rows of a value of ``shape``: of all of them, or of fewer."""
-    axis = _axis(tables, name)
+    axis = _axis(arch, name)
     rows = shape[axis - 1]
     if slope.shape[axis] >= rows:
         return jax.lax.slice_in_dim(slope, slope.shape[axis] - rows, slope.shape[axis], axis=axis)
@@ -201,7 +201,7 @@ def backward(
         values from before ``rows``, those of the values that cannot be computed from others).
     """
     here = Layer(rows, config, parameters, pos, dumps, given, dtype)
-    tables = here.tables
+    arch = here.arch
     slopes, shares, lost = dict(slopes), {}, {}
     for stage in reversed(rows):
         if stage.name not in slopes:
@@ -214,8 +214,8 @@ def backward(
         count, inputs = ready
         # y* has ``count`` rows, the dump maybe others; none but the last of both are compared.
         common = here.rows_of(stage, count)
-        axis = _axis(tables, stage.name)
-        slope = _padded(tables, stage.name, slope, (*slope.shape[1:axis], count))
+        axis = _axis(arch, stage.name)
+        slope = _padded(arch, stage.name, slope, (*slope.shape[1:axis], count))
         through: dict[str, Array] = {}  # what the input of a linear stage has, by each weight
         if stage.linear:
             (source,) = _floats(stage)
@@ -226,12 +226,12 @@ def backward(
             there = here.like(stage, count, right) if right else None
             found = here.pulled(stage, count, _between(stage, inputs, there), slope)
         if stage.name in dumps:
-            value = last_rows(tables, stage.name, here.value(stage), common)
-            kept = _padded(tables, stage.name, slope, value.shape)
+            value = last_rows(arch, stage.name, here.value(stage), common)
+            kept = _padded(arch, stage.name, slope, value.shape)
             several: Mapping[str, Array] = {}
             if stage.linear:
                 # <slope, x W'> = <slope W, x>, and slope W is there already
-                x = last_rows(tables, source, inputs[0], common)
+                x = last_rows(arch, source, inputs[0], common)
                 parts = here.by_parameter(stage, kept * value)
                 by_row = {
                     name: _sum(part, (1, 3)) - _sum(through[name][:, :, -common:] * x, (1, 3))
@@ -286,11 +286,11 @@ def forward(
         ]
         both = [jnp.concatenate(each) for each in zip(inputs, others, strict=True)]
         anew = here.run(stage, count, both)
-        own, now = anew[:1], last_rows(here.tables, stage.name, anew[1:], common)
+        own, now = anew[:1], last_rows(here.arch, stage.name, anew[1:], common)
         if stage.name in dumps:
             kept = keep[stage.name].reshape(-1, *[1] * (value.ndim - 1))
             now = now + kept * here.created(stage, own, common)
-        axis = _axis(here.tables, stage.name) - 1
+        axis = _axis(here.arch, stage.name) - 1
         before = jax.lax.slice_in_dim(value, 0, value.shape[axis] - common, axis=axis)
         before = jnp.broadcast_to(before, (now.shape[0], *before.shape[1:]))
         values[stage.name] = jnp.concatenate([before, now], axis)

@@ -85,7 +85,7 @@ def _where(share: Share) -> str:
 def _table(report: Localization, harm: Harm, unit: float) -> Table:
     """Layers down, stages across, whole units in the cells; without what is zero throughout."""
     seen = {key for key, share in harm.shares.items() if round(share.margin / unit)}
-    shown = [row.name for row in report.trace.tables.layer_stages if row.name in dict(seen)]
+    shown = [row.name for row in report.trace.arch.layer_stages if row.name in dict(seen)]
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
     for name in shown:

@@ -52,7 +52,7 @@ def compare(
     scores: Stage, config: Config, pos: Positional, inputs: Sequence[Array], dump: Array
 ) -> tuple[Array, ...]:
     """(rms, max, where that is as a flat index of [N, T, S], mean and largest total variation)."""
-    softmax = next(s for s in config.tables.layer_stages if s.inputs == (scores.name,))
+    softmax = next(s for s in config.arch.layer_stages if s.inputs == (scores.name,))
     exact = stage_value(scores, config, pos, inputs, ())
     seen = jnp.broadcast_to(pos.mask[:, None], exact.shape)
     error = jnp.where(seen, jnp.abs(dump - exact), 0)
@@ -79,13 +79,13 @@ def measure(replay: Replay, sound: Collection[int | None] = ()) -> list[Nats]:
     computed. sound: layers whose scores are plainly sound as a stage."""
     found = []
     # the row of the table without a cache: what a cache rounds is to be seen
-    scores = next(s for s in replay.config.tables.layer_stages if s.kind is SCORES)
+    scores = next(s for s in replay.config.arch.layer_stages if s.kind is SCORES)
     with replay.numerics():
         for layer in range(replay.config.num_hidden_layers):
             if (scores.name, layer) not in replay.trace.entries:
                 continue
             # a cache is part of the error here, but not of the stage's
-            sampled = layer in sound and scores in replay.tables.stages
+            sampled = layer in sound and scores in replay.arch.stages
             given = _sample(replay, scores, layer) if sampled else _all(replay, scores, layer)
             if given is None:
                 continue

@@ -325,7 +325,7 @@ class _Trial:
                     for key in members
                     if key not in found or len(members) > 1
                     for f in choices(
-                        self.replay.tables.stage[key[0]], self.replay.config, self.case.has_calls
+                        self.replay.arch.stage[key[0]], self.replay.config, self.case.has_calls
                     )
                     if found.get(key) is not f
                 ]

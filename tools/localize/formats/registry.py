@@ -696,7 +696,7 @@ def choices(stage: Stage, config: Config, calls: bool = True) -> list[Format]:
     """The formats that a stage may have; of an engine that runs in calls, if it is one."""
     width = config.head_dim
     if stage.linear:
-        width = axis_size(config.tables.cached.axes_of(stage.inputs[0])[-1], config.dims(1))
+        width = axis_size(config.arch.cached.axes_of(stage.inputs[0])[-1], config.dims(1))
     every = _of_kind(stage.kind)
     if calls and stage.kind in (SCORES, WEIGHTED_SUM):
         every += _of_calls(stage.kind)

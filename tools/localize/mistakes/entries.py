@@ -389,7 +389,7 @@ for _name, _says, _pattern in cache_rows.PATTERNS:
 @mistake("key/value heads of the cache in the order {}", "attn_scores attention")
 def cache_heads_permuted(case: StageReplay) -> Candidates:
     """Each group of query heads reads the key/value head of the cache that fits best."""
-    if "k_cache" in case.tables.stage or not case.has_calls:
+    if "k_cache" in case.arch.stage or not case.has_calls:
         return
     right, heads = cache_rows.kept(case), case.config.num_key_value_heads
     read = (cache_rows.with_rows(case, right[:, :, [head] * heads]) for head in range(heads))
@@ -445,7 +445,7 @@ def vocabulary_rolled(case: StageReplay) -> Candidates:
             if step:
                 yield f"{_signed(step, size):+d}", jnp.roll(case.exact, step, -1)
         return
-    table = case.model.read(case.tables.table.tensor)
+    table = case.model.read(case.arch.embedding.tensor)
     tokens = np.array(case.replay.trace.tokens)[-case.rows :]
     row = np.asarray(case.dump)[0, 0].astype(np.float32)
     wide = np.asarray(table, np.float32)

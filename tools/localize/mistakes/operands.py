@@ -19,7 +19,7 @@ def if_there(value: Array | None, function: Callable[[Array], Array]) -> Array |
 
 
 def embedding_table(case: StageReplay) -> np.ndarray:
-    return case.model.read(case.tables.table.tensor)
+    return case.model.read(case.arch.embedding.tensor)
 
 
 def norm_weight(case: StageReplay) -> Array:
@@ -45,7 +45,7 @@ def mean_square(case: StageReplay, x: Array) -> Array:
 def head_norm(case: StageReplay) -> Stage | None:
     """The norm over H of the heads that a norm or a rotated stage is made of, if it has one."""
     stage = case.stage
-    row = stage if stage.kind is NORM else case.tables.stage[stage.inputs[0]]
+    row = stage if stage.kind is NORM else case.arch.stage[stage.inputs[0]]
     return row if row.kind is NORM and row.axes[-1] == "H" else None
 
 
@@ -73,7 +73,7 @@ def rotated(case: StageReplay, x: Array) -> Array:
 
 def before_rope(case: StageReplay, rope: str, keys: bool = False) -> Array | None:
     """The heads that a rotated stage of this layer was made of, [1, T, N or K, H]."""
-    row = case.tables.stage[rope]
+    row = case.arch.stage[rope]
     value = case.at_keys(row.inputs[0]) if keys else case.value(row.inputs[0])
     if value is None or value.ndim == 4:
         return value

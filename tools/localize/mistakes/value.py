@@ -85,7 +85,7 @@ def input_not_normed(case: StageReplay) -> Candidates:
 
 @mistake("dumped after the bias was added", "qkv_matmul", dump_only=None, near=True)
 def bias_already_added(case: StageReplay) -> Candidates:
-    if biased := next((row for row in case.tables.stages if row.name in BIASES.split()), None):
+    if biased := next((row for row in case.arch.stages if row.name in BIASES.split()), None):
         yield "", case.exact + jnp.concatenate([case.parameter(p) for p in biased.parameters])
 
 
@@ -105,7 +105,7 @@ simple("rope_missing", "not rotated", ROPES, lambda case: unrotated(case))
     rest=("bias_missing", "bias_after_rope", "bias_v_only"),
 )
 def bias_after_rope(case: StageReplay) -> Candidates:
-    biased = case.tables.stage.get("qkv_bias")
+    biased = case.arch.stage.get("qkv_bias")
     if biased is None or biased.name not in case.stage.inputs:
         return
     parts = [jnp.asarray(case.parameter(name)) for name in biased.parameters]
@@ -146,7 +146,7 @@ def v_from_k(case: StageReplay) -> Candidates:
 
 @mistake("v before its bias", "v_cache attention")
 def v_without_bias(case: StageReplay) -> Candidates:
-    read = case.tables.stage[case.stage.inputs[-1]]
+    read = case.arch.stage[case.stage.inputs[-1]]
     before = case.at_keys(read.inputs[0]) if read.name in BIASES.split() else None
     if before is not None:
         yield "", cache_rows.with_rows(case, split_heads(case.config, before)[2])
@@ -198,7 +198,7 @@ def layer_off_by_one(case: StageReplay) -> Candidates:
 
 @mistake("the dump of {}", ALL, dump_only=True, priority=1)
 def stage_swapped(case: StageReplay) -> Candidates:
-    for row in case.tables.layer_stages if case.layer is not None else ():
+    for row in case.arch.layer_stages if case.layer is not None else ():
         if row is not case.stage and row.axes == case.stage.axes:
             # of the right value of this stage, which the other may be made of
             right = {**case.overrides, (case.stage.name, case.layer): case.exact}
@@ -217,7 +217,7 @@ def cache_kv_exchanged(case: StageReplay) -> Candidates:
     """v put away as k, k as v. Of a cache that was not dumped this shows in the scores; that the
     sum is of k, too, has a name of its own."""
     others = {"k_cache": "v_cache", "v_cache": "k_cache", "attn_scores": "attention"}
-    if ("k_cache" in case.tables.stage) == (case.stage.kind is CACHE):
+    if ("k_cache" in case.arch.stage) == (case.stage.kind is CACHE):
         other = case.other(others[case.stage.name]).last(None)
         if other.replayable:
             yield "", cache_rows.with_rows(case, cache_rows.kept(other))

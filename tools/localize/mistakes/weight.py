@@ -32,7 +32,7 @@ from tools.localize.stage_case import StageReplay, Weight
 @mistake("rows of the output head instead of the embedding", "embedding")
 def embedding_from_lm_head(case: StageReplay) -> Candidates:
     if not case.config.tie_word_embeddings:
-        head = case.parameter(case.tables.head.parameters[0])
+        head = case.parameter(case.arch.head.parameters[0])
         yield "", embedding_rows(case, np.asarray(head), np.array(case.replay.trace.tokens))
 
 
@@ -131,7 +131,7 @@ simple("kv_swapped", "k and v projections swapped", "qkv_matmul",
     together="gate and up projections exchanged",
 )
 def gate_up_swapped(case: StageReplay) -> Candidates:
-    other = case.tables.stage["ffn_up" if case.stage.name == "ffn_gate" else "ffn_gate"]
+    other = case.arch.stage["ffn_up" if case.stage.name == "ffn_gate" else "ffn_gate"]
     yield (
         other.parameters[0],
         case.run(weights={case.stage.parameters[0]: case.parameter(other.parameters[0])}),

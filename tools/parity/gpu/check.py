@@ -94,18 +94,18 @@ class Checked:
         return asdict(self) | {"products": sorted(self.products)}
 
 
-def check(part: Part, compiled: Compiled, tables: Architecture, asked: tuple[str, str]) -> Checked:
+def check(part: Part, compiled: Compiled, arch: Architecture, asked: tuple[str, str]) -> Checked:
     """All rules on one program. ``asked``: (dtype, precision), as of ``PRODUCTS``."""
     result, module = Checked(), compiled.module
     result.violations += _outputs(part, module)
     result.violations += _hlo(part, module, PRODUCTS[asked], result.products)
-    allowed = _operations(part, tables)
+    allowed = _operations(part, arch)
     fusions = {sanitised(each.name): each for each in module.instructions}
     for kernel in compiled.kernels.values():
         fusion = fusions.get(kernel.name)
         inside = list(module.inside(fusion)) if fusion else []
         result.violations += _kernel(part, kernel, inside, allowed, asked, result)
-    summed = {stage for stage in part.stages if tables.stage[stage].kind.sums_products}
+    summed = {stage for stage in part.stages if arch.stage[stage].kind.sums_products}
     if not result.products:  # of one row, XLA makes products and a sum
         result.products |= {
             SHORT[hlo.shapes(each.shape)[0].dtype.name]
@@ -123,11 +123,11 @@ def sanitised(name: str) -> str:
     return re.sub(r"[.\-]", "_", name)
 
 
-def _operations(part: Part, tables: Architecture) -> dict[str, set[str]]:
+def _operations(part: Part, arch: Architecture) -> dict[str, set[str]]:
     """Stage -> the HLO that it may have. A stage that the program leaves out leaves its own to the
     next: fused attention has the softmax inside."""
     allowed: dict[str, set[str]] = {}
-    for rows in (tables.start_stages, tables.layer_stages, tables.end_stages):
+    for rows in (arch.start_stages, arch.layer_stages, arch.end_stages):
         here, carried = any(row.name in part.stages for row in rows), set[str]()
         for row in rows:
             allowed[row.name] = carried | set(OPERATIONS.get(row.kind, ()))

@@ -90,7 +90,7 @@ def values(
 
     ``parts`` are by name, as of ``programs.Layers.programs``.
     """
-    config, tables = model.config, model.config.tables
+    config, arch = model.config, model.config.arch
     pos = positional_by_layer(config, batch.positions, batch.valid)
 
     def program(name: str, *arguments: Any) -> dict[str, np.ndarray]:
@@ -101,25 +101,25 @@ def values(
 
     rows, index = np.unique(batch.tokens, return_inverse=True)
     ids = {TOKENS: index.reshape(batch.tokens.shape).astype(np.int32)}
-    table = {tables.table.name: model.gather(tables.table.tensor, rows)}
+    table = {arch.embedding.name: model.gather(arch.embedding.tensor, rows)}
     found = {(name, 0): value for name, value in program("start", table, pos[False], ids).items()}
-    x = found[tables.first.name, 0]
+    x = found[arch.first.name, 0]
     for layer, sliding in enumerate(config.sliding_layers):
         weights = read_parameters(model, "layer", layer)
         name = "layer, sliding" if sliding else "layer"
         stages = program(name, weights, pos[sliding], {LAYER_INPUT: x})
-        x = stages[tables.layer_output.name]
-        found |= {(s.name, layer): stages[s.name] for s in tables.layer_stages if s.name in stages}
-    end, given = read_parameters(model, "end"), {tables.layer_output.name: x}
+        x = stages[arch.layer_output.name]
+        found |= {(s.name, layer): stages[s.name] for s in arch.layer_stages if s.name in stages}
+    end, given = read_parameters(model, "end"), {arch.layer_output.name: x}
     norm = program("norm", end, pos[False], given)
-    head = program("head", end, pos[False], {tables.head.inputs[0]: norm[tables.head.inputs[0]]})
+    head = program("head", end, pos[False], {arch.head.inputs[0]: norm[arch.head.inputs[0]]})
     return found | {(name, None): value for name, value in (norm | head).items()}
 
 
 def created(found: Values, variant: Variant, model: Weights, batch: Padded, dtype: str) -> int:
     """How many values of all stages differ from what the un-jitted stage on the CPU makes of the
     same inputs: what a program adds to the difference, without what arrived from before."""
-    config, tables = model.config, model.config.tables
+    config, arch = model.config, model.config.arch
     pos = positional_by_layer(config, batch.positions, batch.valid)
     cpu, count = jax.devices("cpu")[0], 0
 
@@ -135,13 +135,13 @@ def created(found: Values, variant: Variant, model: Weights, batch: Padded, dtyp
     with runtime.numerics("highest"), jax.default_device(cpu):
         for layer in range(config.num_hidden_layers):
             held: dict[str, Any] = {s.name: found[s.name, layer] for s in variant.rows}
-            source = (tables.first.name, 0) if not layer else (tables.layer_output.name, layer - 1)
+            source = (arch.first.name, 0) if not layer else (arch.layer_output.name, layer - 1)
             held[LAYER_INPUT] = found[source]
             count += sum(stage(row, layer, held) for row in variant.rows)
         last: dict[str, Any] = {}
-        last[tables.layer_output.name] = found[tables.layer_output.name, layer]
-        last |= {s.name: found[s.name, None] for s in tables.end_stages}
-        return count + sum(stage(row, None, last) for row in tables.end_stages)
+        last[arch.layer_output.name] = found[arch.layer_output.name, layer]
+        last |= {s.name: found[s.name, None] for s in arch.end_stages}
+        return count + sum(stage(row, None, last) for row in arch.end_stages)
 
 
 def named(arguments: tuple[Any, ...]) -> dict[str, Any]:
