@@ -19,8 +19,8 @@ from qwen_jax.config import Config
 from qwen_jax.forward import Parameters, run_stages
 from qwen_jax.models import FUNCTIONS, StageFunction
 from qwen_jax.models.ops import Positional, rounded, wide
-from qwen_jax.tracing import CACHE_FORMATS as BLOCKS
 from stages.architecture import CACHE, LAYER_INPUT, Stage
+from stages.numbers import OFFERED_CACHES
 
 START = "start"  # the row at which a call begins, where a cache does not slide
 
@@ -58,7 +58,7 @@ def _nearest(x: Array) -> Array:
 
 def _blocks(x: Array, kept: Format) -> Array:
     """``kept`` of every block of 32, along a head."""
-    return kept(x.reshape(*x.shape[:-1], -1, BLOCKS["q8_0"])).reshape(x.shape)
+    return kept(x.reshape(*x.shape[:-1], -1, OFFERED_CACHES["q8_0"])).reshape(x.shape)
 
 
 def _largest(x: Array) -> Array:

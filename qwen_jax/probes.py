@@ -55,6 +55,27 @@ LONG = 1024  # key positions from which on those that no query of a chunk sees a
 Jit = Callable[..., Any]  # of a function of arrays
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a linear stage multiplies in some arithmetic.
+
+    Attributes:
+        inputs: x [rows, in] -> for each of the stage's weights what is multiplied with it, and the
+            square of what that may be off by, both in float64.
+        weights: for each of them what is done to some of its rows; None is nothing.
+    """
+
+    inputs: Callable[[np.ndarray], Sequence[tuple[np.ndarray, np.ndarray]]]
+    weights: Sequence[Callable[[np.ndarray], np.ndarray] | None]
+
+
+class Estimate(NamedTuple):
+    """The sums of a stage as it is, and as each of its readings has it."""
+
+    plain: ErrorSums
+    read: tuple[ErrorSums, ...] = ()
+
+
 class Part(NamedTuple):
     """What the rows of a product are probed with.
 
@@ -111,7 +132,8 @@ def measure_rows(
     Returns:
         stage -> name -> sums: ``*_rows`` and ``*_columns`` as of ``ErrorSums``, those of the error
         of a product aside; for these ``error_probes`` [k], what each of the signs makes of the
-        whole; ``left`` [k, columns], signs times the dump; ``inputs`` and ``input_squares``, signs
+        whole; ``left`` [k, columns], signs times the dump, and of a linear stage ``signed_rows``
+        [k, rows], the dump times signs; ``inputs`` and ``input_squares``, signs
         times the first input and ones times its square.
     """
     found = {}
@@ -157,18 +179,23 @@ def _probe_rows(
     x, x2 = x.astype(EXACT), jnp.square(x.astype(jnp.float32))
     y = stage.matrix(dump.astype(EXACT))
     others = list(range(1, x.ndim))
-    probed = y @ part.signs.T - jnp.tensordot(x, part.right, (others, others))
+    signed = y @ part.signs.T
+    probed = signed - jnp.tensordot(x, part.right, (others, others))
     terms = jnp.tensordot(x2, part.squares.astype(jnp.float32), (others, [n - 1 for n in others]))
     left = part.left * counted
     found = _summed("scale", jnp.square(y), counted)
     found["scale_rows"] += terms
-    return found | {
-        "error_rows": jnp.square(probed).mean(1),
-        "error_probes": counted @ jnp.square(probed),
-        "left": left @ y,
-        "inputs": jnp.tensordot(left, x, 1),
-        "input_squares": jnp.tensordot(counted.astype(jnp.float32), x2, 1),
-    }
+    return (
+        found
+        | {
+            "error_rows": jnp.square(probed).mean(1),
+            "error_probes": counted @ jnp.square(probed),
+            "left": left @ y,
+            "inputs": jnp.tensordot(left, x, 1),
+            "input_squares": jnp.tensordot(counted.astype(jnp.float32), x2, 1),
+        }
+        | ({"signed_rows": signed.T} if stage.linear else {})
+    )
 
 
 def _probe_scores(
@@ -215,9 +242,9 @@ def probe_weight(weight: Array, x: Array, x2: Array, signs: Array) -> tuple[Arra
 def _left(
     product: Callable[[Array], Array], of_squares: Callable[[Array], Array], x: Array, x2: Array
 ) -> tuple[Array, Array]:
-    """x A [k, columns] and x2 (A∘A) [columns]. product, of_squares: x -> x A and x -> x (A∘A), of
-    any number of rows; x, x2: sketches of the input, see ``gather``."""
-    return product(x)[0], of_squares(x2)[0, 0]
+    """x A [k, columns] and x2 (A∘A) [n, columns]. product, of_squares: x -> x A and x -> x (A∘A),
+    of any number of rows; x [1, k, in], x2 [1, n, in]: sketches of the input, see ``gather``."""
+    return product(x)[0], of_squares(x2)[0]
 
 
 def _right(
@@ -261,7 +288,8 @@ def mix_left(
 ) -> tuple[Array, Array]:
     """``_left`` of a weighted sum. inputs [k, N, S], squares [N, S]."""
     product, of_squares = mix(stage, config, values.astype(EXACT))
-    return _left(product, of_squares, jnp.swapaxes(inputs, 0, 1)[None], squares[None, :, None])
+    left = _left(product, of_squares, jnp.swapaxes(inputs, 0, 1)[None], squares[None, :, None])
+    return left[0], left[1][0]
 
 
 def score_columns(
@@ -307,6 +335,7 @@ class Screen:
     Arguments:
         pos: of ``ops.positional_by_layer``, in host memory. angles: [T, H/2].
         options: of the compiler.
+        readings: linear stage -> arithmetics that it is measured in as well.
     """
 
     def __init__(
@@ -316,7 +345,9 @@ class Screen:
         angles: np.ndarray,
         dtype: np.dtype,
         options: Mapping[str, Any],
+        readings: Mapping[str, Sequence[Reading]] | None = None,
     ) -> None:
+        self.readings = readings or {}
         self.weights, self.config, self.pos, self.angles = weights, weights.config, pos, angles
         self.arch, self.dtype = weights.config.arch.cached, dtype
         self.options = tuple(options.items())
@@ -359,7 +390,7 @@ class Screen:
         sliding: bool,
         dumps: Mapping[str, np.ndarray],
         tensors: Mapping[str, str],
-    ) -> dict[str, ErrorSums]:
+    ) -> dict[str, Estimate]:
         """The sums of each stage, those of products estimated; nothing is counted in them.
 
         Arguments:
@@ -370,12 +401,22 @@ class Screen:
         for stage in rows:
             at_keys = bool(stage.keys) or {"T", "S"} <= {*stage.axes}
             groups.setdefault((self._count(stage, dumps), at_keys), []).append(stage)
-        found: dict[str, ErrorSums] = {}
+        found: dict[str, Estimate] = {}
         for (count, at_keys), some in groups.items():
             group = _Group(self, tuple(some), sliding, count, at_keys, dumps, tensors)
             with np.errstate(invalid="ignore", over="ignore"):  # of dumps that are not finite
                 found |= group.measure()
         return found
+
+
+@dataclass
+class _Read:
+    """A reading of one stage: for each weight its inputs (see ``Reading``), and the products with
+    sketches, as ``_left`` [k, out], [out] and ``_right`` [k, in], [in] have them."""
+
+    inputs: Sequence[tuple[np.ndarray, np.ndarray]]
+    left: list[tuple[np.ndarray, np.ndarray]]
+    right: list[tuple[np.ndarray, np.ndarray]]
 
 
 @cache
@@ -410,8 +451,9 @@ class _Group:
         self.odd: dict[tuple[str, int], bool] = {}  # dump, first row -> see _nonzero_outside
         self.parts: dict[str, Part] = {}
         self.products: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.read: dict[str, list[_Read]] = {}
 
-    def measure(self) -> dict[str, ErrorSums]:
+    def measure(self) -> dict[str, Estimate]:
         for stage in self.rows:
             if stage.kind.sums_products:
                 self._prepare(stage)
@@ -434,7 +476,35 @@ class _Group:
             )  # fmt: skip
             for stage in self.rows:
                 self._add(stage, chunk, found[stage.name])
-        return {stage.name: self._sums(stage) for stage in self.rows}
+        return {stage.name: self._estimate(stage) for stage in self.rows}
+
+    def _estimate(self, stage: Stage) -> Estimate:
+        plain, found = self._sums(stage), self.found[stage.name]
+        return Estimate(
+            plain,
+            tuple(self._of_reading(each, plain, found) for each in self.read.get(stage.name, ())),
+        )
+
+    def _of_reading(
+        self, read: "_Read", plain: ErrorSums, found: Mapping[str, np.ndarray]
+    ) -> ErrorSums:
+        """The sums of a linear stage whose inputs and weights are read in another way."""
+        made = (x @ right.T for (x, _), (right, _) in zip(read.inputs, read.right, strict=True))
+        off = np.square(found["signed_rows"].T - sum(made))
+        error = np.square(found["left"] - np.concatenate([left for left, _ in read.left], 1))
+        unsure = (u @ of for (_, u), (_, of) in zip(read.inputs, read.right, strict=True))
+        rows, columns = sum(unsure), np.concatenate([u for _, u in read.left])
+        if self.count <= PROBES:
+            of_rows, of_columns = error.sum(1), error.sum(0)
+        else:
+            of_columns = error.mean(0)
+            of_rows = off.mean(1) * _better(off.sum(0), error.sum(1))
+        return plain.replace(
+            error_rows=of_rows,
+            error_columns=of_columns,
+            expected_rows=plain.expected_rows + rows,
+            expected_columns=plain.expected_columns + columns,
+        )
 
     # --- chunks
 
@@ -534,21 +604,56 @@ class _Group:
             gathered = self.screen._jit(gather)(x[:, part], left[:, part])
             sketch, squares = sketch + gathered[0], squares + gathered[1]
         signs = random_signs(1, PROBES, self.dumps[stage.name].shape[-1])
-        right, right_squares, first = 0, 0, 0
-        products, sizes = [], []
-        probe = self.screen._jit(probe_weight)
-        for parameter in stage.parameters:
-            tensor = self.tensors[parameter]
-            count, width = self.weights.shapes[tensor]
-            for _, block in self.weights.blocks(tensor, even_step(count, BLOCK // width)):
-                some = signs[:, first : first + len(block)]
-                found = probe(block, sketch, squares, some)
-                products.append(found[0])
-                sizes.append(found[1])
-                right, right_squares = right + found[2], right_squares + found[3]
-                first += len(block)
-        self.products[stage.name] = np.concatenate(products, 1), np.concatenate(sizes)
-        self.parts[stage.name] = Part(signs, right, right_squares, left)
+        readings = self.screen.readings.get(stage.name, ())
+        read = [_Read(each.inputs(x[0]), [], []) for each in readings]
+        self.read[stage.name] = read
+        plain, first = _Read([], [], []), 0
+        for place, parameter in enumerate(stage.parameters):
+            sketches = [(np.asarray(sketch), np.asarray(squares))]
+            sketches += [((left @ x)[None], u.sum(0)[None, None])
+                         for x, u in (each.inputs[place] for each in read)]  # fmt: skip
+            rounded = [None, *(each.weights[place] for each in readings)]
+            count = self.weights.shapes[self.tensors[parameter]][0]
+            found = self._probed(
+                self.tensors[parameter], sketches, rounded, signs[:, first : first + count]
+            )
+            first += count
+            for each, (of_left, of_right) in zip((plain, *read), found, strict=True):
+                each.left.append(of_left)
+                each.right.append(of_right)
+        lefts, sizes = zip(*plain.left, strict=True)
+        rights, squared = zip(*plain.right, strict=True)
+        self.products[stage.name] = np.concatenate(lefts, 1), np.concatenate(sizes)
+        self.parts[stage.name] = Part(signs, sum(rights), sum(squared), left)
+
+    def _probed(
+        self, tensor: str, sketches: Sequence[tuple[np.ndarray, np.ndarray]],
+        rounded: Sequence[Callable[[np.ndarray], np.ndarray] | None], signs: np.ndarray,
+    ) -> list[tuple[Any, Any]]:  # fmt: skip
+        """A weight times each of some sketches of inputs, and times signs: (``_left``, ``_right``)
+        for each. Those that read it as it is are multiplied together."""
+        count, width = self.weights.shapes[tensor]
+        probe, size = self.screen._jit(probe_weight), sketches[0][0].shape[1]
+        groups = [[n for n, change in enumerate(rounded) if change is None]]
+        groups += [[n] for n, change in enumerate(rounded) if change is not None]
+        xs = [tuple(np.concatenate([sketches[n][i] for n in some], 1) for i in (0, 1))
+              for some in groups]  # fmt: skip
+        lefts: list[list[Any]] = [[] for _ in rounded]
+        rights: list[Any] = [(0, 0) for _ in rounded]
+        for start, block in self.weights.blocks(tensor, even_step(count, BLOCK // width)):
+            some_signs = signs[:, start : start + len(block)]
+            for some, (x, x2) in zip(groups, xs, strict=True):
+                change = rounded[some[0]]
+                read = block if change is None else change(np.asarray(block, np.float32))
+                left, sizes, *right = map(np.asarray, probe(read, x, x2, some_signs))
+                for place, n in enumerate(some):
+                    lefts[n].append((left[place * size : (place + 1) * size], sizes[place]))
+                    rights[n] = tuple(a + b for a, b in zip(rights[n], right, strict=True))
+        made = []
+        for parts, right in zip(lefts, rights, strict=True):
+            products, squares = zip(*parts, strict=True)
+            made.append(((np.concatenate(products, 1), np.concatenate(squares)), right))
+        return made
 
     def _prepare_mix(self, stage: Stage) -> None:
         signs = random_signs(1, PROBES, self.dumps[stage.name].shape[-1])

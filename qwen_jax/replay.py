@@ -2,10 +2,10 @@
 it, or probed first and measured only where that leaves a doubt."""
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from qwen_jax import rope, runtime
 from qwen_jax.estimate import head_tensor
 from qwen_jax.local_error import Both, ErrorSums, compiled, compiler_options, cut_inputs
 from qwen_jax.models.ops import positional_by_layer
-from qwen_jax.probes import Screen
+from qwen_jax.probes import Estimate, Reading, Screen
 from qwen_jax.weights.base import Weights
 from stages.architecture import LAYER_INPUT, TOKENS, Key, Stage
 from stages.trace import Trace
@@ -35,6 +35,7 @@ class Measured:
             computation order; empty where every input was dumped.
         rows: how many rows of the sequence, the last ones, were measured.
         estimated: the sums are those of ``Replay.probed``.
+        read: those of each reading that was asked for there.
     """
 
     stage: Stage
@@ -43,6 +44,7 @@ class Measured:
     segment: tuple[Key, ...]
     rows: int
     estimated: bool = False
+    read: tuple[ErrorSums, ...] = ()
 
 
 # What can be done of a layer's dumps before their turn: for ``Step``, by name.
@@ -123,11 +125,14 @@ class Replay:
         """Every dumped stage that can be replayed, in computation order."""
         return self._locked(self._measure(self._parameters, self._step, 1))
 
-    def probed(self) -> Iterator[Measured]:
+    def probed(self, readings: Mapping[str, Sequence[Reading]] | None = None) -> Iterator[Measured]:
         """The same at the cost of reading: products are estimated, and nothing that is not finite
         or is zero is counted; see ``qwen_jax.probes``. What has missing stages before it is
-        measured as by iteration."""
-        screen = Screen(self.weights, self.host_pos, self._host_angles, self.dtype, self._options)
+        measured as by iteration. ``readings``: arithmetics that a linear stage is measured in as
+        well."""
+        screen = Screen(
+            self.weights, self.host_pos, self._host_angles, self.dtype, self._options, readings
+        )
         return self._locked(self._measure(partial(self._estimates, screen), self._probe, PROBED))
 
     def exactly(self, keys: Collection[Key]) -> Iterator[Measured]:
@@ -222,7 +227,7 @@ class Replay:
         rows: tuple[Stage, ...],
         layer: int | None,
         dumps: Mapping[str, Any],
-    ) -> dict[str, ErrorSums]:
+    ) -> dict[str, Estimate]:
         """Of every stage that is there with all that it is computed from."""
         sliding = layer is not None and self.config.sliding_layers[layer]
         there = [row for row in rows if {row.name, *row.inputs} <= dumps.keys()]
@@ -240,7 +245,7 @@ class Replay:
         self,
         rows: tuple[Stage, ...],
         layer: int | None,
-        sums: Mapping[str, ErrorSums],
+        sums: Mapping[str, Estimate],
         dumps: Mapping[str, Any],
         given: Mapping[str, Both | None],
     ) -> Iterator[Measured]:
@@ -256,7 +261,9 @@ class Replay:
             if row in left:
                 yield left[row]
             elif row.name in sums:
-                yield self._measured(row, layer, sums[row.name], estimated=True)
+                plain, read = sums[row.name]
+                found = self._measured(row, layer, plain, estimated=True)
+                yield replace(found, read=read)
 
     def _finish(self, ahead: Ahead, step: Step) -> Iterator[Measured]:
         """The stages after the layers."""

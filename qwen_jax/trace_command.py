@@ -25,6 +25,7 @@ from stages import manifest
 from stages.architectures import ALL_NAMES
 from stages.errors import UserError
 from stages.manifest import FORMATS, LOGITS
+from stages.numbers import OFFERED_CACHES
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "float64": "float64"}
 DTYPES |= {"f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
@@ -61,7 +62,7 @@ def parser(prog: str, description: str, backends: tuple[str, ...]) -> argparse.A
     add(
         "--cache",
         metavar="FORMAT",
-        help=f"a key/value cache of one of {', '.join(tracing.CACHE_FORMATS)}; default: none; with "
+        help=f"a key/value cache of one of {', '.join(OFFERED_CACHES)}; default: none; with "
         "--generate or --prefill-chunk the model's dtype",
     )
     forecast.add_argument(result)

@@ -36,20 +36,12 @@ from stages.manifest import (
     Model,
     check_positions,
 )
+from stages.numbers import OFFERED_CACHES
 from stages.selection import parse_layers, parse_stages
 from stages.trace import MemoryTrace, Trace, numpy_dtype, open_trace
 from stages.writer import Planned, TraceWriter, replaceable
 
 Emit = Callable[[str, int | None, np.ndarray], None]
-
-
-# The formats of a key/value cache, and how many channels of a head share a scale. What they do to
-# values is in ``qwen_jax.cache``.
-CACHE_FORMATS = {
-    "float32": 1, "bfloat16": 1, "float16": 1, "float64": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
-    "q8_0": 32, "q4_0": 32, "int8": 1,
-}  # fmt: skip
-
 EmitRows = Callable[[str, int | None, np.ndarray, int], None]  # ... and the first row of them
 
 
@@ -304,9 +296,9 @@ def cache_format(name: str, config: Config) -> str:
     Raises:
         UserError: there is none of that name, or it does not divide the heads.
     """
-    if name not in CACHE_FORMATS:
-        raise UserError(f"no cache format {name!r}; choose one of {', '.join(CACHE_FORMATS)}")
-    block = CACHE_FORMATS[name]
+    if name not in OFFERED_CACHES:
+        raise UserError(f"no cache format {name!r}; choose one of {', '.join(OFFERED_CACHES)}")
+    block = OFFERED_CACHES[name]
     if config.head_dim % block:
         raise UserError(
             f"--cache {name} has blocks of {block}, which do not divide this model's head size "

@@ -8,21 +8,21 @@ trace in float32 forecasts where an engine in another format overflows.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from stages import numbers
 from stages.architecture import LINEAR, NORM, SIZES, Stage
 from stages.mask import layer_mask
+from stages.numbers import Keeps
 from stages.trace import Trace
 from stages.verdict import ranges
 
 NEAR = 0.25  # of the range: what is told; the largest stage of a trained model has a few per cent
 BLOCK = 32  # values that share a sum in Q8_1
 SUM = "sum of squares"
-
-Keeps = Literal["values", "cache", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,11 @@ class Format:
         return float(ml_dtypes.finfo(self.dtype).max)
 
 
-_KNOWN: tuple[tuple[str, Any, Keeps], ...] = (
-    ("float16", np.float16, "values"),
-    ("bfloat16", ml_dtypes.bfloat16, "values"),
-    ("float8_e4m3fn", ml_dtypes.float8_e4m3fn, "cache"),
-    ("float8_e5m2", ml_dtypes.float8_e5m2, "cache"),
-    ("q8_1", np.float16, "blocks"),
-)
-FORMATS = {name: Format(name, np.dtype(dtype), keeps) for name, dtype, keeps in _KNOWN}
+FORMATS = {
+    name: Format(name, np.dtype(f.dtype), f.keeps)
+    for f in numbers.FORMATS
+    if f.dtype is not None and (name := f.offered or f.name)
+}
 FLOAT16 = FORMATS["float16"]
 
 

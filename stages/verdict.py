@@ -280,6 +280,8 @@ def suspects(items: list[LocalError], dtype: str) -> list[Suspect]:
     return found
 
 
+ZEROS = 16.0  # bits that a slice of zeros may have where what is lost is a 1e-4 of the usual scale
+
 # By how many bits an estimated slice, and an estimated stage, may lie too high or too low: that of
 # one of 8 squares is 0.75 bits too high in one case of 19 and 1.75 bits in one of 2000 if its error
 # is spread evenly, with a deviation of 0.36 bits; a stage's was within 0.1.
@@ -304,7 +306,8 @@ def doubtful(items: list[LocalError], dtype: str) -> set[Key]:
         low, high = (
             class_of(level, item.row) for level in (item.level - of_stage, item.level + of_stage)
         )
-        dead = usual[item.stage] - 3.0 + of_slice  # a slice of zeros has fewer bits
+        # a slice of zeros has fewer bits, and no more than values far from zero leave it
+        dead = min(usual[item.stage] - 3.0, ZEROS) + of_slice
         if (
             not np.isfinite(item.bits)
             or low is None

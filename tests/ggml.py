@@ -76,6 +76,19 @@ def quantize(values: np.ndarray, type_: str) -> np.ndarray:
     return out
 
 
+def rounded(values: np.ndarray, type_: str) -> np.ndarray:
+    """What is left of rows by llama.cpp's plain conversion, which its caches go through: float32.
+    ``quantize`` may search for better scales."""
+    number = GGMLQuantizationType[type_]
+    block, size = GGML_QUANT_SIZES[number]
+    raw = np.empty((len(values), values.shape[1] // block * size), np.uint8)
+    convert = library().ggml_get_type_traits(int(number)).contents.from_float
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    flat = np.ascontiguousarray(values, np.float32)
+    kind(convert)(flat.ctypes.data, raw.ctypes.data, flat.size)
+    return dequantize(raw, type_)
+
+
 def dequantize(raw: np.ndarray, type_: str) -> np.ndarray:
     """Rows of float32, by llama.cpp."""
     number = GGMLQuantizationType[type_]

@@ -19,6 +19,7 @@ from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
 from stages.invariance import partings
 from stages.manifest import Batch
+from stages.numbers import OFFERED_CACHES
 from tests.tiny import write_checkpoint
 from tests.traces import check_stages, torch_trace
 
@@ -75,7 +76,7 @@ def test_int8_has_a_scale_for_each_token_and_head() -> None:
 
 
 def test_formats_are_those_that_are_planned() -> None:
-    assert set(cache.FORMATS) == set(tracing.CACHE_FORMATS)
+    assert set(cache.FORMATS) == set(OFFERED_CACHES)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -10,6 +10,7 @@ import pytest
 import qwen_jax
 from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
+from stages import numbers
 from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
 from stages.places import Place, place
@@ -22,7 +23,6 @@ from tools.collect import Recorder, engines, ggml, options
 from tools.collect import collect as run
 from tools.collect.__main__ import main
 from tools.collect.session import Calls
-from tools.localize.mistakes.stored_types import BY_GGML
 
 RANDOM = np.random.default_rng(0)
 # llama.cpp wants D = N*H of a Qwen2, and so does mlx-lm.
@@ -434,7 +434,7 @@ def test_onnxruntime_quantised(exported: Trace, qwen2: Path, tmp_path: Path) -> 
         assert 1e-4 < np.sqrt((error**2).mean() / (right**2).mean()) < 0.05
 
 
-@pytest.mark.parametrize("kind", BY_GGML)
+@pytest.mark.parametrize("kind", [f.ggml for f in numbers.used(numbers.WEIGHT) if not f.ways])
 def test_rows_are_quantised_as_by_llama_cpp(kind: str) -> None:
     """And what its search for scales would abort on is taken for zero."""
     need("llama.cpp")

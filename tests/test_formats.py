@@ -7,9 +7,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from stages import roundings
 from stages.verdict import EXACT_BITS
 from tests.planted.matrix import Bench, make_bench
-from tools.localize.formats import registry, roundings
+from tools.localize.formats import arithmetic, registry
 from tools.localize.result import Localization, faults, sentence
 from tools.numpy_engine import engine
 
@@ -94,7 +95,7 @@ def test_tf32_keeps_ten_bits():
 def test_angles_agree_to_float32(made):
     positions = np.array([0, 1, 100])
     found = made.angles(positions, 64, 1e4)
-    right = roundings.angles_in_f64(positions, 64, 1e4)
+    right = arithmetic.angles_in_f64(positions, 64, 1e4)
     np.testing.assert_allclose(found, right, rtol=40 * 2.0**-24)
 
 
@@ -103,7 +104,7 @@ def test_a_sum_in_f16_is_the_weighted_sum_to_f16():
     scores = np.where(np.tri(5, 6, 1, dtype=bool), scores, -np.inf).astype(np.float32)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     right = np.einsum("nts,snh->tnh", weights / weights.sum(-1, keepdims=True), v)
-    np.testing.assert_allclose(roundings.sum_in_f16(scores, v), right, atol=2e-2)
+    np.testing.assert_allclose(arithmetic.sum_in_f16(scores, v), right, atol=2e-2)
 
 
 # --- found in an engine
@@ -264,7 +265,7 @@ def test_an_activation_in_half_is_precision(bench, dtype):
     assert found.precision["ffn_silu"]["format"] == np.dtype(dtype).name
 
 
-@pytest.mark.parametrize("angles", [roundings.angles_by_recurrence, roundings.angles_in_f64])
+@pytest.mark.parametrize("angles", [arithmetic.angles_by_recurrence, arithmetic.angles_in_f64])
 def test_tables_of_another_make_are_right(bench, angles):
     small = bench("f32")
     head, theta = small.model.config.head_dim, small.model.config.rope_theta

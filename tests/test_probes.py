@@ -11,12 +11,13 @@ from qwen_jax.models.ops import positional_by_layer
 from qwen_jax.replay import Measured, Replay
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
-from stages import verdict
+from stages import roundings, verdict
 from stages.trace import MemoryTrace
 from tests.planted.matrix import make_bench
 from tests.tiny import write_checkpoint
 from tests.traces import jax_trace
 from tools.localize.cost import softmax_error
+from tools.localize.formats import fit
 from tools.localize.measure import settle
 
 QKV = ("T", "(N+2K)*H")
@@ -127,9 +128,15 @@ def test_few_rows_are_all_looked_at(sound):
         r.weights.read(tensors := "model.layers.0.self_attn.o_proj.weight"),
     )
     with r.numerics():
+        reading = probes.Reading(lambda x: [(roundings.q8_0(x).astype(float), x * 0.0)], [None])
+        both = probes.Reading(reading.inputs, [roundings.f16])
         screen = probes.Screen(r.weights, {False: r.pos[False].last(5)}, np.zeros((5, 4)),
-                               np.dtype("float32"), {})  # fmt: skip
-        sums = screen.measure((stage,), False, dumps, {"o_proj": tensors})["attn_out"]
+                               np.dtype("float32"), {}, {"attn_out": [reading, both]})  # fmt: skip
+        sums, read = screen.measure((stage,), False, dumps, {"o_proj": tensors})["attn_out"]
+    for found, weight in zip(read, (w, roundings.f16(w)), strict=True):
+        off = np.square(y - roundings.q8_0(x).astype(np.float64) @ weight.T.astype(np.float64))
+        np.testing.assert_allclose(found.error_rows, off.sum(1), rtol=1e-6)
+        np.testing.assert_allclose(found.error_columns, off.sum(0), rtol=1e-6)
     error = np.square(y - x @ w.T.astype(np.float64))
     np.testing.assert_allclose(sums.error_rows, error.sum(1), rtol=1e-6)
     np.testing.assert_allclose(sums.error_columns, error.sum(0), rtol=1e-6)
@@ -155,7 +162,7 @@ def test_what_is_odd_is_measured(sound, small_chunks, what):
     measured = by_key(r.probed())
     items = {k: settle.judged(r, m, "float32") for k, m in measured.items()}
     assert key in settle.doubtful([*items.values()], "float32")
-    settle.settle(r, measured, items, "float32")
+    settle.settle(r, measured, items, "float32", fit.Fitted())
     exact = [settle.judged(r, m, "float32") for m in r]
     found, expected = (
         {s.key: (s.why, s.where) for s in verdict.suspects(each, "float32")}

@@ -224,16 +224,21 @@ class Weights(ABC):
     def gather(self, name: str, rows: np.ndarray) -> np.ndarray:
         """The given rows of a tensor, in any order; in one pass over all of it, unless its hash is
         known."""
-        found = aligned_empty((len(rows), *self.shapes[name][1:]), self.dtype(name))
         if name in self.hashes:
-            for place, row in enumerate(rows):
-                self.fill(name, int(row), found[place : place + 1])
-            return found
+            return self.some(name, rows)
+        found = aligned_empty((len(rows), *self.shapes[name][1:]), self.dtype(name))
         order = np.argsort(rows)
         for start, block in self.blocks(name):
             first, last = np.searchsorted(rows, (start, start + len(block)), sorter=order)
             here = order[first:last]
             found[here] = block[rows[here] - start]
+        return found
+
+    def some(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """The same at the cost of these rows, whatever is known of the hash."""
+        found = aligned_empty((len(rows), *self.shapes[name][1:]), self.dtype(name))
+        for place, row in enumerate(rows):
+            self.fill(name, int(row), found[place : place + 1])
         return found
 
 

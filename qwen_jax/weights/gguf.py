@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from qwen_jax.config import from_hf
 from qwen_jax.weights import gguf_file, gguf_tokenizer
-from qwen_jax.weights.base import Weights, misfits, raw_bytes, some
+from qwen_jax.weights.base import BLOCK, Weights, misfits, raw_bytes, some
 from qwen_jax.weights.files import Files
 from qwen_jax.weights.gguf_file import PART, Content, Tensor
 from stages.architecture import Architecture
@@ -147,6 +147,16 @@ class GgufWeights(Weights):
         if self.types.get(name, "F32") in NATIVE:
             return super()._hashed(name, start, rows)
         return raw_bytes(self._raw(name, start, len(rows))), self.types[name]
+
+    def gather(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """As of any form; a quantised tensor is hashed as it lies in the file, so that no other row
+        needs to be decoded."""
+        if self.types.get(name, "F32") not in NATIVE and name not in self.hashes:
+            count = self.shapes[name][0]
+            step = max(1, BLOCK // self._tensors[name].row)
+            for start in range(0, count, step):
+                self._hash(name, start, np.empty((min(step, count - start), 0), DECODED))
+        return super().gather(name, rows)
 
     def value_hash(self, name: str) -> WeightEntry:
         if self.types.get(name, "F32") in NATIVE:

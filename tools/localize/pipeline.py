@@ -55,7 +55,7 @@ def localize(
     from tools.localize import blaming, explaining, suspecting
     from tools.localize.cost import softmax_error
     from tools.localize.cost.attribution import measure
-    from tools.localize.formats import fit
+    from tools.localize.formats import fit, sample
     from tools.localize.measure import settle
 
     weights = model if isinstance(model, Weights) else open_model(model)
@@ -65,23 +65,29 @@ def localize(
     check_model(trace, weights)
     dtype = trace_dtype(trace)
     replay = Replay(trace, weights, numpy_dtype(dtype))
-    held, measured = {}, {}
+    held, measured, fitted = {}, {}, fit.Fitted()
+    guesses = sample.guess(replay) if dtype == "float32" and not exact else {}
+    probed = replay.probed(sample.readings(replay, guesses))
     # a float64 trace has errors as small as those of the estimate's own arithmetic
-    for m in replay if exact or dtype == "float64" else replay.probed():
+    for m in replay if exact or dtype == "float64" else probed:
         key = m.stage.name, m.layer
-        measured[key], held[key] = m, settle.judged(replay, m, dtype)
+        item = settle.judged(replay, m, dtype)
+        formats = guesses.get(m.stage.name, ())
+        if known := sample.explained(replay, m, item, formats, dtype):
+            item = fitted.explain(*known)
+        measured[key], held[key] = m, item
         advance(held[key])
     if not held:
         raise NotComparable(f"not comparable: {trace.path} holds no stage that can be replayed")
     _check_weights(trace, weights)
-    settle.settle(replay, measured, held, dtype)
+    settle.settle(replay, measured, held, dtype, fitted)
     if not any(item.compared or item.born for item in held.values()):
         raise NotComparable(
             f"not comparable: no stage of {trace.path} has a number, nor has what {weights.name} "
             "computes from it; all is NaN or infinite"
         )
     with replay.numerics():
-        items, fitted = fit.fit(replay, [*measured.values()], [*held.values()], dtype)
+        items = fit.fit(replay, [*measured.values()], [*held.values()], dtype, fitted)
         evidence = suspecting.Evidence(replay, items, dtype, fitted)
         blame = blaming.clear(evidence, suspecting.suspects(evidence))
         explained = explaining.explain(evidence, blame)

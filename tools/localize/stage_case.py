@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qwen_jax import rope
+from qwen_jax import rope, runtime
 from qwen_jax.config import Config
 from qwen_jax.local_error import cut_inputs, last_rows, size_squared, stage_value
 from qwen_jax.models.ops import Positional
@@ -284,10 +285,7 @@ class StageReplay:
     def squared(self, inputs: Sequence[Array]) -> Array:
         """The square of what rounding can act on, of the stage of any inputs."""
 
-        def squared(weights: Sequence[Array]) -> Array:
-            value = stage_value(self.stage, self.config, self.pos, inputs, weights)
-            return size_squared(self.stage, self.config, self.pos, inputs, weights, value)
-
+        squared = partial(_sizes(self.stage, self.config), self.pos, inputs)
         return _applied(self.stage, squared, self.weights).astype(jnp.float64)
 
     def expected(self) -> Array:
@@ -302,14 +300,15 @@ class StageReplay:
             parts = [self.in_format(part).expected() for part in format.parts]
             pieces = [jnp.split(part, ends, -1)[place] for place, part in enumerate(parts)]
             return jnp.concatenate(pieces, -1)
-        for place, operand in format.operands.items():
+        for place in format.operands:
             if place >= len(self.inputs) or format.level not in ("8-bit", "lower"):
                 continue  # a 16-bit format rounds a dump as it stands, whatever was before
             x = self.inputs[place]
-            unsure = operand(self.config, x, NUDGE) - operand(self.config, x, -NUDGE)
-            if bool(unsure.any()):
+            high, low = (format.read(self.config, place, x, n) for n in (NUDGE, -NUDGE))
+            unsure = high - low
+            if unsure.any():
                 inputs = list(self.inputs)
-                inputs[place] = unsure
+                inputs[place] = jnp.asarray(unsure)
                 found = found + self.squared(inputs)
         if format.unsure is not None:
             of_weights = partial(format.unsure, self.config, self.inputs)
@@ -365,12 +364,12 @@ class StageReplay:
             tables = tables.replace(cos=jnp.asarray(made[0]), sin=jnp.asarray(made[1]))
         read = given if format is None else format.inputs(config, given, self.nudge)
 
+        program = _values(self.stage, config)
+
         def function(weights: Sequence[Array]) -> Array:
             if format is None:
-                return stage_value(self.stage, config, tables, read, weights)
-            value = stage_value(
-                self.stage, config, tables, read, [format.weight(w) for w in weights]
-            )
+                return program(tables, read, weights)
+            value = program(tables, read, [format.weight(w) for w in weights])
             return value if format.plus is None else value + format.plus(config, given, weights)
 
         return _applied(self.stage, function, {**self.weights, **(weights or {})})
@@ -424,6 +423,27 @@ class StageReplay:
     @property
     def heads(self) -> int | None:
         return self.stage.heads(self.config.dims(1))
+
+
+@cache
+def _values(stage: Stage, config: Config) -> Callable[..., Array]:
+    """A stage's function under jit: called as ``(pos, inputs, weights)``."""
+
+    def program(pos: Positional, inputs: Sequence[Array], weights: Sequence[Array]) -> Array:
+        return stage_value(stage, config, pos, inputs, weights)
+
+    return jax.jit(program, compiler_options=runtime.compiler_options())
+
+
+@cache
+def _sizes(stage: Stage, config: Config) -> Callable[..., Array]:
+    """The same of the square of what rounding can act on."""
+
+    def program(pos: Positional, inputs: Sequence[Array], weights: Sequence[Array]) -> Array:
+        value = stage_value(stage, config, pos, inputs, weights)
+        return size_squared(stage, config, pos, inputs, weights, value)
+
+    return jax.jit(program, compiler_options=runtime.compiler_options())
 
 
 def _exact(weight: Weight) -> Array:

@@ -5,8 +5,9 @@ brings the bits back is what the engine does, and from then on the stage, its sl
 known mistake are judged against that: 6 bits become 24, and a small fault stands out again.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +48,7 @@ MEMBERS = 4  # stages of a segment that may have formats: each tries all of its 
 SEARCHES = 4  # layers of one stage for which every format is tried
 ALIKE = 4.0  # bits that layers of one format may differ by
 HINTS = 4  # formats of other layers and stages that a stage is tried in
+FINE = ("f32", "tf32/f16", "bf16")  # tried first: most engines have no coarser ones
 CHANNELS = 768  # output channels of a linear stage that formats are tried on
 ROWS = 96  # last rows of a stage with a product for every key
 
@@ -67,6 +69,18 @@ class Fitted:
     formats: Formats = field(default_factory=dict)
     by_item: dict[Key, list[Format]] = field(default_factory=dict)
     lone: dict[Key, list[Format]] = field(default_factory=dict)
+
+    def explain(self, item: LocalError, format: Format) -> LocalError:
+        """Enter a stage that a format explains; the item again."""
+        self.formats[item.key] = format
+        self.by_item[item.key] = [format]
+        return item
+
+    def forget(self, key: Key, segment: Sequence[Key] = ()) -> None:
+        """Know nothing any more of a stage, and of missing ones behind it."""
+        self.by_item.pop(key, None)
+        for each in (key, *segment):
+            self.formats.pop(each, None)
 
     def names(self, stage: str) -> list[Format]:
         """The formats of a stage over its layers, one of each name."""
@@ -90,18 +104,26 @@ class Fitted:
 
 
 def fit(
-    replay: Replay, measured: Sequence[Measured], items: Sequence[LocalError], dtype: str
-) -> tuple[list[LocalError], Fitted]:
-    """The items, those that a format explains judged against it."""
-    fitted = Fitted()
+    replay: Replay,
+    measured: Sequence[Measured],
+    items: Sequence[LocalError],
+    dtype: str,
+    fitted: Fitted,
+) -> list[LocalError]:
+    """The items, those that a format explains judged against it. ``fitted`` has what is known
+    already, and is added to."""
     judged = {item.key: item for item in items}
     sums = {(m.stage.name, m.layer): m for m in measured}
     by_stage: dict[str, list[LocalError]] = {}
     for item in items:
-        if not item.born and _low(item, dtype):
+        if not item.born and item.key not in fitted.by_item and _low(item, dtype):
             by_stage.setdefault(item.stage, []).append(item)
     for low in by_stage.values():
-        known: list[Formats] = []
+        stage = low[0].stage
+        known: list[dict[str, Format]] = []  # by the names of stages
+        for key in fitted.by_item:
+            if key[0] == stage and (of := {stage: fitted.formats[key]}) not in known:
+                known.append(of)
         top = 0.0  # bits of the layer that a format explains best
         searches = 0
         # the middle one first: a fault lies at the ends
@@ -110,27 +132,30 @@ def fit(
             trial = _Trial(replay, item, sums[item.key], fitted.formats, dtype)
             if not trial.possible:
                 continue
-            found = trial.best(_moved(known, item.layer))
+            found = trial.best([trial.here(formats) for formats in known])
             if (found is None or not trial.whole(found, top)) and searches < SEARCHES:
                 searches += 1
                 found = trial.better(found, trial.search())
             if found is None:
                 continue
             top = max(top, trial.total(found))
-            if found not in known:
-                known.append(found)
+            if (named := {key[0]: f for key, f in found.items()}) not in known:
+                known.append(named)
             fitted.formats.update({k: f for k, f in found.items() if k not in fitted.formats})
             fitted.by_item[item.key] = list(found.values())
             if any(_changes(f) for f in found.values()):
                 judged[item.key] = trial.judged(found)
-        _give_up_lone(low[0].stage, items, judged, fitted, dtype)
-    return [judged[item.key] for item in items], fitted
+    for stage in {item.stage: None for item in items}:
+        _give_up_lone(replay, stage, items, judged, fitted, dtype)
+    _give_up_some_weights(replay, items, judged, fitted, dtype)
+    return [judged[item.key] for item in items]
 
 
 LONE = 2  # layers with the bits of float32, beside which a single one in a coarser format is odd
 
 
 def _give_up_lone(
+    replay: Replay,
     stage: str,
     items: Sequence[LocalError],
     judged: dict[Key, LocalError],
@@ -141,15 +166,43 @@ def _give_up_lone(
     engine's: that layer is judged as if nothing were known of it."""
     mine = [item for item in items if item.stage == stage]
     found = [item for item in mine if item.key in fitted.by_item]
-    plain = [item for item in mine if not item.born and not _low(item, dtype)]
+    plain = [i for i in mine if not i.born and i.exact_bits is None and not _low(i, dtype)]
     if len(plain) < LONE or len(found) != 1:
         return
     item = found[0]
     if verdict.coarsest(f.level for f in fitted.by_item[item.key]) != "f32":
-        fitted.lone[item.key] = fitted.by_item.pop(item.key)
-        judged[item.key] = item
-        for key in (item.key, *item.segment):
-            fitted.formats.pop(key, None)
+        fitted.lone[item.key] = fitted.by_item[item.key]
+        fitted.forget(item.key, item.segment)
+        judged[item.key] = _as_it_is(replay, item, dtype)
+
+
+def _give_up_some_weights(
+    replay: Replay,
+    items: Sequence[LocalError],
+    judged: dict[Key, LocalError],
+    fitted: Fitted,
+    dtype: str,
+) -> None:
+    """An engine that quantises weights does so in most of its linear layers: in fewer it is those
+    tensors that are wrong, and they are judged as if nothing were known of them."""
+    other = [k for k, found in fitted.by_item.items() if any(f.requantised for f in found)]
+    if 2 * len(other) >= sum(item.row.linear for item in items):
+        return
+    for item in items:
+        if item.key in other:
+            fitted.forget(item.key, item.segment)
+            judged[item.key] = _as_it_is(replay, item, dtype)
+
+
+def _as_it_is(replay: Replay, item: LocalError, dtype: str) -> LocalError:
+    """The item against exact arithmetic, measured in full."""
+    if item.exact_bits is None:
+        return item
+    (m,) = replay.exactly([item.key])
+    return verdict.judge(
+        m.stage, m.layer, m.sums, m.segment, m.stage.heads(replay.config.dims(1)),
+        item.skipped_rows, dtype,
+    )  # fmt: skip
 
 
 def _low(item: LocalError, dtype: str) -> bool:
@@ -175,11 +228,6 @@ def may_have_formats(item: LocalError, dtype: str) -> bool:
     return item.row.kind.sums_products and _low(least, dtype)
 
 
-def _moved(known: Iterable[Formats], layer: int | None) -> list[Formats]:
-    """The same formats for another layer."""
-    return [{(stage, layer): f for (stage, _), f in found.items()} for found in known]
-
-
 def _changes(format: Format) -> bool:
     """Whether it does more than name the grid of a result."""
     return format is not GRID_FORMATS.get(format.name)
@@ -188,6 +236,13 @@ def _changes(format: Format) -> bool:
 GRID_FORMATS = {
     name: Format(name, f"results in {name}", level) for name, (level, _) in GRIDS.items()
 }
+
+
+def rejudged(
+    replay: Replay, measured: Measured, item: LocalError, fitted: Fitted, dtype: str
+) -> LocalError:
+    """An item that was measured in full, judged against the format that is known of it."""
+    return _Trial(replay, item, measured, {}, dtype).judged({item.key: fitted.formats[item.key]})
 
 
 class _Trial:
@@ -208,6 +263,8 @@ class _Trial:
         if not self.possible:
             return
         self.small = self._small(self.case)
+        self._before = {frozenset[Any](): self.small}
+        self._scores: dict[Any, np.ndarray] = {}
         grid = coarsest_dtype(np.asarray(self.small.dump, np.float32).ravel()[:65536])
         put_away = item.row.kind is CACHE and dtype == "float32"  # the format is the cache's own
         self.grid = grid if grid in GRIDS and not put_away else None
@@ -240,36 +297,46 @@ class _Trial:
     def _score(self, case: StageReplay) -> np.ndarray:
         """Significant bits of the dump against a case's value: of the whole, and of its middle row
         and channel. A fault in a few of those does not hide the format of the others."""
-        exact = on_grid(case.exact, self.grid)
-        if exact.shape != case.dump.shape:
+        exact = np.asarray(on_grid(case.exact, self.grid))
+        dump, size = np.asarray(case.dump), np.asarray(case.size)
+        if exact.shape != dump.shape:
             return np.full(3, -60.0)
-        keep = case.finite & jnp.isfinite(exact)
-        error = case.stage.matrix(jnp.where(keep, jnp.square(case.dump - exact), 0.0))
-        scale = case.stage.matrix(jnp.where(keep, case.size + jnp.square(exact), 0.0))
+        keep = np.asarray(case.finite) & np.isfinite(exact)
+        with np.errstate(invalid="ignore"):
+            error = case.stage.matrix(np.where(keep, np.square(dump - exact), 0.0))
+            scale = case.stage.matrix(np.where(keep, size + np.square(exact), 0.0))
         scores = [float(verdict.bits(error.sum(), scale.sum()))]
         for axis in (0, 1):
-            sums = np.asarray(scale.sum(axis))
+            sums = scale.sum(axis)
             some = verdict.bits(error.sum(axis), sums)[sums > 0]
             scores.append(float(np.median(some)) if len(some) else -60.0)
         return np.array(scores)
 
-    def _believed(self, scores: np.ndarray, formats: Iterable[Format]) -> bool:
+    def _needed(self, formats: Iterable[Format]) -> float:
+        """The bits that formats have to reach."""
         product = self.item.sums_products
         reached = REACHED_ON_GRID if self.grid else REACHED if product else REACHED_OTHERS
         if self.item.segment:  # what rounding itself leaves of a chain may be less
             reached = min(reached, self._chained() - 1.5)
         left = [f.leaves for f in formats if f.leaves is not None]
-        reached = min([reached, *(bits - 1.0 for bits in left)])
-        clear = CLEAR if product else CLEAR_OTHERS
+        return min([reached, *(bits - 1.0 for bits in left)])
+
+    def _believed(self, scores: np.ndarray, formats: Iterable[Format]) -> bool:
+        clear = CLEAR if self.item.sums_products else CLEAR_OTHERS
         if self.item.row.kind is ROTATION and not self.item.segment:
             clear = CLEAR_ROTATION
-        needed = np.maximum(reached, self.base[: len(scores)] + clear)
+        needed = np.maximum(self._needed(formats), self.base[: len(scores)] + clear)
         return bool((scores >= needed).any())
 
     def _chained(self) -> float:
         """The bits that rounding to the trace's precision leaves of a segment."""
         sums = self.measured.sums
         return float(verdict.bits(sums.expected_rows.sum(), sums.scale_rows.sum()))
+
+    def here(self, formats: Mapping[str, Format]) -> Formats:
+        """The formats of some stages, of this layer."""
+        keys = {key[0]: key for key in (self.item.key, *self.item.segment)}
+        return {keys[stage]: f for stage, f in formats.items() if stage in keys}
 
     def best(self, known: Sequence[Formats]) -> Formats | None:
         """The best of some sets of formats, if it is believed."""
@@ -280,9 +347,16 @@ class _Trial:
         return found if self._believed(score, found.values()) else None
 
     def _tried(self, found: Formats) -> np.ndarray:
-        if len(found) == 1 and self.item.key in found:
-            return self._score(self.small.in_format(found[self.item.key]))
-        return self._score(self._small(self._case(found)))
+        """The score of some formats; what is computed before the stage itself is kept for its own
+        formats, which are tried with the same ones before it."""
+        own = found.get(self.item.key)
+        before = frozenset((key, f) for key, f in found.items() if key != self.item.key)
+        if (before, own) not in self._scores:
+            if before not in self._before:
+                self._before = {frozenset(): self.small}
+                self._before[before] = self._small(self._case(dict(before)))
+            self._scores[before, own] = self._score(self._before[before].in_format(own))
+        return self._scores[before, own]
 
     def total(self, found: Formats) -> float:
         """The bits of all of it."""
@@ -292,6 +366,7 @@ class _Trial:
         """Whether formats explain all of it, and not merely most rows and channels; and nearly as
         well as the layer with ``top`` bits."""
         scores = self._tried(found)[:1]
+        top = min([top, *(f.leaves for f in found.values() if f.leaves is not None)])
         return self._believed(scores, found.values()) and scores[0] >= top - ALIKE
 
     def better(self, first: Formats | None, second: Formats | None) -> Formats | None:
@@ -314,6 +389,23 @@ class _Trial:
             members = [key for key in (self.item.key, *self.item.segment) if _may_have(key)]
         if not members or len(members) > MEMBERS:
             return None
+        best = self._found(members, FINE) or self._found(members)
+        several = self.item.row.linear and len(self.case.weights) > 1 and not self.item.segment
+        if several and (best is None or not self.whole(best)):
+            best = self.better(best, self._by_weight())
+        if best:
+            return best
+        loose = {self.item.key: ROPE_BY_PRODUCTS}
+        lacks = self.item.row.kind is ROTATION and self.item.bits < PLAIN_OTHERS
+        if lacks and not self.grid:
+            level = self.judged(loose).level
+            if level >= REACHED_OTHERS:
+                return loose
+        return None
+
+    def _found(self, members: Sequence[Key], levels: Collection[str] = ()) -> Formats | None:
+        """The best formats of some stages, if they are believed; of some ``levels``, these have to
+        explain all of it."""
         found: Formats = {}
         score = self.base
         for _ in range(2 if len(members) > 1 else 1):
@@ -327,7 +419,7 @@ class _Trial:
                     for f in choices(
                         self.replay.arch.stage[key[0]], self.replay.config, self.case.has_calls
                     )
-                    if found.get(key) is not f
+                    if found.get(key) is not f and (not levels or f.level in levels)
                 ]
                 top, key, format = _first_best(tried)
                 if top.sum() <= score.sum() + 0.03:
@@ -337,19 +429,9 @@ class _Trial:
                     break
             if score.sum() <= before.sum() + 0.03 or self._finished(score):
                 break
-        best = found if found and self._believed(score, found.values()) else None
-        several = self.item.row.linear and len(self.case.weights) > 1 and not self.item.segment
-        if several and (best is None or not self.whole(best)):
-            best = self.better(best, self._by_weight())
-        if best:
-            return best
-        loose = {self.item.key: ROPE_BY_PRODUCTS}
-        lacks = self.item.row.kind is ROTATION and self.item.bits < PLAIN_OTHERS
-        if lacks and not self.grid:
-            level = self.judged(loose).level
-            if level >= REACHED_OTHERS:
-                return loose
-        return None
+        if not found or not self._believed(score, found.values()):
+            return None
+        return found if not levels or score.min() >= self._needed(found.values()) else None
 
     def _kept_v(self) -> Format | None:
         """Where a row attends to one key alone it is v as the cache holds it, and lies on a grid

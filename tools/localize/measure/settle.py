@@ -32,13 +32,21 @@ def doubtful(items: list[LocalError], dtype: str) -> set[Key]:
 
 
 def settle(
-    replay: Replay, measured: dict[Key, Measured], items: dict[Key, LocalError], dtype: str
+    replay: Replay,
+    measured: dict[Key, Measured],
+    items: dict[Key, LocalError],
+    dtype: str,
+    fitted: fit.Fitted,
 ) -> None:
-    """Measure in place whatever is doubtful, until nothing is."""
+    """Measure in place whatever is doubtful, until nothing is. A format that an
+    estimate found stays what it is judged against."""
     while keys := doubtful([*items.values()], dtype):
         for m in replay.exactly(keys):
             key = m.stage.name, m.layer
             measured[key], items[key] = m, judged(replay, m, dtype)
+            if key in fitted.by_item:
+                with replay.numerics():
+                    items[key] = fit.rejudged(replay, m, items[key], fitted, dtype)
 
 
 def exactly(replay: Replay, item: LocalError, dtype: str) -> LocalError:

@@ -4,10 +4,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from tools.localize.formats.registry import half_angles
 from tools.localize.mistakes.operands import (
     attention_scale,
 )
-from tools.localize.mistakes.registry import ALL, NORMS, Candidates, Edit, mistake
+from tools.localize.mistakes.registry import ALL, NORMS, ROPES, Candidates, Edit, mistake
 from tools.localize.stage_case import StageReplay
 
 # A mean square or a root that was kept in 16 bits is off by less: bfloat16 has lost 5 % of a sum.
@@ -31,6 +32,12 @@ def scale_rounded(case: StageReplay) -> Candidates:
         rounded = float(np.asarray(attention_scale(case)).astype(dtype))
         if rounded != attention_scale(case):
             yield name, case.exact * (rounded / attention_scale(case))
+
+
+@mistake("RoPE with {}: neighbours share an angle at late positions", ROPES)
+def rope_angles_rounded(case: StageReplay) -> Candidates:
+    for format in half_angles():
+        yield format.says, case.in_format(format).exact
 
 
 LARGEST_F16 = 65504.0

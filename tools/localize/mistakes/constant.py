@@ -4,11 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from qwen_jax import rope
-from tools.localize.formats import roundings
+from stages import numbers, roundings
 from tools.localize.mistakes import cache_rows
 from tools.localize.mistakes.operands import (
     attention_scale,
@@ -178,12 +177,6 @@ def softmax_temperature(case: StageReplay) -> Candidates:
         yield Edit(f"{1 / slope:.4g}", case.run(case.inputs[0] * slope), 1)
 
 
-FLOATS: dict[str, Any] = {
-    "float8_e4m3": ml_dtypes.float8_e4m3fn,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-}
-
-
 def _numbers(dtype: Any) -> np.ndarray:
     """Every finite number of an 8-bit float, rising."""
     every = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
@@ -198,7 +191,8 @@ def cache_scale_lost(case: StageReplay) -> Candidates:
         np.asarray(v, np.float64).ravel()
         for v in (cache_rows.kept(case)[:, -case.rows :], case.dump)
     )
-    for name, dtype in FLOATS.items():
+    for format in (f for f in numbers.used(numbers.CACHE) if f.keeps == "cache"):
+        name, dtype = format.name, format.dtype
         grid = _numbers(dtype)
         at = np.searchsorted(grid, dump).clip(1, len(grid) - 2)
         inside = (grid[at] == dump) & (dump != 0) & (x != 0)

@@ -6,10 +6,10 @@ rounded, to see which codes hang on the last bit of the arithmetic before them.
 
 The recipes of ggml were measured against llama.cpp's CPU backend: products and scores agree with
 it to 22 to 25 bits. Those of ONNX are the formulas of ``DynamicQuantizeLinear``, those of PyTorch
-the ones of ``choose_qparams`` (FBGEMM) and torchao.
+the ones of ``choose_qparams`` (FBGEMM) and torchao, those of bitsandbytes its ``default`` kernels.
+Which format an engine may have where is in ``stages.numbers``.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -45,7 +45,13 @@ def tf32(x: Array, nudge: float = 0.0) -> Array:
     return np.where(np.isfinite(x), kept.view(F32), x)
 
 
-def _divided(x: Any, y: Array) -> Array:
+def tf32_cut(x: Array, nudge: float = 0.0) -> Array:
+    """TF32 by cutting mantissas off, as tensor cores do with what they are given."""
+    x = np.ascontiguousarray(x, F32) * F32(1 + nudge)
+    return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(F32)
+
+
+def divided(x: Any, y: Array) -> Array:
     """x / y, and 0 where y is."""
     return np.divide(
         x, y, out=np.zeros(np.broadcast_shapes(np.shape(x), y.shape), F32), where=y != 0
@@ -75,7 +81,7 @@ def _q8(x: Array, nudge: float = 0.0) -> tuple[Array, Array]:
     but codes are rint(x * (127/amax)), with the float32 factor."""
     blocks = _blocks(x, 32)
     most = np.abs(blocks).max(-1, keepdims=True)
-    codes = np.rint(_nudged(blocks * _divided(F32(127), most), nudge)).astype(F32)
+    codes = np.rint(_nudged(blocks * divided(F32(127), most), nudge)).astype(F32)
     return codes, f16(most / F32(127))
 
 
@@ -83,6 +89,16 @@ def q8_0(x: Array, nudge: float = 0.0) -> Array:
     """Blocks of 32, one float16 scale."""
     codes, d = _q8(x, nudge)
     return (codes * d).reshape(x.shape)
+
+
+def q8_0_ref(x: Array, nudge: float = 0.0) -> Array:
+    """``quantize_row_q8_0_ref``, which converters use: codes by the inverse of the scale, a half
+    away from zero. It parts from ``q8_0`` where 16-bit weights lie on a half, which many do."""
+    blocks = _blocks(x, 32)
+    scale = np.abs(blocks).max(-1, keepdims=True) / F32(127)
+    codes = _nudged(blocks * divided(F32(1), scale), nudge)
+    codes = np.sign(codes) * np.floor(np.abs(codes) + codes.dtype.type(0.5))
+    return (codes.astype(F32) * f16(scale)).reshape(x.shape)
 
 
 def q8_1_excess(x: Array) -> Array:
@@ -99,16 +115,16 @@ def q8_k(x: Array, nudge: float = 0.0) -> Array:
     """Blocks of 256, one float32 scale (``quantize_row_q8_K_ref``): the extreme value becomes -127,
     whatever its sign."""
     blocks = _blocks(x, 256)
-    factor = _divided(F32(-127), _extreme(blocks))
+    factor = divided(F32(-127), _extreme(blocks))
     codes = np.minimum(np.rint(_nudged(blocks * factor, nudge)), 127).astype(F32)
-    return (codes * _divided(F32(1), factor)).reshape(x.shape)
+    return (codes * divided(F32(1), factor)).reshape(x.shape)
 
 
 def _symmetric(x: Array, half: int, nudge: float) -> Array:
     """``quantize_row_q4_0_ref`` (half 8), ``_q5_0_ref`` (16): the extreme value becomes -half."""
     blocks = _blocks(x, 32)
     d = _extreme(blocks) / F32(-half)
-    scaled = _nudged(blocks * _divided(F32(1), d), nudge) + F32(half + 0.5)
+    scaled = _nudged(blocks * divided(F32(1), d), nudge) + F32(half + 0.5)
     codes = np.minimum(np.trunc(scaled), 2 * half - 1)
     return ((codes - half).astype(F32) * f16(d)).reshape(x.shape)
 
@@ -118,7 +134,7 @@ def _affine(x: Array, most: int, nudge: float) -> Array:
     blocks = _blocks(x, 32)
     low = blocks.min(-1, keepdims=True)
     d = (blocks.max(-1, keepdims=True) - low) / F32(most)
-    scaled = _nudged((blocks - low) * _divided(F32(1), d), nudge) + F32(0.5)
+    scaled = _nudged((blocks - low) * divided(F32(1), d), nudge) + F32(0.5)
     codes = np.minimum(np.trunc(scaled), most).astype(F32)
     return (codes * f16(d) + f16(low)).reshape(x.shape)
 
@@ -153,11 +169,11 @@ def iq4_nl(x: Array, nudge: float = 0.0) -> Array:
     blocks = _blocks(x, 32)
     d = _extreme(blocks) / IQ4_NL[0]
     middle = (IQ4_NL[1:] + IQ4_NL[:-1]) / 2  # a tie goes up
-    scaled = _nudged(blocks * _divided(F32(1), d), nudge)
+    scaled = _nudged(blocks * divided(F32(1), d), nudge)
     values = IQ4_NL[np.searchsorted(middle, scaled, side="right")]
     weight = blocks * blocks * values
     upper, lower = (_sum_in_order(weight * factor) for factor in (blocks, values))
-    fitted = np.where(lower > 0, _divided(upper, lower), F32(0))
+    fitted = np.where(lower > 0, divided(upper, lower), F32(0))
     return (values * f16(fitted)).reshape(x.shape)
 
 
@@ -194,7 +210,7 @@ def symmetric_tensor(x: Array, nudge: float = 0.0) -> Array:
 
 
 def _coded(x: Array, scale: Array, most: float, nudge: float) -> Array:
-    codes = np.rint(_nudged(_divided(x, scale), nudge))
+    codes = np.rint(_nudged(divided(x, scale), nudge))
     return (np.clip(codes, -most - 1, most) * scale).astype(F32)
 
 
@@ -214,9 +230,9 @@ def affine_tensor(x: Array, levels: int = 255, nudge: float = 0.0) -> Array:
 def _affine_coded(x: Array, low: Array, high: Array, levels: int, nudge: float) -> Array:
     low, high = np.minimum(low, F32(0)), np.maximum(high, F32(0))  # zero has a code of its own
     scale = (high - low) / F32(levels)
-    zero = np.clip(np.rint(_divided(-low, scale)), 0, levels)
+    zero = np.clip(np.rint(divided(-low, scale)), 0, levels)
     # engines add the zero point before or after they round: a nudge is one of the largest code
-    codes = np.clip(np.rint(_divided(x, scale) + np.float64(nudge * levels)) + zero, 0, levels)
+    codes = np.clip(np.rint(divided(x, scale) + np.float64(nudge * levels)) + zero, 0, levels)
     return ((codes - zero) * scale).astype(F32)
 
 
@@ -242,138 +258,81 @@ def scaled_e4m3(x: Array, block: int | None = None, nudge: float = 0.0) -> Array
     """float8_e4m3fn with one float32 scale for each block of the last axis (None: each row)."""
     grid = _blocks(x, block or x.shape[-1])
     scale = np.abs(grid).max(-1, keepdims=True) / F32(448)
-    return (e4m3(_divided(grid, scale), nudge) * scale).reshape(x.shape)
+    return (e4m3(divided(grid, scale), nudge) * scale).reshape(x.shape)
 
 
 def scaled_e4m3_tensor(x: Array, nudge: float = 0.0) -> Array:
     """float8_e4m3fn with one float32 scale for the whole array."""
     x = np.asarray(x, F32)
     scale = np.abs(x).max(keepdims=True) / F32(448)
-    return e4m3(_divided(x, scale), nudge) * scale
+    return e4m3(divided(x, scale), nudge) * scale
 
 
-# --- RoPE
+# --- 4 bits: the nearest value of a table, times a scale
 
 
-def angles_by_recurrence(positions: Array, head_size: int, theta: float) -> Array:
-    """[T, H/2] float32 angles of ``ggml_rope_cache_init``: from pair to pair multiplied by
-    theta^(-2/H) in float32, so that pair i has been rounded i times."""
-    step = _step(head_size, theta)
-    angle = np.asarray(positions).astype(F32)
-    columns = []
-    for _ in range(head_size // 2):
-        columns.append(angle)
-        angle = angle * step
-    return np.stack(columns, -1)
+def _nearest_of(table: Array, x: Array) -> Array:
+    """Each value's nearest one of a rising table; between two the lower."""
+    return table[np.searchsorted((table[1:] + table[:-1]) / 2, x)]
 
 
-def _step(head_size: int, theta: float) -> Any:
-    """theta^(-2/H), rounded as ``powf`` of float32 arguments is."""
-    return F32(np.float64(F32(theta)) ** np.float64(F32(-2.0) / F32(head_size)))
-
-
-def angles_by_powers(positions: Array, head_size: int, theta: float) -> Array:
-    """[T, H/2] float32 angles with powers of that step: kernels that make pair i alone."""
-    powers = (np.float64(_step(head_size, theta)) ** np.arange(head_size // 2)).astype(F32)
-    return np.asarray(positions).astype(F32)[:, None] * powers
-
-
-def angles_by_exp2(positions: Array, head_size: int, theta: float) -> Array:
-    """[T, H/2] float32 angles of MLX: 2^(-2i/H * log2 theta), every step in float32."""
-    part = np.arange(head_size // 2, dtype=F32) / F32(head_size // 2)
-    frequency = np.exp2((-part * np.log2(F32(theta))).astype(np.float64)).astype(F32)
-    return np.asarray(positions).astype(F32)[:, None] * frequency
-
-
-def angles_by_exp(positions: Array, head_size: int, theta: float) -> Array:
-    """[T, H/2] float32 angles of exp(-2i/H * ln theta), every step in float32."""
-    part = np.arange(0, head_size, 2, dtype=F32) * F32(-np.log(theta) / head_size)
-    frequency = np.exp(part.astype(np.float64)).astype(F32)
-    return np.asarray(positions).astype(F32)[:, None] * frequency
-
-
-def angles_of_hugging_face(positions: Array, head_size: int, theta: float) -> Array:
-    """[T, H/2] float32 angles as Hugging Face has them but for a last bit of the frequencies."""
-    exponent = np.arange(0, head_size, 2) / head_size
-    return np.asarray(positions).astype(F32)[:, None] * (1 / theta**exponent).astype(F32)
-
-
-def angles_in_f64(positions: Array, head_size: int, theta: float) -> Array:
-    """[T, H/2] angles without any rounding to float32."""
-    exponent = np.arange(0, head_size, 2) / head_size
-    return np.asarray(positions, np.float64)[:, None] * theta**-exponent
-
-
-# --- a weighted sum kept in float16
-
-
-def sum_in_f16(scores: Array, v: Array) -> Array:
-    """[N, T, S] float32 scores, -inf where masked, and v [S, N, H] in float16 values: [T, N, H].
-
-    ``ggml_compute_forward_flash_attn_ext_f16_one_chunk``: key by key, the running sum is scaled
-    down at every new maximum and rounded to float16 at every step.
-    """
-    heads, rows, keys = scores.shape
-    most = np.full((heads, rows), -np.inf, F32)
-    weight = np.zeros((heads, rows), F32)
-    total = np.zeros((heads, rows, v.shape[-1]), F32)
-    wide, added = v.astype(np.float64), np.empty(total.shape)
-    for key in range(keys):
-        score = scores[..., key]
-        higher = score > most
-        if higher.any():
-            shrink = np.exp(most[higher] - score[higher])
-            total[higher] = f16(total[higher] * shrink[:, None])
-            weight[higher] *= shrink
-            most[higher] = score[higher]
-        with np.errstate(invalid="ignore"):
-            share = np.where(np.isfinite(score), np.exp(score - most), F32(0))
-        np.multiply(share[..., None].astype(np.float64), wide[key][:, None], out=added)
-        added += total
-        total = to_dtype(added, np.float16)  # a fused multiply-add in float32, then stored
-        weight += share
-    return (total * _divided(F32(1), weight)[..., None]).swapaxes(0, 1)
-
-
-Rounding = Callable[..., Array]
-
-# Formats of a key/value cache in llama.cpp, and what the other factor of a product is converted to
-# by the type of the first (``vec_dot_type``). q8_1 has q8_0's values, see ``q8_1_excess``.
-CACHE: dict[str, Rounding] = {
-    "f16": f16, "bf16": bf16, "q8_0": q8_0, "q4_0": q4_0, "q4_1": q4_1, "q5_0": q5_0, "q5_1": q5_1,
-    "iq4_nl": iq4_nl,
-}  # fmt: skip
-PARTNER: dict[str, Rounding] = {
-    "f16": f16, "bf16": bf16, "q8_0": q8_0, "q4_0": q8_0, "q4_1": q8_0, "q5_0": q8_0, "q5_1": q8_0,
-    "iq4_nl": q8_0,
-}  # fmt: skip
-WITH_MINIMUM = ("q4_1", "q5_1")  # types whose minimum multiplies the partner's stored sum
-
-
-# --- functions that are approximated
-
-MLAS_ODD = (
-    4.37031012579801e-11, 1.15627324459942e-07, 6.08574864600143e-05, 8.51377133304701e-03,
-    2.48287947061529e-01,
+# bitsandbytes' tables: quantiles of a normal distribution, and 8, 12, 4, 6, 2, 3 over 12.
+NF4 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+     0.7229568362236023, 1.0], F32,
 )  # fmt: skip
-MLAS_EVEN = (
-    6.10247389755681e-13, 5.76102136993427e-09, 6.29106785017040e-06, 1.70198817374094e-03,
-    1.16817656904453e-01, 9.93151921023180e-01,
-)  # fmt: skip
+_FP4 = np.array([0.0625, 2, 3, 4, 6, 8, 12], F32) / F32(12)
+FP4 = np.concatenate([-_FP4[::-1], np.zeros(1, F32), _FP4])
 
 
-def _horner(square: Array, coefficients: tuple[float, ...]) -> Array:
-    """A polynomial by fused multiply-adds: one rounding each."""
-    found = np.full_like(square, coefficients[0])
-    for each in coefficients[1:]:
-        found = (found.astype(np.float64) * square + np.float64(F32(each))).astype(F32)
-    return found
+def by_table(x: Array, table: Array, block: int = 64, nudge: float = 0.0) -> Array:
+    """bitsandbytes' ``quantize_4bit``: blocks along the last axis, the largest magnitude is 1."""
+    grid = _blocks(x, block)
+    scale = np.abs(grid).max(-1, keepdims=True)
+    return (_nearest_of(table, _nudged(divided(grid, scale), nudge)) * scale).reshape(x.shape)
 
 
-def mlas_logistic(x: Array) -> Array:
-    """The sigmoid of onnxruntime's MLAS (``MlasComputeLogistic``): a quotient of polynomials, to
-    which 1/2 is added. Where the sigmoid is small little of it is left: at -9 three digits."""
-    x = np.clip(np.asarray(x, F32), F32(-18), F32(18))
-    square = x * x
-    quotient = _horner(square, MLAS_ODD) * x / _horner(square, MLAS_EVEN)
-    return np.clip(quotient + F32(0.5), F32(0), F32(1))
+def _e2m1(x: Array, nudge: float) -> Array:
+    """float4: 0, 0.5, 1, 1.5, 2, 3, 4 and 6; what is beyond is 6."""
+    return to_dtype(np.clip(_nudged(x, nudge), -6, 6), ml_dtypes.float4_e2m1fn)
+
+
+def mxfp4(x: Array, nudge: float = 0.0) -> Array:
+    """OCP's MXFP4: blocks of 32 in float4 (e2m1), the scale a power of two (e8m0): that of the
+    largest magnitude over that of 6, as ggml and torchao have it by default."""
+    blocks = _blocks(x, 32)
+    most = np.abs(blocks).max(-1, keepdims=True)
+    exponent = np.maximum(np.frexp(most)[1] - 3, -127)  # of the largest magnitude, less that of 4
+    scale = np.where(most > 0, np.ldexp(F32(1), exponent), F32(0))
+    return (_e2m1(divided(blocks, scale), nudge) * scale).astype(F32).reshape(x.shape)
+
+
+def nvfp4(x: Array, of_tensor: bool = True, nudge: float = 0.0) -> Array:
+    """NVFP4: blocks of 16 in float4 (e2m1), each with a float8 (e4m3) scale, largest magnitude over
+    6; ``of_tensor``: these in units that make the tensor's largest scale 448."""
+    blocks = _blocks(x, 16)
+    most = np.abs(blocks).max(-1, keepdims=True)
+    unit = most.max(keepdims=True) / F32(6 * 448) if of_tensor else np.ones((1, 1), F32)
+    scale = e4m3(divided(most / F32(6), unit)) * unit
+    return (_e2m1(divided(blocks, scale), nudge) * scale).astype(F32).reshape(x.shape)
+
+
+# --- 8-bit integers beside 16-bit floats
+
+OUTLIER = 6.0  # bitsandbytes' threshold
+
+
+def llm_int8(x: Array, nudge: float = 0.0) -> Array:
+    """bitsandbytes' LLM.int8: float16, then signed codes with one scale a row of all that lies
+    below ``OUTLIER``; columns with something beyond it stay float16. Needs all rows of a call."""
+    x = f16(x)
+    beyond = np.abs(x) >= F32(OUTLIER)
+    columns = beyond.reshape(-1, x.shape[-1]).any(0)
+    return np.where(columns, x, symmetric(np.where(beyond, F32(0), x), nudge=nudge))
+
+
+def llm_int8_plain(x: Array, nudge: float = 0.0) -> Array:
+    """The same without outliers: a threshold of 0."""
+    return symmetric(f16(x), nudge=nudge)
