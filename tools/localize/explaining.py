@@ -118,10 +118,10 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
         score = case.scored(value, focus, entry is not None and entry.rotated)
         least = smooth_needed(base, suspect.expected) if lenient else needed
         if score >= least:
-            found.append((rank, Explanation(name, score, says, detail, free)))
+            found.append((rank, Explanation(name, score, says, detail, free, entry)))
         elif score >= enough:
             says += ", before it was quantised"
-            near.append((rank, Explanation(name, score, says, detail, free)))
+            near.append((rank, Explanation(name, score, says, detail, free, entry)))
 
     entries = _entries(case, finding.dump_only)
     rounding = finding.excess <= 1  # may be: then a name without a number of its own is wanted
@@ -145,15 +145,21 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
         _confined(case, finding, found)
     if not found and near:
         found = [min(near, key=lambda pair: (-round(2 * pair[1].bits) / 2, pair[0]))]
-    # half a bit is within the noise: the more specific entry, which stands first, wins
-    fitted = {entry.name for entry in entries if entry.fitted}
-    found.sort(key=lambda pair: (pair[1].name in fitted, -round(2 * pair[1].bits) / 2, pair[0]))
+    found.sort(key=lambda pair: _length(pair[1], pair[0]))
     seen: dict[str, Explanation] = {}
     for _, explanation in found:
         seen.setdefault(explanation.name, explanation)
     finding.diagnosis = list(seen.values())[:SHOWN]
     if not finding.diagnosis and not finding.shape:
         finding.shape = shapes.describe(case, suspect.masks, focus)
+
+
+def _length(explanation: Explanation, rank: int) -> tuple[bool, float, int, int]:
+    """What orders explanations: each bit that is brought back saves one for every element, so that
+    the best wins; but half a bit is within the noise, and then the shortest does: the one with
+    the fewest numbers of its own, and of those the more specific, which stands first."""
+    fitted = explanation.known is not None and explanation.known.fitted
+    return fitted, -round(2 * explanation.bits) / 2, explanation.free, rank
 
 
 # Bits that an explanation brings back whatever the type of a weight that was quantised after the

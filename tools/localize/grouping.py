@@ -6,7 +6,7 @@ is so wherever the eps is seen. What is said of a fault is then said of all of i
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,9 @@ from stages.architecture import ADD, CACHE, NORM, ROTATION, Key
 from stages.architectures import any_stage
 from stages.verdict import LocalError, Suspect
 from tools.localize.decode_steps import When
-from tools.localize.mistakes.registry import named
+
+if TYPE_CHECKING:  # importing results loads no JAX
+    from tools.localize.mistakes.registry import Mistake
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Explanation:
     Attributes:
         detail: what its mistake found: a layer, an order, a constant.
         free: how many numbers were fitted to the dump for it.
+        known: the mistake of the catalogue that it is.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Explanation:
     says: str
     detail: str = ""
     free: int = 0
+    known: "Mistake | None" = None
 
 
 @dataclass
@@ -200,7 +204,7 @@ def _same_cause(first: Fault, second: Fault) -> bool:
     ):
         return False
     layers = first.layer == second.layer or (first.layer == "all" and second.layer is None)
-    known = named(first.name)
+    known = first.diagnosis[0].known
     if known and second.name in known.rest:
         return layers
     if first.name != second.name:
@@ -262,7 +266,7 @@ def _moved(fault: Fault) -> dict[int, int]:
     moved = {}
     for finding in fault.findings:
         layer = finding.suspect.item.layer
-        known = named(finding.diagnosis[0].name) if finding.diagnosis else None
+        known = finding.diagnosis[0].known if finding.diagnosis else None
         if layer is None or known is None or known.joined != "moved":
             return {}
         if not finding.diagnosis[0].detail.isdecimal():  # of one of several weights
@@ -294,7 +298,7 @@ def _worded(fault: Fault) -> Fault:
     late = [f.diagnosis[0] for f in fault.findings if f.diagnosis[0].name == "bias_after_rope"]
     first, stages = (late or fault.diagnosis)[0], (fault.stage, *fault.also)
     fault.joined = first if late else None
-    known = named(first.name)
+    known = first.known
     if known and known.together and len(stages) > 1:
         fault.joined = replace(first, says=known.together)
     if known and known.joined == "layer" and ADD in {any_stage(name).kind for name in fault.also}:
