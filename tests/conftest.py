@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from qwen_jax import cli, compile_cache
+from qwen_jax import cli
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 
@@ -65,16 +65,12 @@ def stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "leave", sys.exit)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def keep_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What one file of tests has compiled, the next reads from disk, in less than half of the time:
-    the trials of the localizer have thousands of small programs in common. Of this process alone,
-    for JAX writes none of its files in one step."""
-    import jax
+def pytest_sessionstart() -> None:
+    from tests import programs  # which imports JAX
 
-    directory = str(tmp_path_factory.mktemp("programs"))
-    for name, value in {"jax_compilation_cache_dir": directory, **compile_cache.SETTINGS}.items():
-        jax.config.update(name, value)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        programs.prune()
+    programs.keep()
 
 
 @pytest.fixture(scope="module", autouse=True)
