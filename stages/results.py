@@ -554,32 +554,6 @@ class ProgramRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     contracted: int
 
 
-class ExecutedRow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Programs that an interpreter executed, against un-jitted: as ``PointResult``, and
-
-    Attributes:
-        local_bits_moved: with approximate results moved at random within their errors.
-        values_differing: of all ``values``, how many differ from un-jitted.
-        values_created: how many differ from the un-jitted stage on the same inputs.
-    """
-
-    identical: bool
-    stages: int
-    stages_differing: int
-    first_difference: StageOfLayer | None
-    relative_l2: WorstDifference
-    argmax_equal: int
-    positions: int
-    kl_max: float | None
-    local_bits: LocalBits
-    local_bits_moved: LocalBits
-    classes: dict[str, str]
-    faults: list[ParityFault]
-    values: int
-    values_differing: int
-    values_created: int
-
-
 class PointResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One point of a sweep.
 
@@ -589,14 +563,12 @@ class PointResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         why: it was not run; ``failed``: because something went wrong.
         captured: of the trial "stages", the stage whose capture changed something.
         threads: of the trial "threads", how many each side had.
-        violations, programs, executed: of ``--aot``.
+        violations, programs: of ``--aot``.
     """
 
     point: dict[str, str | int | float | bool | None]
     failure: str | None
-    verdict: Literal[
-        "identical", "precision", "fault", "not run", "checked", "executed", "violation"
-    ]
+    verdict: Literal["identical", "precision", "fault", "not run", "checked", "violation"]
     why: str | UnsetType = UNSET
     failed: bool | UnsetType = UNSET
     seconds: float | UnsetType = UNSET
@@ -615,7 +587,6 @@ class PointResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     threads: tuple[int, int] | UnsetType = UNSET
     violations: list[ViolationRow] | UnsetType = UNSET
     programs: list[ProgramRow] | UnsetType = UNSET
-    executed: ExecutedRow | UnsetType = UNSET
 
 
 class ParityResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -68,11 +68,6 @@ def parser() -> argparse.ArgumentParser:
         "compiler made; needs the extra qwen-jax-stages[aot]",
     )
     add(
-        "--execute",
-        action="store_true",
-        help="with --aot: execute the layer-wise programs too, by an interpreter on the CPU",
-    )
-    add(
         "--out",
         type=Path,
         metavar="DIR",
@@ -98,8 +93,6 @@ def _jobs(text: str) -> int:
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    if args.execute and not args.aot:
-        raise UserError("--execute: what is executed is compiled for a device; add --aot h100")
     if args.aot and args.device != "cpu":
         raise UserError("--aot compiles with no GPU at hand; leave --device out")
     if args.invariance and (args.aot or args.report):
@@ -113,7 +106,7 @@ def main(argv: list[str]) -> int:
         return _invariance(args, model)
     tokens = read_tokens(arguments.prompt_of(args), model)
     job = {"device": args.device, "model": args.model, "tokens": list(tokens)}
-    job |= {"aot": args.aot, "execute": args.execute}
+    job |= {"aot": args.aot}
     machine = ask_device(job)
     where = args.aot or args.device
     out = args.out or Path(f"parity-{model.name}-{Path(args.sweep).stem}-{where}")
@@ -268,7 +261,6 @@ def _stamp(job: Row, model: Weights, machine: Row) -> Row:
         "model": [model.name, states],
         "config": model.config.to_json(),
         "tokens": tokens,
-        "execute": job["execute"],
         "machine": machine,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "code": code.hexdigest()[:16],

@@ -94,15 +94,6 @@ def agreement(candidate: Sequence[MemoryTrace], reference: Sequence[MemoryTrace]
     )
 
 
-def differing(candidate: Sequence[MemoryTrace], reference: Sequence[MemoryTrace]) -> int:
-    """How many values differ, of the stages that the candidate has."""
-    return sum(
-        int((compared(ours, key) != compared(theirs, key)).sum())
-        for ours, theirs in zip(candidate, reference, strict=True)
-        for key in ours.entries
-    )
-
-
 def _bytes(trace: Trace, key: tuple[str, int | None]) -> tuple[str, bytes]:
     value = compared(trace, key)
     return str(value.dtype), value.tobytes()

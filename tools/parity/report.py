@@ -19,7 +19,6 @@ SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16
 COLOURS = {
     "identical": "green",
     "checked": "green",
-    "executed": "green",
     "precision": "cyan",
     "fault": "bold red",
     "violation": "bold red",

@@ -24,8 +24,6 @@ from tools.parity.grid import Point
 # fused multiply-add (AVX has none), and one GEMM and reduction library instead of two.
 REFERENCE = ("--xla_cpu_max_isa=AVX", "--xla_cpu_experimental_ynn_fusion_type=")
 
-EXECUTED = 64  # tokens up to which compiled programs are executed: seconds, not minutes
-
 # What a point's flags add to the user's own.
 CPU_FLAGS = {
     "reference": REFERENCE,
@@ -164,15 +162,14 @@ class Worker:
         return {"verdict": verdict} | result
 
     def compiled(self, point: Point) -> dict[str, Any]:
-        """The programs of a point, compiled for a GPU and checked; and executed, if asked for."""
+        """The programs of a point, compiled for a GPU and checked."""
         import jax
 
         from tools.parity.gpu.check import check
         from tools.parity.gpu.compile import compiled
 
         arch, programs, violations = self.model.config.arch, [], []
-        engine, parts = self.engine(point), {}
-        for part in engine.programs(self.batch(point)):
+        for part in self.engine(point).programs(self.batch(point)):
             summed = any(arch.stage[name].kind.sums_products for name in part.stages)
             for by in ("cuBLAS", "Triton") if summed else ("Triton",):
                 with jax.default_matmul_precision(point.precision):
@@ -180,33 +177,8 @@ class Worker:
                 found = check(part, made, arch, (point.dtype, point.precision)).to_json()
                 violations += [each | {"products": by} for each in found.pop("violations")]
                 programs.append({"program": part.name, "products_by": by} | found)
-                parts[part.name] = part, made
-        row: dict[str, Any] = {"violations": violations, "programs": programs}
-        if self.job["execute"] and point.loop == "layer" and point.length <= EXECUTED:
-            row["executed"] = self.executed(point, parts, engine.variant)
-        faults = row.get("executed", {}).get("faults")
-        verdict = "executed" if "executed" in row else "checked"
-        return row | {"verdict": "violation" if violations else "fault" if faults else verdict}
-
-    def executed(self, point: Point, parts: Any, variant: Any) -> dict[str, Any]:
-        """The layer-wise programs with Triton products, executed and compared as if they had run;
-        and again with every approximate result moved at random within its documented error."""
-        from tools.parity.gpu.execute import created, values
-        from tools.parity.measure import agreement, differing, local
-
-        batch = self.batch(point)
-        found = values(parts, self.model, batch)
-        traces = self.traces(found, point)
-        moved = self.traces(values(parts, self.model, batch, noise=np.random.default_rng(0)), point)
-        result = agreement(traces, self.reference(point)).to_json()
-        result |= local(traces, self.model, point, "gpu").to_json()
-        others = local(moved, self.model, point, "gpu").to_json()
-        result["faults"] += others["faults"]
-        result["local_bits_moved"] = others["local_bits"]
-        result["values"] = sum(value.size for value in found.values())
-        result["values_differing"] = differing(traces, self.reference(point))
-        result["values_created"] = created(found, variant, self.model, batch, point.dtype)
-        return result
+        verdict = "violation" if violations else "checked"
+        return {"verdict": verdict, "violations": violations, "programs": programs}
 
     def against(self, first: Any, second: Any, point: Point) -> dict[str, Any]:
         """Two runs of a trial compared; the first is the reference."""

@@ -47,8 +47,7 @@ def sweep(path: Path, data: dict[str, Any], sections: "Iterable[Section]", legen
     count = len(data["points"])
     title = f"{data['verdict']}: {count} point{'s' * (count != 1)} of {data['sweep']}: {told}"
     if data["compiled_for"]:
-        title += f"; compiled for {data['compiled_for']}"
-        title += ", executed by an interpreter" * ("executed" in counts) + ", not run on hardware"
+        title += f"; compiled for {data['compiled_for']}, not run on hardware"
     tables = [(s.title, s.names, [row for row, _ in s.rows]) for s in sections]
     made = {"model": data["model"], "device": data["device"], **data["machine"]}
     about = [[name, page.listed(value)] for name, value in made.items()]

@@ -1,5 +1,5 @@
-"""XLA's programs for a GPU, without one: compiled for a named device, checked, and executed by an
-interpreter. None of the three is a run on hardware."""
+"""XLA's programs for a GPU, without one: compiled for a named device, and checked. Neither is a run
+on hardware."""
 
 # What XLA's compiler asks of a device (GpuTargetConfigProto). Figures of NVIDIA's data sheets and
 # of the CUDA programming guide's table of compute capabilities.

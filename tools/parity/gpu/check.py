@@ -22,6 +22,7 @@ ROUNDS = (*INNOCUOUS, "fma", "mad", "div", "rcp", "sqrt", "rsqrt", "ex2", "lg2",
 FLOATS = {"f64": 64, "f32": 32, "tf32": 19, "f16": 16, "bf16": 16, "f16x2": 16, "bf16x2": 16}
 
 ONE, MINUS_ZERO = {"0x3f80", "1065369472"}, {"0x8000", "-2147450880"}  # bfloat16, one and two of it
+FORBIDDEN = {"atom": "atomics", "red": "atomics", "call": "calls"}  # instruction -> the rule
 MATRIX = ("mma", "wgmma", "tcgen05")  # instructions that multiply matrices
 SLICED = "dynamic_slice_fusion"  # a copy or a call of cuBLAS, with where it reads and writes
 
@@ -202,12 +203,11 @@ def _kernel(
     result.kernels += 1
     result.instructions += len(kernel.instructions)
     stages = sorted({each.stage for each in inside if each.stage})
-    stage = "+".join(stages) or None
     has = {each.opcode for each in inside}
     known = constants(kernel)
-    seen: set[str] = set()
+    sources: dict[str, list[hlo.Instruction]] = {}  # by approximate opcode
 
-    def violation(rule: str, stage: str | None = stage) -> Violation:
+    def violation(rule: str, stage: str | None = "+".join(stages) or None) -> Violation:
         return Violation(rule, part.name, stage, f"{each.opcode} in {kernel.name}")
 
     for each in kernel.instructions:
@@ -219,30 +219,35 @@ def _kernel(
             result.products.add(multiplied)
             if summed != "f32" or multiplied not in PRODUCTS[asked]:
                 yield violation("products")
-        elif name in ("atom", "red"):
-            yield violation("atomics")
-        elif name == "call":
-            yield violation("calls")
+        elif name in FORBIDDEN:
+            yield violation(FORBIDDEN[name])
         elif name in ROUNDS and not nearest(each, asked[0], known):
             operations, ulp = ALLOWED.get(each.opcode, ((), 0))
             if ulp:
                 result.approximate[each.opcode] = result.approximate.get(each.opcode, 0) + 1
-            if each.opcode in seen:
+            if each.opcode in sources:  # said once a kernel
                 continue
-            sources = [op for op in inside if op.opcode in operations]
-            if not sources:
+            found = sources[each.opcode] = [op for op in inside if op.opcode in operations]
+            if not found:
                 yield violation("rounding")
-            for op in sources if ulp else ():
-                of = [op.stage] if op.stage else stages
-                if of and not any(op.opcode in allowed[name] for name in of):
-                    yield violation("rounding", op.stage)
-                    break
+            elif ulp and (op := _astray(found, stages, allowed)):
+                yield violation("rounding", op.stage)
         elif each.opcode == "fma.rn.f32" and not has & {"dot", "exponential"}:
             result.contracted += 1
-        seen.add(each.opcode)
     if "dot" in has and not any(each.parts[0] in MATRIX for each in kernel.instructions):
         fma = {each.parts[-1] for each in kernel.instructions if each.parts[0] == "fma"}
         result.products |= fma
+
+
+def _astray(
+    operations: list[hlo.Instruction], stages: list[str], allowed: Mapping[str, set[str]]
+) -> hlo.Instruction | None:
+    """The first that none of its stages may have; without one of its own, of the kernel's."""
+    for each in operations:
+        of = [each.stage] if each.stage else stages
+        if of and not any(each.opcode in allowed[name] for name in of):
+            return each
+    return None
 
 
 def _formats(parts: list[str]) -> list[str]:

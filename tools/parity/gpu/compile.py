@@ -6,7 +6,6 @@ first choice, where a run on hardware would try several.
 """
 
 import importlib.metadata
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,92 +22,24 @@ from tools.parity.programs import Part
 
 EXTRA = ("jax-cuda12-plugin", "jax-cuda12-pjrt")
 
-FILES = (
-    "*_gpu_after_optimizations.txt",
-    "*.thunk_sequence.txt",
-    "*-buffer-assignment.txt",
-    "*.ptx",
-)
-LAUNCH = re.compile(
-    r"\d+: (?P<kind>k\w+)\s+\[.*?\] (?P<kernel>[\w.\-]+)"
-    r"(?: grid: \[(?P<grid>[\d, ]+)\] threads: \[(?P<threads>[\d, ]+)\]"
-    r"\s+shared_memory: (?P<shared>\d+) bytes)?"
-)
-ALLOCATION = re.compile(r"allocation (\d+): size (\d+)")
-VALUE = re.compile(r" value: <\d+ ([\w.\-]+(?:\{\d*\})?) @\d+> \(size=\d+,offset=(\d+)\)")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One step of a program, in the order in which they run.
-
-    Attributes:
-        kind: XLA's name of it: "kCustomKernel" is a kernel of the program's own.
-        grid, threads: (x, y, z); blocks, and threads in each.
-        shared: bytes of shared memory that the launch adds to what the kernel declares.
-    """
-
-    kind: str
-    kernel: str
-    grid: tuple[int, ...]
-    threads: tuple[int, ...]
-    shared: int
+FILES = ("*_gpu_after_optimizations.txt", "*.ptx")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program as XLA compiled it.
-
-    Attributes:
-        launches: its steps, in the order in which they run.
-        allocations: bytes of each.
-        buffers: what an HLO instruction computes, "name" or of a tuple "name{0}" -> (allocation,
-            offset in it).
-    """
+    """A program as XLA compiled it: its optimised HLO, and its kernels in PTX by name."""
 
     module: hlo.Module
     kernels: Mapping[str, ptx.Kernel]
-    launches: tuple[Launch, ...]
-    allocations: Mapping[int, int]
-    buffers: Mapping[str, tuple[int, int]]
 
     @classmethod
     def read(cls, folder: Path) -> "Compiled":
-        """What XLA leaves in ``xla_dump_to``; only those files are needed."""
-        (module,), (sequence,), (assignment,), files = (
+        """What XLA leaves in ``xla_dump_to``; only ``FILES`` are needed."""
+        (module,), files = (
             [file.read_text("utf-8") for file in sorted(folder.glob(name))] for name in FILES
         )
         kernels = {kernel.name: kernel for file in files for kernel in ptx.kernels(file)}
-        return cls(hlo.Module(module), kernels, tuple(launches(sequence)), *buffers(assignment))
-
-
-def launches(text: str) -> list[Launch]:
-    """The steps of XLA's ``thunk_sequence``."""
-
-    def triple(numbers: str | None) -> tuple[int, ...]:
-        return tuple(map(int, (numbers or "0, 0, 0").split(",")))
-
-    return [
-        Launch(
-            m["kind"], m["kernel"], triple(m["grid"]), triple(m["threads"]), int(m["shared"] or 0)
-        )
-        for m in map(LAUNCH.search, text.splitlines())
-        if m
-    ]
-
-
-def buffers(text: str) -> tuple[dict[int, int], dict[str, tuple[int, int]]]:
-    """XLA's buffer assignment: the size of each allocation, and what lies where."""
-    allocations, found, number = dict[int, int](), dict[str, tuple[int, int]](), 0
-    for line in text.splitlines():
-        if head := ALLOCATION.match(line):
-            number = int(head[1])
-            allocations[number] = int(head[2])
-        elif value := VALUE.match(line):
-            found[value[1]] = number, int(value[2])
-        elif not line.strip():
-            break  # what follows says the same in another order
-    return allocations, found
+        return cls(hlo.Module(module), kernels)
 
 
 def versions() -> dict[str, str]:

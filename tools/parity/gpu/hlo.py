@@ -1,6 +1,6 @@
 """The optimised HLO of one program, read from its text.
 
-Only what the checks and the interpreter need: computations, their instructions, shapes and the
+Only what the checks need: computations, their instructions, shapes and the
 stage that an instruction was traced in (``jax.named_scope``, which XLA keeps as ``op_name``).
 """
 
@@ -32,31 +32,23 @@ INSTRUCTION = re.compile(
     r"(?P<opcode>[\w\-]+)\((?P<operands>(?:[^()]|\([^()]*\))*)\)(?P<rest>.*)"
 )
 COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%(?P<name>[\w.\-]+) \(.*\{$")
-SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*))?")
+SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One array: its dtype, its sizes, and its axes from the one that varies most slowly in memory
-    to the one that varies fastest."""
+    """The dtype and the sizes of one array."""
 
     dtype: np.dtype
     sizes: tuple[int, ...]
-    order: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.sizes, dtype=np.int64))
 
 
 def shapes(text: str) -> list[Shape]:
     """The arrays of a shape: one, or those of a tuple."""
-    found = []
-    for name, sizes, layout in SHAPE.findall(text):
-        dims = tuple(map(int, filter(None, sizes.split(","))))
-        minor = [int(n) for n in layout.split(",") if n] or list(reversed(range(len(dims))))
-        found.append(Shape(DTYPES[name], dims, tuple(reversed(minor))))
-    return found
+    return [
+        Shape(DTYPES[name], tuple(map(int, filter(None, sizes.split(",")))))
+        for name, sizes in SHAPE.findall(text)
+    ]
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,6 @@ class Instruction:
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    argument: str
     rest: str
     root: bool
 
@@ -77,18 +68,6 @@ class Instruction:
         found = re.search(r'op_name="([^"]*)"', self.rest)
         parts = found.group(1).split("/") if found else []
         return next((part for part in reversed(parts) if part in ALL_NAMES), None)
-
-    @property
-    def traced(self) -> str:
-        """Of a parameter: the argument, and where in its pytree."""
-        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
-        return found.group(1).replace("\\'", "'") if found else ""
-
-    @property
-    def number(self) -> int:
-        """Of an element of a tuple: which."""
-        found = re.search(r"index=(\d+)", self.rest)
-        return int(found.group(1)) if found else 0
 
     @cached_property
     def calls(self) -> str | None:
@@ -126,7 +105,6 @@ class Module:
                         shape=found["shape"],
                         opcode=found["opcode"],
                         operands=tuple(re.findall(r"%([\w.\-]+)", found["operands"])),
-                        argument=found["operands"],
                         rest=found["rest"],
                         root=bool(found["root"]),
                     )

@@ -5,15 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from tools.parity.grid import Point
-from tools.parity.report import FOUND as COMPARED
-from tools.parity.report import Pair, Section, fault_says, found_cells, point_cells
+from tools.parity.report import Pair, Section, point_cells
 
 Row = dict[str, Any]
 
 POINT = ("dtype", "T", "B", "program")
 CHECKED = "compiled and checked"
-BY = "executed by an interpreter, against un-jitted"
-EXECUTED = ("differ", "created", *COMPARED[1:4], "moved", *COMPARED[4:])
 FOUND = ("programs", "kernels", "PTX", "products", "approximate", "fma", "verdict")
 LEGEND = """\
 --aot: columns and verdicts (nothing of it is a run on hardware):
@@ -31,31 +28,23 @@ LEGEND = """\
               rounds to nearest or is on the list, every stage is an output, no
               atomics, no call but cuBLAS's
   violation   one does not: the sweep fails and names program, stage and
-              instruction
---execute: the programs with Triton products, up to 64 tokens, by an
-interpreter; columns as above:
-  created     values that differ from the un-jitted stage on the same inputs;
-              differ: from un-jitted
-  moved       local bits where approximate results are moved at random within
-              their errors
-  executed    checked, and every stage as exact as its dtype allows in that
-              arithmetic"""
+              instruction"""
 
 
 def failure(point: Point, row: Row) -> str | None:
     """Why this row fails the sweep; None if it does not."""
     if row["verdict"] == "not run":
         return row["why"] if row.get("failed") else None
-    if found := row["violations"]:
-        first = found[0]
-        place = f"{first['program']} program, {first['stage'] or 'no stage'}"
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        return f"{first['rule']}: {place}: {first['instruction']}, {first['products']}{more}"
-    return fault_says(row["executed"]) if row["verdict"] == "fault" else None
+    if not (found := row["violations"]):
+        return None
+    first = found[0]
+    place = f"{first['program']} program, {first['stage'] or 'no stage'}"
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return f"{first['rule']}: {place}: {first['instruction']}, {first['products']}{more}"
 
 
 def sections(pairs: list[Pair]) -> Iterator[Section]:
-    """What was compiled and checked, what of it was executed, and what was not run, by reason."""
+    """What was compiled and checked, and what was not run, by reason."""
     held: dict[str, list[tuple[list[str], str]]] = {}
     for point, row in pairs:
         verdict = row["verdict"]
@@ -63,27 +52,14 @@ def sections(pairs: list[Pair]) -> Iterator[Section]:
             held.setdefault(f"not run: {row['why']}", []).append((_point(point), verdict))
             continue
         held.setdefault(CHECKED, []).append((_point(point) + _found(row), verdict))
-        if found := row.get("executed"):
-            held.setdefault(BY, []).append((_point(point) + _executed(point, found), verdict))
-    names = {CHECKED: (*POINT, *FOUND), BY: (*POINT, *EXECUTED)}
-    for title in sorted(held, key=lambda title: (title not in names, title == BY)):
-        rows = held[title]
+    for title in sorted(held, key=lambda title: title != CHECKED):
+        names, rows = (*POINT, *FOUND) if title == CHECKED else POINT, held[title]
         used = [n for n in range(len(rows[0][0])) if any(cells[n] for cells, _ in rows)]
         yield Section(
             title,
-            [names.get(title, POINT)[n] for n in used],
+            [names[n] for n in used],
             [([cells[n] for n in used], verdict) for cells, verdict in rows],
         )
-
-
-def _executed(point: Point, row: Row) -> list[str]:
-    """The cells of ``EXECUTED``."""
-    verdict = "fault" if row["faults"] else "executed"
-    _, *cells = found_cells(point, row | {"verdict": verdict})
-    first, l2, bits, *rest = cells
-    differ = f"{row['values_differing']}/{row['values']}"
-    moved = f"{row['local_bits_moved']['worst']:.1f}"
-    return [differ, str(row["values_created"]), first, l2, bits, moved, *rest]
 
 
 def _point(point: Point) -> list[str]:
@@ -95,8 +71,6 @@ def _point(point: Point) -> list[str]:
 
 def _found(row: Row) -> list[str]:
     """The cells of ``FOUND``."""
-    if row["verdict"] == "not run":
-        return []
     programs = row["programs"]
     products: dict[str, set[str]] = {}
     approximate: Counter[str] = Counter()
