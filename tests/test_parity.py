@@ -2,9 +2,12 @@
 
 import json
 import math
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -23,7 +26,7 @@ from tests.conftest import interruptible, user_environment
 from tests.described import as_described
 from tests.tiny import write_checkpoint
 from tools.parity import __main__ as parity
-from tools.parity import grid, measure, programs, report, variants
+from tools.parity import grid, measure, programs, report, sweep, variants, worker
 from tools.parity.grid import Point
 from tools.parity.memory import sequences
 from tools.testing import assert_traces_agree, trace_model  # noqa: F401 -- a fixture
@@ -230,7 +233,7 @@ def test_identical_resumed_and_impossible(tiny: Path, tmp_path: Path, capsys) ->
 
     rows = out / parity.ROWS
     lines = rows.read_text().splitlines(keepends=True)
-    assert len(lines) == 2
+    assert len(lines) == 3  # of what sweep, and a point each
     rows.write_text("".join(lines[:-1]) + lines[-1][:40])  # killed in the middle of a line
     capsys.readouterr()
     page = tmp_path / "sweep.html"
@@ -238,7 +241,8 @@ def test_identical_resumed_and_impossible(tiny: Path, tmp_path: Path, capsys) ->
     assert code == 0 and "1 from before" in capsys.readouterr().out
     said = page.read_text("utf-8")
     assert "<h1>pass: 4 points of" in said and said.count(">identical</td>") == 2
-    assert len({json.loads(line)["key"] for line in rows.read_text().splitlines()}) == 2
+    _, *kept = map(json.loads, rows.read_text().splitlines())
+    assert len({row["key"] for row in kept}) == len(kept) == 2
 
     other = write_checkpoint(tmp_path / "other", seed=5)
     with pytest.raises(UserError, match="with another model;"):
@@ -280,62 +284,68 @@ def test_interrupted_it_says_how_to_go_on(tiny: Path, tmp_path: Path) -> None:
     *_, says, last = err.splitlines()
     assert says.endswith(f"are in {tmp_path / 'out'}; the same command goes on from there")
     assert last == "interrupted" and "Traceback" not in err
-    rows = (tmp_path / "out" / parity.ROWS).read_text().count("\n")
+    rows = (tmp_path / "out" / parity.ROWS).read_text().count("\n") - 1
     assert says.startswith(f"{rows} finished points") and 1 <= rows < 8
+
+
+def dying(job: dict, points: list[Point]) -> Iterator[dict]:
+    """A worker that ends without a word at two tokens."""
+    for point in points:
+        if point.length == 2:
+            print("no memory", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        same = row(verdict="identical", identical=True, first_difference=None)
+        yield same | {"key": point.key, "seconds": 0.0}
 
 
 def test_a_process_that_dies_costs_one_point(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lines(self, process, points):
-        if not points:
-            yield {"machine": {"device": "cpu"}}
-        for point in points:
-            yield {"begin": point.key}
-            if point.length == 2:
-                yield {"ended": -11, "last": "Segmentation fault"}
-                return
-            same = row(verdict="identical", identical=True, first_difference=None)
-            yield same | {"key": point.key, "seconds": 0.0}
-        yield {"ended": 0, "last": ""}
-
-    monkeypatch.setattr(parity.Workers, "lines", lines)
+    monkeypatch.setattr(sweep, "machine", lambda job: {"device": "cpu"})
+    monkeypatch.setattr(worker, "rows", dying)
     file = sweep_file(tmp_path, "[[grid]]\nlength = [1, 2, 3]\n")
     code, data = run(file, tiny, tmp_path / "out")
     assert code == 1
     assert [p["verdict"] for p in data["points"]] == ["identical", "not run", "identical"]
-    assert "Segmentation fault" in data["points"][1]["failure"]
-    assert len((tmp_path / "out" / parity.ROWS).read_text().splitlines()) == 2  # tried again
+    assert data["points"][1]["failure"] == "its process ended with -9: no memory"
+    assert len((tmp_path / "out" / parity.ROWS).read_text().splitlines()) == 3  # tried again
 
 
-@pytest.mark.parametrize("call", ["unlink", "write_text", "touch"])
+def test_who_stops_asking_ends_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "rows", dying)
+    running = sweep.run([Point(length=1), Point(length=3), Point(dtype="float64")], {}, 2)
+    next(running)
+    assert multiprocessing.active_children()
+    running.close()
+    assert not multiprocessing.active_children()
+
+
 def test_killed_as_it_begins_it_begins_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it was to forget another sweep's points, which are never taken for its own."""
 
-    def killed(*given: object, **more: object) -> None:
+    def killed(path: Path, *given: object, **more: object) -> None:
+        path.open("w").close()  # nothing of what was to be written
         raise KeyboardInterrupt
 
     for out, before in ((tmp_path / "new", None), (tmp_path / "used", {"code": "other"})):
         out.mkdir()
         if before:
-            assert parity.finished(out, before, False) == {}
-            (out / parity.ROWS).write_text('{"key": "of another sweep"}\n')
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Path, call, killed)
-            parity.finished(out, {"code": "this"}, overwrite=bool(before))
-        if (out / parity.ROWS).exists():  # as it was: nothing is done yet
+            assert sweep.finished(out, before, False) == {}
+            sweep.add(out, {"key": "of another sweep"})
             with pytest.raises(UserError, match="another code"):
-                parity.finished(out, {"code": "this"}, False)
-        else:
-            assert parity.finished(out, {"code": "this"}, False) == {}
+                sweep.finished(out, {"code": "this"}, False)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "write_text", killed)
+            sweep.finished(out, {"code": "this"}, overwrite=bool(before))
+        assert sweep.finished(out, {"code": "this"}, False) == {}
 
 
 def test_nothing_run_is_no_pass(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "ask_device", lambda job: {"device": "cpu"})
+    monkeypatch.setattr(sweep, "machine", lambda job: {"device": "cpu"})
     with pytest.raises(NotComparable, match="nothing compared"):
         run(sweep_file(tmp_path, "[[grid]]\nlength = 600\n"), tiny, tmp_path / "out")
 

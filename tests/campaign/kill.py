@@ -90,7 +90,9 @@ def content(directory: Path) -> dict[str, bytes]:
         return {name: model.read(name).tobytes() for name in model.shapes}
     found = {name: path.read_bytes() for name, path in files.items()}
     if parity.ROWS in files:
-        points = [json.loads(line) | {"seconds": 0} for line in found.pop(parity.ROWS).splitlines()]
+        stamp, *lines = found.pop(parity.ROWS).splitlines()
+        points = [json.loads(line) | {"seconds": 0} for line in lines]
+        found["stamp"] = stamp
         found |= {point["key"]: json.dumps(point).encode() for point in points}
     return found
 

@@ -20,7 +20,7 @@ from stages.errors import UserError
 from stages.trace import open_trace
 from tools.bench import floor
 from tools.bench.worker import CONTENDERS
-from tools.parity.worker import last_line
+from tools.parity.child import last_line
 
 Doing = Callable[[str], None]
 OF_CPU = ", CPU time"  # of all threads: what a busy machine does not change as much

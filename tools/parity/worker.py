@@ -1,23 +1,13 @@
-"""One process of a sweep: ``python -m tools.parity.worker``, a job as JSON on stdin.
+"""What a worker process of a sweep does: it runs points that share XLA's flags, on one device."""
 
-XLA reads its flags once a process, so all points of a worker have the same. It prints JSON lines:
-``{"begin": key}`` before a point and ``{"key": ..., ...}`` with its row after it.
-"""
-
-import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
-
-import numpy as np
 
 from qwen_jax.weights import open_model
 from stages.errors import UserError
+from tools.parity.child import ask
 from tools.parity.grid import Point
 
 # On the CPU these two make compiled equal to un-jitted byte for byte, at some cost in speed: no
@@ -47,14 +37,17 @@ def environment(flags: str, excess: bool) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in gone} | changed
 
 
+Row = dict[str, Any]
+
+
 class Worker:
     """Runs points of one flag set on one device.
 
     Arguments:
-        job: {"device", "flags", "excess", "model", "tokens", "points"}.
+        job: {"device", "model", "tokens", "aot"}.
     """
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, job: Row) -> None:
         from qwen_jax import runtime
 
         self.job = job
@@ -72,9 +65,9 @@ class Worker:
 
             self.target = device(job["aot"])
         self.kept: tuple[Any, Any] = (None, None)
-        self.local: dict[tuple[str, str], dict[str, Any]] = {}
+        self.local: dict[tuple[str, str], Row] = {}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Row:
         from qwen_jax import runtime
 
         found = runtime.describe(self.device)
@@ -133,7 +126,7 @@ class Worker:
                 self.kept = key, self.traces(engine.values(self.batch(point)), point)
         return self.kept[1]
 
-    def measured(self, traces: list[Any], point: Point, digest: str) -> dict[str, Any]:
+    def measured(self, traces: list[Any], point: Point, digest: str) -> Row:
         """Local error; the same bytes are replayed once."""
         from tools.parity.measure import local
 
@@ -142,7 +135,7 @@ class Worker:
             self.local[key] = local(traces, self.model, point, self.job["device"]).to_json()
         return self.local[key]
 
-    def row(self, point: Point) -> dict[str, Any]:
+    def row(self, point: Point) -> Row:
         """What is found out about one point."""
         if self.job.get("aot"):
             return self.compiled(point)
@@ -161,7 +154,7 @@ class Worker:
             verdict = "identical" if result["identical"] else "precision"
         return {"verdict": verdict} | result
 
-    def compiled(self, point: Point) -> dict[str, Any]:
+    def compiled(self, point: Point) -> Row:
         """The programs of a point, compiled for a GPU and checked."""
         import jax
 
@@ -180,7 +173,7 @@ class Worker:
         verdict = "violation" if violations else "checked"
         return {"verdict": verdict, "violations": violations, "programs": programs}
 
-    def against(self, first: Any, second: Any, point: Point) -> dict[str, Any]:
+    def against(self, first: Any, second: Any, point: Point) -> Row:
         """Two runs of a trial compared; the first is the reference."""
         from tools.parity.measure import agreement
 
@@ -188,16 +181,16 @@ class Worker:
         return self.judged(both, point)
 
     @staticmethod
-    def judged(both: Any, point: Point) -> dict[str, Any]:
+    def judged(both: Any, point: Point) -> Row:
         sound = "precision" if both.within(point.dtype) else "fault"
         found = both.to_json()
         return {"verdict": "identical" if found["identical"] else sound} | found
 
-    def trial_rerun(self, point: Point) -> dict[str, Any]:
+    def trial_rerun(self, point: Point) -> Row:
         run, batch = self.candidate(point), self.batch(point)
         return self.against(run(batch), run(batch), point)
 
-    def trial_recompiled(self, point: Point) -> dict[str, Any]:
+    def trial_recompiled(self, point: Point) -> Row:
         import jax
 
         batch = self.batch(point)
@@ -205,11 +198,11 @@ class Worker:
         jax.clear_caches()
         return self.against(first, self.candidate(point)(batch), point)
 
-    def trial_captured(self, point: Point) -> dict[str, Any]:
+    def trial_captured(self, point: Point) -> Row:
         run, batch = self.candidate(point), self.batch(point)
         return self.against(run(batch), run(batch, lambda stage, layer: False), point)
 
-    def trial_stages(self, point: Point) -> dict[str, Any]:
+    def trial_stages(self, point: Point) -> Row:
         """Each stage captured alone: its values and the logits against those of one full run."""
         run, batch = self.candidate(point), self.batch(point)
         full, alone = run(batch), dict[Any, Any]()
@@ -223,17 +216,17 @@ class Worker:
             alone |= found
         return self.against(full, alone, point)
 
-    def trial_unobserved(self, point: Point) -> dict[str, Any]:
+    def trial_unobserved(self, point: Point) -> Row:
         from tools.parity.programs import Whole
 
         batch = self.batch(point)
         observed = Whole(self.model, point.dtype, self.device, "program").values(batch)
         return self.against(observed, self.candidate(point)(batch), point)
 
-    def trial_process(self, point: Point) -> dict[str, Any]:
+    def trial_process(self, point: Point) -> Row:
         return self._elsewhere(point, None)
 
-    def trial_threads(self, point: Point) -> dict[str, Any]:
+    def trial_threads(self, point: Point) -> Row:
         if not hasattr(os, "sched_setaffinity"):
             return {"verdict": "not run", "why": "this system cannot bind a process to one core"}
         here = len(os.sched_getaffinity(0))
@@ -241,70 +234,47 @@ class Worker:
             return {"verdict": "not run", "why": "this process has only one core"}
         return self._elsewhere(point, 1) | {"threads": [here, 1]}
 
-    def _elsewhere(self, point: Point, cores: int | None) -> dict[str, Any]:
+    def _elsewhere(self, point: Point, cores: int | None) -> Row:
         """The same point in a second process, bound to ``cores`` cores."""
-        values = self.candidate(point)(self.batch(point))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "values.npz"
-            job = self.job | {"points": [point.to_json()], "save": str(path), "cores": cores}
-            done = subprocess.run(
-                [sys.executable, "-m", "tools.parity.worker"],
-                input=json.dumps(job),
-                capture_output=True,
-                encoding="utf-8",
-            )
-            if done.returncode:
-                raise RuntimeError(f"the second process failed: {last_line(done.stderr)}")
-            with np.load(path) as file:
-                there = {
-                    key: file[f"{n}"].view(value.dtype).reshape(value.shape)
-                    for n, (key, value) in enumerate(values.items())
-                }
-        return self.against(values, there, point)
-
-    def save(self, point: Point, path: str) -> None:
-        """Leave the values of a point's candidate for the process that asked."""
-        values = self.candidate(point)(self.batch(point)).values()
-        arrays = [np.ascontiguousarray(v).reshape(-1).view(np.uint8) for v in values]
-        np.savez(path, allow_pickle=False, **{str(n): array for n, array in enumerate(arrays)})
+        try:
+            there = ask(values, self.job, point, cores=cores)
+        except EOFError as error:
+            raise RuntimeError(f"the second process {error}") from None
+        return self.against(self.candidate(point)(self.batch(point)), there, point)
 
 
-def last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1][:300] if lines else "it said nothing"
+# --- what runs in a process of its own
 
 
-def main() -> int:
-    job = json.load(sys.stdin)
-    out = os.fdopen(os.dup(1), "w")  # a library that prints must not break the lines
-    os.dup2(2, 1)
-    if job.get("cores"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["cores"]])
+def machine(job: Row) -> Iterator[Row]:
+    """The device, flags and versions; or why there is none, as "refused"."""
     try:
-        worker = Worker(job)
+        yield Worker(job).describe()
     except UserError as error:
-        print(json.dumps({"refused": str(error)}), file=out, flush=True)
-        return 2
-    points = [Point(**each) for each in job["points"]]
-    if "save" in job:
-        worker.save(points[0], job["save"])
-        return 0
-    print(json.dumps({"machine": worker.describe()}), file=out, flush=True)
+        yield {"refused": str(error)}
+
+
+def rows(job: Row, points: list[Point]) -> Iterator[Row]:
+    """The row of each point."""
+    worker = Worker(job)
     for point in points:
-        print(json.dumps({"begin": point.key}), file=out, flush=True)
         began = time.perf_counter()
         try:
             row = worker.row(point)
         except UserError as error:
-            row = {"verdict": "not run", "why": str(error), "failed": True}
+            row = not_run(point, str(error))
         except Exception as error:  # one point that XLA refuses must not end the sweep
             first, *_ = str(error).strip().splitlines() or ["it said nothing"]
-            why = f"{type(error).__name__}: {first}"
-            row = {"verdict": "not run", "why": why[:300], "failed": True}
-        row |= {"key": point.key, "seconds": round(time.perf_counter() - began, 2)}
-        print(json.dumps(row), file=out, flush=True)
-    return 0
+            row = not_run(point, f"{type(error).__name__}: {first}")
+        yield row | {"key": point.key, "seconds": round(time.perf_counter() - began, 2)}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def values(job: Row, point: Point) -> Iterator[Any]:
+    """The values of a point's candidate."""
+    worker = Worker(job)
+    yield worker.candidate(point)(worker.batch(point))
+
+
+def not_run(point: Point, why: str) -> Row:
+    """The row of a point at which something went wrong: it is tried again next time."""
+    return {"key": point.key, "verdict": "not run", "why": why[:300], "failed": True}
