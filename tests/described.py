@@ -4,7 +4,7 @@ import jsonschema
 import msgspec
 
 from stages.results import RESULTS
-from tools.maintain import schemas
+from tests.maintain import schemas
 
 
 def as_described(name: str, content: bytes) -> None:

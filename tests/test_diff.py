@@ -24,9 +24,9 @@ from stages.mask import attention_mask
 from stages.qwen2 import QWEN2
 from stages.trace import MemoryTrace, open_trace
 from stages.writer import TraceWriter
+from tests.maintain import reference
 from tests.tiny import write_checkpoint
 from tools import diff
-from tools.maintain import reference
 
 PLAIN, SCORES = QWEN2.stage["ffn_up"], QWEN2.stage["attn_scores"]  # T x F, and N x T x S
 
@@ -494,7 +494,7 @@ def test_bad_input_from_the_shell(tmp_path, run_cli):
 def test_the_reference_page_is_up_to_date():
     """It is made from the tables that the code runs on."""
     assert reference.FILE.read_text(encoding="utf-8") == reference.render(), (
-        "run: python -m tools.maintain.reference"
+        "run: python -m tests.maintain.reference"
     )
     assert cli.size(1536) == "1.5 kB"
 

@@ -10,17 +10,17 @@ import qwen_jax
 import qwen_jax.trace
 from stages import manifest
 from tests.described import as_described
+from tests.maintain import schemas
 from tests.planted.faults import plant
 from tools import convert, diff
 from tools.localize.__main__ import main as localize
-from tools.maintain import schemas
 
 TOKENS = "5,6,7,8,9,10,11"
 
 
 def test_schemas_are_those_of_the_code() -> None:
     written = {path.name: path.read_bytes() for path in schemas.FOLDER.iterdir()}
-    assert written == schemas.render(), "run python -m tools.maintain.schemas"
+    assert written == schemas.render(), "run python -m tests.maintain.schemas"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The pictures in docs/: ``python -m tools.maintain.pictures``, of the README's own example.
+"""The pictures in docs/: ``python -m tests.maintain.pictures``, of the README's own example.
 
 Needs Playwright and a Chromium.
 """

@@ -1,4 +1,4 @@
-"""``python -m tools.maintain.reference``: write docs/reference.md from the tables of the code."""
+"""``python -m tests.maintain.reference``: write docs/reference.md from the tables of the code."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def render() -> str:
     lines = [
         "# Reference",
         "",
-        "Made by `python -m tools.maintain.reference` from the tables that the code runs on.",
+        "Made by `python -m tests.maintain.reference` from the tables that the code runs on.",
         "",
         "Axis letters: B batch, T query position, S key position, N query heads, K key/value "
         "heads, H head size, D hidden, F intermediate, V vocabulary. Files hold one sequence, "
@@ -100,7 +100,7 @@ def _tables(arch: Architecture) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    cli.Parser(prog="tools.maintain.reference", description=__doc__).parse_args(argv)
+    cli.Parser(prog="tests.maintain.reference", description=__doc__).parse_args(argv)
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(render(), encoding="utf-8")
     print(f"wrote {FILE}")

@@ -11,7 +11,7 @@ The text is what every CPython carries: the docstrings of the standard library's
 and the language reference of ``pydoc_data.topics``.  Both change a little from one release to the
 next, so the script prints the SHA-256 of what it found and compares it with the committed model's.
 
-    python -m tools.maintain.train_demo [--out qwen_jax/demo] [--steps N]
+    python -m tests.maintain.train_demo [--out qwen_jax/demo] [--steps N]
 
 takes about eight minutes on two free CPU cores.
 """
@@ -240,7 +240,7 @@ layout of the published Qwen2 checkpoints. It exists so that the code can be run
 a real checkpoint without a download. It writes text that looks like the Python reference and knows
 nothing: use it for arithmetic, not for answers.
 
-`python -m tools.maintain.train_demo` wrote all the files here, this one included.
+`python -m tests.maintain.train_demo` wrote all the files here, this one included.
 
 ## Shape
 
@@ -297,7 +297,7 @@ The final norm's distance from one: {final_norm:.3f}.
 
 ## Making it again
 
-    python -m tools.maintain.train_demo
+    python -m tests.maintain.train_demo
 
 The text's SHA-256 is the same only under the same CPython release; the script says when it is not.
 With another release, another torch or another processor the weights come out different, but as

@@ -1,4 +1,4 @@
-"""The example notebook: ``python -m tools.maintain.notebook`` writes and runs docs/example.ipynb.
+"""The example notebook: ``python -m tests.maintain.notebook`` writes and runs docs/example.ipynb.
 
 Needs nbclient and ipykernel.
 """

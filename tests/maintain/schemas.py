@@ -1,4 +1,4 @@
-"""``python -m tools.maintain.schemas``: write docs/schema/ from the types that the code runs on."""
+"""``python -m tests.maintain.schemas``: write docs/schema/ from the types that the code runs on."""
 
 import inspect
 from pathlib import Path
@@ -39,7 +39,7 @@ def render() -> dict[str, bytes]:
 
 
 def main(argv: list[str]) -> int:
-    cli.Parser("tools.maintain.schemas", __doc__).parse_args(argv)
+    cli.Parser("tests.maintain.schemas", __doc__).parse_args(argv)
     FOLDER.mkdir(exist_ok=True)
     for name, content in render().items():
         (FOLDER / name).write_bytes(content)
