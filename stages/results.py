@@ -45,6 +45,7 @@ class FaultEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         where: ranges of heads, positions (rows of the sequence) and channels, or "all".
         steps, first: the calls of the engine that are wrong, such as "3-", and the first of them;
             where there were several and not all are.
+        positions_by_layer: layer -> positions, where they are not the same in all.
         also: other stages with the same mistake.
         segment: the stages that were not dumped, and the one that was judged for all of them.
         exceeds_bound: by what factor the error exceeds what rounding can do at most; not where
@@ -62,6 +63,7 @@ class FaultEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     diagnosis: list[Diagnosis]
     steps: str | UnsetType = UNSET
     first: Call | UnsetType = UNSET
+    positions_by_layer: dict[str, str] | UnsetType = UNSET
     also: list[str] | UnsetType = UNSET
     segment: list[str] | UnsetType = UNSET
     exceeds_bound: float | UnsetType = UNSET

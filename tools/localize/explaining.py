@@ -9,7 +9,7 @@ from jax import Array
 from stages import headroom, verdict
 from stages.architecture import ACTIVATION, WEIGHTED_SUM
 from stages.verdict import Suspect
-from tools.localize import bounds
+from tools.localize import behind, bounds
 from tools.localize.blaming import Blame
 from tools.localize.decode_steps import when
 from tools.localize.formats.registry import Format
@@ -134,6 +134,13 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
             consider(rank, value, entry.name, says, entry, entry.lenient, detail, free)
         if found and entry.name in hints:
             break
+    exact = any(explanation.free == 0 for _, explanation in found)
+    if not exact and not rounding and suspect.why != "nan":
+        for entry, edit, says in behind.edits(case, suspect.item.segment):
+            count = len(found)
+            consider(0, edit.value, entry.name, says, entry, False, edit.detail, edit.free)
+            if len(found) > count:
+                break
     if not found and suspect.why != "nan" and not rounding:
         local = focus_of(case, suspect.masks)
         for fit in shapes.fits(case, suspect.masks, local):
@@ -144,8 +151,8 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     if not (found or rounding) and suspect.why != "nan":
         _confined(case, finding, found)
     if not found and near:
-        found = [min(near, key=lambda pair: (-round(2 * pair[1].bits) / 2, pair[0]))]
-    found.sort(key=lambda pair: _length(pair[1], pair[0]))
+        found = [min(near, key=lambda pair: order(pair[1], pair[0]))]
+    found.sort(key=lambda pair: order(pair[1], pair[0]))
     seen: dict[str, Explanation] = {}
     for _, explanation in found:
         seen.setdefault(explanation.name, explanation)
@@ -154,12 +161,16 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
         finding.shape = shapes.describe(case, suspect.masks, focus)
 
 
-def _length(explanation: Explanation, rank: int) -> tuple[bool, float, int, int]:
+A_NUMBER = 2.0  # bits that a number which was fitted to the dump is worth: it follows the rounding
+
+
+def order(explanation: Explanation, rank: int) -> tuple[bool, float, int, int]:
     """What orders explanations: each bit that is brought back saves one for every element, so that
     the best wins; but half a bit is within the noise, and then the shortest does: the one with
     the fewest numbers of its own, and of those the more specific, which stands first."""
     fitted = explanation.known is not None and explanation.known.fitted
-    return fitted, -round(2 * explanation.bits) / 2, explanation.free, rank
+    bits = explanation.bits - A_NUMBER * explanation.free
+    return fitted, -round(2 * bits) / 2, explanation.free, rank
 
 
 # Bits that an explanation brings back whatever the type of a weight that was quantised after the

@@ -124,6 +124,9 @@ class Fault:
             entry["nonfinite"] = suspect.item.born
         if self.first.dump_only:
             entry["dump_only"] = True
+        places = {f.suspect.item.layer: f.suspect.where.get("positions", "all") for f in here}
+        if len({*places.values()}) > 1:
+            entry["positions_by_layer"] = {str(layer): where for layer, where in places.items()}
         if self.also:
             entry["also"] = self.also
         if self.first.shape:
@@ -145,8 +148,7 @@ def faults(findings: list[Finding], items: Sequence[LocalError]) -> list[Fault]:
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         name = finding.diagnosis[0].name if finding.diagnosis else finding.suspect.why
-        says = finding.diagnosis[0].says if name == CHANGED else ""
-        groups.setdefault((finding.suspect.item.stage, name, says), []).append(finding)
+        groups.setdefault((finding.suspect.item.stage, name, _told(finding)), []).append(finding)
     found = [_fault(stage, group, measured) for (stage, *_), group in groups.items()]
     found = _other_layers(found, measured, order)
     result: list[Fault] = []
@@ -192,6 +194,20 @@ def _layers(found: list[int | None], measured: set[int | None]) -> int | str | N
 # --- what is one cause
 
 CHANGED = "cache_row_changed"
+# Rooms whose details are numbers: layers that differ in them have different mistakes.
+NUMBERS = ("constant", "terms")
+
+
+def _told(finding: Finding) -> str:
+    """What findings of one stage have to say alike to be one fault, besides its name."""
+    if not finding.diagnosis:
+        return ""
+    first = finding.diagnosis[0]
+    known = first.known
+    exact = known is not None and known.room in NUMBERS and first.free == 0
+    return first.says if exact or first.name == CHANGED else ""
+
+
 # Stages of one kind that make one mistake together: all norms, q and k, K and V.
 ALIKE = (NORM, ROTATION, CACHE)
 

@@ -107,6 +107,10 @@ def fault_lines(fault: Fault) -> list[str]:
         lines = [f"{entry['bits']} bits, {entry['expected_bits']} expected; {where}"]
         if factor := entry.get("exceeds_bound"):
             lines.append(f"{factor:,g} times what rounding can do at most")
+    if differing := entry.get("positions_by_layer"):
+        some = [f"{where} in layer {layer}" for layer, where in differing.items()][:OVER]
+        more = ", ..." if len(differing) > OVER else ""
+        lines.append(f"positions {', '.join(some)}{more}")
     if fault.when:
         lines.append(fault.when.says)
     for each in entry["diagnosis"]:

@@ -28,6 +28,10 @@ SLACK = 2.5
 WIDENED = 1 << 25  # elements of a weight in float64 at a time: the head of a 72B has 1.2 G
 
 
+class NotDumped(LookupError):
+    """Asked for the dump of a stage that the trace lacks."""
+
+
 @dataclass
 class StageReplay:
     """A stage of a layer: its dump and its inputs in float64 with a batch axis, and its weights.
@@ -42,6 +46,7 @@ class StageReplay:
         formats: the number formats that stages are computed in.
         narrow: round what is computed for missing stages to the trace's precision.
         nudge: move every code of a format by that much before it is rounded.
+        edits: what missing stages compute instead of their own value, by stage.
         most: of the last rows, no more than so many.
     """
 
@@ -53,6 +58,7 @@ class StageReplay:
     narrow: bool = False
     nudge: float = 0.0
     most: int | None = None
+    edits: Mapping[str, "Callable[[StageReplay], Array]"] = field(default_factory=dict)
     _known: dict[Key, Array | None] = field(default_factory=dict, repr=False)  # computed values
 
     @property
@@ -103,6 +109,10 @@ class StageReplay:
         if set(formats) == {self.key}:
             return self.in_format(formats[self.key])
         return replace(self, formats={**self.formats, **formats}, _known={})
+
+    def edited(self, edits: "Mapping[str, Callable[[StageReplay], Array]]") -> "StageReplay":
+        """The same stage, computed from what missing stages would be if they computed that."""
+        return replace(self, edits=edits, _known={})
 
     def _keeping(self, other: "StageReplay") -> "StageReplay":
         """``other``, which has the same inputs, without loading them again."""
@@ -212,7 +222,8 @@ class StageReplay:
         if key in self._known or key in self.replay.trace.entries or key in self.overrides:
             return
         case = self._at(self.arch.stage[key[0]], key[1])
-        value = case.exact if case.replayable else None
+        edit = self.edits.get(key[0])
+        value = (edit(case) if edit else case.exact) if case.replayable else None
         if value is not None and self.narrow:
             value = value.astype(self.replay.dtype).astype(jnp.float64)
         self._known[key] = value
@@ -267,10 +278,16 @@ class StageReplay:
     def _cut(self, name: str, value: Array | None) -> Array | None:
         return None if value is None else last_rows(self.arch, name, value, self.rows)
 
+    @property
+    def dumped(self) -> bool:
+        """Whether there is a dump to solve for something from."""
+        return self._stored(self.stage.name) is not None
+
     @cached_property
     def dump(self) -> Array:
         found = self._stored(self.stage.name)
-        assert found is not None, "only dumped stages are explained"
+        if found is None:
+            raise NotDumped(f"{self.stage.name} is not in the trace")
         return last_rows(self.arch, self.stage.name, found, self.rows)
 
     @cached_property

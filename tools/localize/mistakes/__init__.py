@@ -8,6 +8,9 @@ from tools.localize.mistakes import (
     constant,
     entries,
     function,
+    logits,
+    masks,
+    rotation,
     terms,
     value,
     weight,
@@ -15,6 +18,8 @@ from tools.localize.mistakes import (
 from tools.localize.mistakes.registry import CATALOGUE, Edit, Mistake, named
 
 # In the order in which the rooms are read where two explanations are equally good.
-ROOMS = (value, entries, weight, constant, terms, function, arithmetic)
+ROOMS = (
+    value, entries, logits, weight, constant, rotation, terms, masks, function, arithmetic
+)  # fmt: skip
 
 __all__ = ["CATALOGUE", "ROOMS", "Edit", "Mistake", "named"]

@@ -116,7 +116,7 @@ def logits_wrong_position(case: StageReplay) -> Candidates:
             yield f"the position {-step:+d}", rolled.at[:, edge].set(case.exact[:, edge])
 
 
-@mistake("RoPE pairs interleaved", ROPES)
+@mistake("RoPE pairs interleaved", ROPES, everywhere=True)
 def rope_interleaved(case: StageReplay) -> Candidates:
     x = unrotated(case)
     cos, sin = (t.astype(jnp.float64)[:, :, None, :] for t in (case.pos.cos, case.pos.sin))
@@ -165,7 +165,7 @@ def head_size(case: StageReplay) -> Candidates:
         yield str(size), found.reshape(case.exact.shape)
 
 
-@mistake("only {} rotated", ROPES)
+@mistake("only {} rotated", ROPES, everywhere=True)
 def rope_partial(case: StageReplay) -> Candidates:
     x, half = unrotated(case), case.config.head_dim // 2
     whole = case.run()
@@ -228,6 +228,7 @@ def _tiled(case: StageReplay, heads: Array) -> Array:
     "key/value heads tiled (n % K) instead of repeated (n // G)",
     "attn_scores attention",
     joined="layer",
+    everywhere=True,
 )
 def gqa_tiled(case: StageReplay) -> Candidates:
     if case.stage.name == "attn_scores":

@@ -28,7 +28,7 @@ def _layer_norm(case: StageReplay) -> Array:
 
 
 simple("norm_layernorm", "LayerNorm (mean subtracted) instead of RMSNorm", NORMS, _layer_norm,
-       near=True)  # fmt: skip
+       near=True, everywhere=True)  # fmt: skip
 
 
 @mistake("normalised over all heads together, not over each", NORMS)
@@ -91,7 +91,7 @@ def _activation(name: str, says: str, function: Callable[[Array], Array]) -> Non
     def candidates(case: StageReplay) -> Candidates:
         yield "", function(case.inputs[0])
 
-    mistake(says, "ffn_silu", name, near=True)(candidates)
+    mistake(says, "ffn_silu", name, near=True, everywhere=name.startswith("act_"))(candidates)
 
 
 _activation("act_gelu", "GELU instead of SiLU", lambda x: jax.nn.gelu(x, approximate=False))

@@ -58,6 +58,9 @@ class Mistake:
         lenient: it need not bring back everything: a quantiser's ties fall either way, and what
             goes through a cache is off by a format that is not known while attention is wrong.
         fitted: it has a number for every row: it follows the rounding too, and would win by that.
+        everywhere: engines make it in all layers: it is looked for where whole layers are missing.
+        number: the stage's value with any number in the place of the one that is mistaken, and
+            the numbers, rising, from which it is looked for where the stage was not dumped.
         joined: which findings of it are one fault.
         rest: mistakes that are said of another stage of the same layer where it shows the rest.
         together: what is said of it where several stages show it; else what the first one says.
@@ -74,6 +77,8 @@ class Mistake:
     rotated: bool = False
     lenient: bool = False
     fitted: bool = False
+    everywhere: bool = False
+    number: tuple[Callable[[StageReplay, float], Array], tuple[float, ...]] | None = None
     joined: Joined = "kind"
     rest: tuple[str, ...] = ()
     together: str = ""
@@ -121,7 +126,7 @@ def simple(
         if value is not None:
             yield "", value
 
-    mistake(says, stages, name, room=_room(candidate), **more)(candidates)
+    mistake(says, stages, name, **{"room": _room(candidate), **more})(candidates)
 
 
 # --- where mistakes are made: names of stages of any architecture, separated by spaces

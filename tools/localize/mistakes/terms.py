@@ -1,16 +1,29 @@
 """Mistake of which terms: parts of a sum are left out, or come in more than once."""
 
+from collections.abc import Sequence
+from itertools import product
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from stages.verdict import ranges
 from tools.localize.mistakes.operands import (
     biases,
     key_distance,
     masked_softmax,
     with_bias,
 )
-from tools.localize.mistakes.registry import BIASES, RESIDUALS, Candidates, mistake, simple
+from tools.localize.mistakes.registry import (
+    BIASES,
+    LINEARS,
+    RESIDUALS,
+    Candidates,
+    Edit,
+    mistake,
+    simple,
+)
+from tools.localize.mistakes.solving import round_numbers
 from tools.localize.stage_case import StageReplay
 
 
@@ -21,7 +34,7 @@ def _biased(case: StageReplay, *factors: float) -> Array:
 
 
 simple("bias_missing", "bias not added", BIASES, lambda case: case.inputs[0],
-       rest=("bias_after_rope",))  # fmt: skip
+       rest=("bias_after_rope",), everywhere=True)  # fmt: skip
 
 
 simple("bias_doubled", "bias added twice", BIASES, lambda case: _biased(case, 2, 2, 2))
@@ -66,7 +79,7 @@ def _ordinal(place: int) -> str:
     return ("first", "second", "third")[place] if place < 3 else f"{place + 1}th"
 
 
-@mistake("no causal mask: attends to the future", "attn_softmax")
+@mistake("no causal mask: attends to the future", "attn_softmax", everywhere=True)
 def mask_missing(case: StageReplay) -> Candidates:
     yield "", masked_softmax(case, np.ones_like(key_distance(case), bool))
     if len(case.replay.trace.steps) > 1:  # what there was of it in each call
@@ -89,21 +102,6 @@ def mask_past_missing(case: StageReplay) -> Candidates:
         start, _ = case.bounds
         own = np.arange(key_distance(case).shape[1]) >= start
         yield "", masked_softmax(case, (key_distance(case) >= 0) & own)
-
-
-@mistake("empty slots of the cache, {}, not masked", "attn_softmax")
-def mask_unfilled_slots(case: StageReplay) -> Candidates:
-    slots = _empty_slots(case)
-    if slots is not None:
-        _, end = case.bounds
-        kept = case.pos.mask[:, None]
-        scores = jnp.where(kept, case.inputs[0], -jnp.inf)
-        high = jnp.maximum(scores.max(-1, keepdims=True), 0)
-        weights = jnp.exp(scores - high)
-        total = weights.sum(-1, keepdims=True) + (slots - end) * jnp.exp(-high)
-        yield f"{slots} in all", weights / total
-    if (left := _left_by_others(case)) is not None:
-        yield "with what memory held in them", case.exact * left
 
 
 @mistake("causal mask off by one: sees {} future token", "attn_softmax")
@@ -130,6 +128,108 @@ def softmax_plus_one(case: StageReplay) -> Candidates:
     total = weights.sum(-1, keepdims=True)
     yield "", weights / (total + 1)  # after the maximum was subtracted
     yield "", weights / (total + jnp.exp(-high))
+
+
+# --- of a sum of products, which inputs
+
+BLOCKS = 32  # that the inputs of a linear layer are cut into, to see how often each was counted
+CHANNELS = 256  # output channels that this is told by
+WHOLE = 0.02  # how far from a whole number a block's count may lie and still be one
+
+
+@mistake("not every input summed once: {}", LINEARS)
+def terms_counted(case: StageReplay) -> Candidates:
+    """A shard's part of the sum, or parts that came in more than once: the dump as a sum of each
+    block of inputs times how often it was counted, by least squares."""
+    counts = counted(case)
+    if counts is None:
+        return
+    value = case.run(case.inputs[0] * jnp.asarray(counts))
+    yield Edit(_counted_as(counts), value)
+
+
+def counted(case: StageReplay) -> np.ndarray | None:
+    """[in] how often each input was counted, where some were not once; None where they were, or
+    where no whole numbers explain the dump."""
+    if not case.dumped:
+        return None
+    small = case.sampled(CHANNELS)
+    x, found = (np.asarray(v)[0] for v in (small.inputs[0], small.dump))
+    weight = np.concatenate([np.asarray(w, np.float64) for w in small.weights.values()])
+    keep = np.isfinite(found)
+    found = np.where(keep, found, 0)
+    width = x.shape[-1]
+
+    def solved(columns: Sequence[np.ndarray], left: np.ndarray) -> np.ndarray:
+        parts = [np.where(keep, x[:, c] @ weight[:, c].T, 0).ravel() for c in columns]
+        return np.asarray(np.linalg.lstsq(np.stack(parts, 1), left.ravel(), rcond=None)[0])
+
+    blocks = np.array_split(np.arange(width), min(BLOCKS, width))
+    counts = np.concatenate(
+        [np.full(len(b), n) for b, n in zip(blocks, solved(blocks, found), strict=True)]
+    )
+    whole = np.rint(counts)
+    # a block that was counted in part: the end of a shard lies in it
+    broken = np.abs(counts - whole) > WHOLE
+    if 0 < broken.sum() <= max(4 * len(blocks[0]), 4):
+        rest = np.where(keep, (x * np.where(broken, 0, whole)) @ weight.T, 0)
+        single = np.flatnonzero(broken)
+        whole[single] = np.rint(solved([*single[:, None]], found - rest))
+    sound = (whole == 1).all() or not whole.any()  # nothing at all is no part of the sum
+    return None if sound or np.abs(whole).max() > 1024 else whole
+
+
+def _counted_as(counts: np.ndarray) -> str:
+    width = len(counts)
+    if (counts == counts[0]).all():
+        return f"the sum {counts[0]:g} times, as if added up over as many copies"
+    kept = counts != 0
+    said = []
+    if not kept.all():
+        shards = width / kept.sum()
+        first = int(np.flatnonzero(kept)[0])
+        runs = np.flatnonzero(np.diff(np.concatenate([[0], kept.astype(int), [0]])))
+        part = ""
+        if len(runs) == 2 and shards == round(shards) and first % kept.sum() == 0:
+            place = _ordinal(first // int(kept.sum()))
+            of = "half" if shards == 2 else f"of {shards:g} parts"
+            part = f", the {place} {of}: as one of {shards:g} ranks before their all-reduce"
+        said.append(f"only inputs {ranges(kept)} of the {width} columns summed{part}")
+    for count in np.unique(counts[kept & (counts != 1)]):
+        said.append(f"inputs {ranges(counts == count)} counted {count:g} times")
+    return "; ".join(said)
+
+
+# --- of an addition, how much of either
+
+
+@mistake("not the plain sum: {}", RESIDUALS, near=True, priority=2)
+def residual_multiple(case: StageReplay) -> Candidates:
+    """Any multiple of the residual and of the block's output; of all channels or of some."""
+    if not case.dumped:
+        return
+    keep = np.asarray(case.finite)
+    residual, branch = case.inputs
+    x, y, found = (np.where(keep, np.asarray(v), 0)[0] for v in (residual, branch, case.dump))
+    moments = np.array([[(x * x).sum(), (x * y).sum()], [(x * y).sum(), (y * y).sum()]])
+    if np.linalg.det(moments) <= 0:
+        return
+    both = np.linalg.solve(moments, [(x * found).sum(), (y * found).sum()])
+    for (a, free_a), (c, free_c) in product(*(round_numbers(v, 3) for v in both)):
+        yield Edit(_multiples(a, c), a * residual + c * branch, free_a + free_c)
+    # of each channel: the residual once, and the block's output as often as that leaves
+    counts = ((found - x) * y).sum(0) / np.maximum(np.square(y).sum(0), 1e-300)
+    odd = np.abs(counts - 1) > 1e-3
+    if odd.any() and not odd.all():
+        for count, free in round_numbers(float(np.median(counts[odd])), 3):
+            told = f"the block's output {count:.6g} times in channels {ranges(odd)}"
+            yield Edit(told, residual + jnp.asarray(np.where(odd, count, 1.0)) * branch, free)
+
+
+def _multiples(residual: float, branch: float) -> str:
+    said = [f"the residual {residual:.6g} times"] if residual != 1 else []
+    said += [f"the block's output {branch:.6g} times"] if branch != 1 or not said else []
+    return ", ".join(said)
 
 
 simple("residual_missing", "residual not added", RESIDUALS, lambda case: case.inputs[1])
@@ -164,34 +264,3 @@ def cache_read_before_write(case: StageReplay) -> Candidates:
         rows = np.arange(case.rows)
         own = rows + case.exact.shape[-1] - case.rows
         yield "", case.exact.at[:, :, rows, own].set(0.0)
-
-
-def _empty_slots(case: StageReplay) -> int | None:
-    """How many slots a cache has whose empty ones were counted by a softmax, with score 0: what
-    every row lacks of 1 says it."""
-    if not case.has_calls:
-        return None
-    mask = np.asarray(case.pos.mask)[:, None]
-    scores = np.where(mask, np.asarray(case.inputs[0]), -np.inf)
-    with np.errstate(all="ignore"):
-        total = np.exp(scores).sum(-1)
-        kept_sum = np.where(mask, np.asarray(case.dump), 0).sum(-1)
-        empty = total * (1 / kept_sum - 1)  # e^0 each
-        telling = np.isfinite(empty) & (kept_sum < 1 - 1e-3) & (kept_sum > 1e-6)
-    if not telling.any():
-        return None
-    _, ends = case.bounds
-    slots = np.broadcast_to(ends[:, 0], empty.shape[1:])[None] + empty
-    return int(np.rint(np.median(slots[telling])))
-
-
-def _left_by_others(case: StageReplay) -> np.ndarray | None:
-    """What slots of memory that hold no key of the sequence, but were counted, leave of every row's
-    sum: [1, N, rows, 1]. None where a row has more than it should, or all have the same."""
-    if not case.has_calls:
-        return None
-    mask = np.asarray(case.pos.mask)[:, None]
-    with np.errstate(invalid="ignore"):
-        left = np.where(mask, np.asarray(case.dump), 0).sum(-1, keepdims=True)
-    sound = np.isfinite(left).all() and left.max() < 1 + 1e-3 and left.min() < left.max() - 1e-3
-    return left if sound else None

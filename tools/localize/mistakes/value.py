@@ -47,6 +47,7 @@ def embedding_id_off_by_one(case: StageReplay) -> Candidates:
     f"{NORMS} {ROPES}",
     rotated=True,
     rest=("rope_before_norm", "rope_missing"),
+    everywhere=True,
 )
 def rope_before_norm(case: StageReplay) -> Candidates:
     norm = head_norm(case)
@@ -64,7 +65,7 @@ def _projected(case: StageReplay, norm: Stage) -> Array | None:
     return q if case.stage.axes[1] == "N" else k
 
 
-@mistake("not normalised: {}", NORMS, dump_only=None)
+@mistake("not normalised: {}", NORMS, dump_only=None, everywhere=True)
 def norm_skipped(case: StageReplay) -> Candidates:
     x = normed(case)
     yield "the input itself", x
@@ -96,7 +97,7 @@ def _rotated_before_norm(case: StageReplay) -> Candidates:
         yield "", rotated(case, heads)
 
 
-simple("rope_missing", "not rotated", ROPES, lambda case: unrotated(case))
+simple("rope_missing", "not rotated", ROPES, lambda case: unrotated(case), everywhere=True)
 
 
 @mistake(
@@ -172,17 +173,17 @@ simple("residual_layer_input", "residual taken from the layer's input", "post_ff
 
 
 simple("silu_of_up", "SiLU of up instead of gate", "ffn_silu",
-       lambda case: if_there(case.value("ffn_up"), case.run))  # fmt: skip
+       lambda case: if_there(case.computed("ffn_up"), case.run))  # fmt: skip
 
 
 simple("swigl_no_silu", "gate * up without SiLU", "ffn_swigl",
-       lambda case: if_there(case.value("ffn_gate"),
+       lambda case: if_there(case.computed("ffn_gate"),
                              lambda gate: gate * case.inputs[1]))  # fmt: skip
 
 
 simple("swigl_silu_of_up", "gate * silu(up)", "ffn_swigl",
-       lambda case: if_there(case.value("ffn_gate"),
-                           lambda gate: gate * jax.nn.silu(case.inputs[1])))  # fmt: skip
+       lambda case: if_there(case.computed("ffn_gate"),
+                             lambda gate: gate * jax.nn.silu(case.inputs[1])))  # fmt: skip
 
 
 @mistake("the dump of layer {}", ALL, dump_only=None, priority=1)

@@ -44,7 +44,7 @@ def embedding_transposed(case: StageReplay) -> Candidates:
 
 
 simple("norm_one_plus_weight", "multiplied by 1 + weight, as Gemma does", NORMS,
-       lambda case: with_norm(case, 1 + norm_weight(case)))  # fmt: skip
+       lambda case: with_norm(case, 1 + norm_weight(case)), everywhere=True)  # fmt: skip
 
 
 simple("norm_weight_missing", "norm weight not applied", NORMS,
@@ -120,7 +120,7 @@ def _exchanged(case: StageReplay, a: str, b: str) -> Array:
 
 
 simple("kv_swapped", "k and v projections swapped", "qkv_matmul",
-       lambda case: _exchanged(case, *case.stage.parameters[1:]))  # fmt: skip
+       lambda case: _exchanged(case, *case.stage.parameters[1:]), everywhere=True)  # fmt: skip
 
 
 @mistake(
@@ -129,6 +129,7 @@ simple("kv_swapped", "k and v projections swapped", "qkv_matmul",
     dump_only=None,
     rest=("gate_up_swapped",),
     together="gate and up projections exchanged",
+    everywhere=True,
 )
 def gate_up_swapped(case: StageReplay) -> Candidates:
     other = case.arch.stage["ffn_up" if case.stage.name == "ffn_gate" else "ffn_gate"]
