@@ -18,7 +18,7 @@ from qwen_jax.weights.base import Weights
 from stages.trace import MemoryTrace, numpy_dtype
 from tests.planted.matrix import Bench, make_bench
 from tools.localize.cost import attribution
-from tools.localize.pipeline import trace_dtype
+from tools.localize.preflight import trace_dtype
 from tools.numpy_engine.engine import Run
 
 MODES = ("f32", "f16", "bf16", "act8")

@@ -21,7 +21,8 @@ from qwen_jax.weights.base import Weights
 from stages.errors import NotComparable, UserError
 from tools.localize import bisect
 from tools.localize.cost.query import HOW, Question, affordable, usual
-from tools.localize.pipeline import check_model, localize
+from tools.localize.pipeline import localize
+from tools.localize.preflight import check_model
 from tools.localize.result import SCHEMA, Localization, to_json
 
 Ask = Callable[[Config, int], Question | None]  # of which token to ask, for a number of rows

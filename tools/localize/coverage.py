@@ -1,6 +1,7 @@
 """What a dump says of its engine: how many of the operations were judged."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -38,3 +39,27 @@ def of(trace: Trace, items: Sequence[LocalError]) -> Coverage:
     total = len([*trace.arch.computation_order(trace.config["num_hidden_layers"])])
     through = len(together - alone)
     return Coverage(len(alone), through, total - len(alone) - through)
+
+
+def skipped(trace: Trace, layers: int, items: list[LocalError]) -> list[dict[str, Any]]:
+    """What was not checked alone: stages that are not in the trace, or that cannot be replayed from
+    what is, by stage."""
+    measured = {item.key for item in items}
+    rows: dict[tuple[str, str], list[int | None]] = {}
+    for stage, layer in trace.arch.computation_order(layers):
+        if (stage.name, layer) not in trace.entries:
+            rows.setdefault((stage.name, "not in the trace"), []).append(layer)
+        elif (stage.name, layer) not in measured:
+            why = "what it is computed from has too few rows"
+            rows.setdefault((stage.name, why), []).append(layer)
+    covered = {link: item.stage for item in items for link in item.segment}
+    result = []
+    for (name, why), found in rows.items():
+        entry: dict[str, Any] = {"stage": name, "why": why}
+        if trace.row(name).scope == "layer" and len(found) < layers:
+            entry["layers"] = found
+        through = {covered.get((name, layer)) for layer in found}
+        if None not in through:
+            entry["checked_through"] = sorted(t for t in through if t)
+        result.append(entry)
+    return result

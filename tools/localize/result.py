@@ -34,7 +34,7 @@ COLOURS = {
 }  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class Localization:
     """Everything localize found out about one trace. Prints as the command does.
 

@@ -23,7 +23,7 @@ from tools.diff import TraceDifference, where
 from tools.localize import side_by_side
 from tools.localize.cost.show import summary
 from tools.localize.decode_steps import wrong_calls
-from tools.localize.pipeline import trace_dtype
+from tools.localize.preflight import trace_dtype
 from tools.localize.result import Fault, Localization, faults, place, sentence
 from tools.localize.show import elements, fault_lines
 from tools.report import cells, views
