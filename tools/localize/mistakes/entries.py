@@ -1,7 +1,7 @@
 """Mistake of which entries: an axis of an input, a weight, a bias, a cache or a result is read in
 another order, shifted, cut or repeated."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,21 +52,14 @@ def embedding_shifted(case: StageReplay) -> Candidates:
 def norm_weight_permuted(case: StageReplay) -> Candidates:
     """The values that the norm was multiplied by are read off the dump and matched by size."""
     weight = norm_weight(case)
-    plain, dump = (np.asarray(x).reshape(-1, len(weight)) for x in (
-        with_norm(case, jnp.ones_like(weight)), case.dump
-    ))  # fmt: skip
-    if not np.isfinite(dump).all():
-        return
-    found = (dump * plain).sum(0) / np.maximum((plain * plain).sum(0), 1e-300)
-    right, width = np.asarray(weight), len(weight)
-    order = np.empty(width, int)
-    order[found.argsort()] = right.argsort()
-    moved = right[order]  # of equal values any order will do
-    known = (
-        says for says, other in orders.orders(width, width, 0) if (right[other] == moved).all()
+    plain, dump = (
+        np.asarray(x).reshape(-1, len(weight))
+        for x in (with_norm(case, jnp.ones_like(weight)), case.dump)
     )
-    if (moved != right).any():
-        yield next(known, orders.described(order, width, 0)), with_norm(case, jnp.asarray(moved))
+    found = (dump * plain).sum(0) / np.maximum((plain * plain).sum(0), 1e-300)
+    right = np.asarray(weight)
+    for says, order in _ordered(found[None], right[None], {case.stage.parameters[0]: len(right)}):
+        yield says, with_norm(case, jnp.asarray(right[order]))
 
 
 @mistake(
@@ -327,7 +320,8 @@ def positions_permuted(case: StageReplay) -> Candidates:
     joined="layer",
 )
 def heads_permuted(case: StageReplay) -> Candidates:
-    """Match every head of the dump to the head of the exact value that it is nearest to."""
+    """Match every head of the dump to the head of the exact value that it is nearest to; so of a
+    bias alone."""
     heads = case.heads
     if not heads or heads < 2:
         return
@@ -337,13 +331,19 @@ def heads_permuted(case: StageReplay) -> Candidates:
         grid = case.stage.by_head(heads, kept).reshape(heads, -1)
         return np.nan_to_num(grid, posinf=0.0, neginf=0.0)
 
-    found, exact = by_head(case.dump), by_head(case.exact)
-    distance = (found**2).sum(1)[:, None] + (exact**2).sum(1)[None] - 2 * found @ exact.T
-    order = distance.argmin(1)
-    if sorted(order) == list(range(heads)) and not np.array_equal(order, np.arange(heads)):
-        moved = case.stage.by_head(heads, np.asarray(case.exact))[order]
-        says = ",".join(map(str, order)) if heads <= 16 else "of a permutation"
-        yield says, jnp.asarray(case.stage.from_heads(moved, case.exact.shape))
+    given = case.inputs[0] if case.stage.kind is ADD else 0.0
+    for before in (0.0, given) if case.stage.kind is ADD else (0.0,):
+        found, exact = by_head(case.dump - before), by_head(case.exact - before)
+        distance = (found**2).sum(1)[:, None] + (exact**2).sum(1)[None] - 2 * found @ exact.T
+        order = distance.argmin(1)
+        if not np.array_equal(order, np.arange(heads)):
+            moved = case.stage.by_head(heads, np.asarray(case.exact - before))[order]
+            value = jnp.asarray(case.stage.from_heads(moved, case.exact.shape))
+            sizes = {n: len(w) * heads // case.exact.shape[-1] for n, w in case.weights.items()}
+            groups = case.config.num_key_value_heads
+            known = _ordered(found.T, exact.T, sizes, 0, groups) if len(sizes) > 1 else ()
+            of = "".join(f" ({says})" for says, _ in known)
+            yield f"{orders.listed(order)}{of}", value + before
 
 
 @mistake("the last {}", ALL, dump_only=None, priority=1)
@@ -429,11 +429,6 @@ def cache_ring_order(case: StageReplay) -> Candidates:
 # --- weights in another order
 
 
-def _signed(step: int, size: int) -> int:
-    step %= size
-    return step if step <= size // 2 else step - size
-
-
 @mistake("rows of the vocabulary moved by {}", "embedding lm_head", priority=2, joined="file")
 def vocabulary_rolled(case: StageReplay) -> Candidates:
     """The rows of the embedding or of the head, all of them so many further on."""
@@ -444,14 +439,14 @@ def vocabulary_rolled(case: StageReplay) -> Candidates:
             match = np.fft.rfft(dump) * np.conj(np.fft.rfft(exact))
             step = int(np.fft.irfft(match.sum(0), size).argmax())
             if step:
-                yield f"{_signed(step, size):+d}", jnp.roll(case.exact, step, -1)
+                yield f"{orders.signed(step, size):+d}", jnp.roll(case.exact, step, -1)
         return
     table = case.model.read(case.arch.embedding.tensor)
     tokens = np.array(case.replay.trace.tokens)[-case.rows :]
     row = np.asarray(case.dump)[0, 0].astype(np.float32)
     wide = np.asarray(table, np.float32)
     place = int((np.square(wide).sum(1) - 2 * wide @ row).argmin())
-    step = _signed(int(tokens[0]) - place, len(table))
+    step = orders.signed(int(tokens[0]) - place, len(table))
     if step:
         found = wide[(tokens - step) % len(table)].astype(np.float64)
         yield f"{step:+d}", jnp.asarray(found)[None]
@@ -466,7 +461,9 @@ def columns_permuted(case: StageReplay) -> Candidates:
     head, groups = (config.head_dim, config.num_key_value_heads) if inside else (0, 0)
 
     def changes() -> Iterator[tuple[str, orders.Change]]:
-        for says, order in orders.orders(width, head, groups):
+        for says, order in _input_order(case, head, groups):
+            yield says, partial(np.take, indices=order, axis=1)
+        for says, order in orders.patterns(width, head, groups):
             yield says, partial(np.take, indices=order, axis=1)
         for step in (1, -1):
             yield f"rolled by {step}", partial(np.roll, shift=step, axis=1)
@@ -474,32 +471,74 @@ def columns_permuted(case: StageReplay) -> Candidates:
     yield from orders.tried(case, changes())
 
 
-@mistake(
-    "rows of {}",
-    f"{LINEARS} {BIASES}",
-    dump_only=None,
-    priority=2,
-    joined="layer",
-)
+def _input_order(case: StageReplay, head: int, groups: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Solved for: what the weight would have had to be given is the input in another order. So of a
+    weight with no fewer channels than inputs."""
+    x = np.asarray(case.inputs[0])[0]
+    small = case.sampled(2 * x.shape[-1])
+    weight = np.concatenate([np.asarray(w, np.float64) for w in small.weights.values()])
+    dump = np.asarray(small.dump)[0]
+    if len(weight) < x.shape[-1] or not np.isfinite(dump).all():
+        return
+    given = np.linalg.lstsq(weight, dump.T, rcond=None)[0].T
+    order = orders.match(given, x)
+    if order is not None and len(set(order.tolist())) == len(order):
+        known = orders.described(order, head, groups)
+        yield known[0] if known else orders.moves(order), order.argsort()
+
+
+@mistake("rows of {}", f"{LINEARS} {BIASES}", dump_only=None, priority=2, joined="layer")
 def rows_permuted(case: StageReplay) -> Candidates:
-    """The rows of a linear stage's weights in another order; its biases in the same."""
-    linear = case.other(case.stage.inputs[0]) if case.stage.kind is ADD else case
-    stored = (linear.stage.name, linear.layer) in case.replay.trace.entries
-    if not linear.stage.linear or not stored or not linear.replayable:
+    """Each channel of the dump is the right one that it is nearest to; so of a bias alone."""
+    config, inside = case.config, case.stage.name in f"qkv_matmul {BIASES}".split()
+    head, groups = (config.head_dim, config.num_key_value_heads) if inside else (0, 0)
+    sizes = {name: len(weight) for name, weight in case.weights.items()}
+    for found, right, with_order in _channels(case):
+        for says, order in _ordered(found, right, sizes, head, groups):
+            yield says, with_order(order)
+
+
+def _channels(
+    case: StageReplay,
+) -> Iterator[tuple[np.ndarray, np.ndarray, Callable[[np.ndarray], Array]]]:
+    """Channels [rows, C] of a dump, the right ones, and what the value is with those in an order:
+    of the whole value, and of a bias alone, as what it is added to may have that order already."""
+    found, right = (np.asarray(x).reshape(-1, x.shape[-1]) for x in (case.dump, case.exact))
+    yield found, right, lambda order: case.exact[..., order]
+    if case.stage.kind is ADD and case.weights:
+        bias = np.concatenate([np.asarray(b) for b in case.weights.values()])
+        added = np.asarray(case.dump - case.inputs[0]).reshape(found.shape).mean(0)
+        yield added[None], bias[None], lambda order: case.inputs[0] + jnp.asarray(bias[order])
+
+
+def _ordered(
+    found: np.ndarray, right: np.ndarray, sizes: dict[str, int], head: int = 0, groups: int = 0
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The order that channels [rows, C] of weights side by side are in, and what it is called."""
+    known = orders.matched(found, right, [*sizes.values()])
+    if known is None:
         return
-    moved = orders.row_order(linear)
-    if not moved:
-        return
-    config = case.config
+    order, parts = known
+    moved = [p for p in parts if (order[p] != np.arange(p.start, p.stop)).any()]
     says = []
-    for name, order in moved.items():
-        inside = linear.stage.name == "qkv_matmul"
-        head, groups = (config.head_dim, config.num_key_value_heads) if inside else (0, 0)
-        says.append(f"{name} {orders.described(order, head, groups)}")
-    if linear is case:
-        yield ", ".join(says), orders.moved(case, case.exact, moved)
-        return
-    names = dict(zip(linear.weights, case.weights, strict=True))
-    bias = jnp.concatenate([jnp.asarray(b) for b in case.weights.values()])
-    orders_of_biases = {names[name]: order for name, order in moved.items()}
-    yield ", ".join(says), case.inputs[0] + orders.moved(case, bias, orders_of_biases)
+    for part in [slice(moved[0].start, moved[-1].stop), *moved]:
+        ends = np.cumsum([*sizes.values()])
+        here = [name for name, end in zip(sizes, ends, strict=True)
+                if part.start < end <= part.stop]  # fmt: skip
+        own = order[part] - part.start
+        fits = partial(_fits, found[:, part], right[:, part], own)
+        called = orders.described(own, head, groups, [sizes[name] for name in here], fits)
+        if called is not None:
+            order[part] = part.start + called[1]
+        elif len(moved) > 1 and not says and part.stop > moved[0].stop:
+            continue  # not all of them alike: each alone
+        says.append(f"{' and '.join(here)} {orders.moves(own) if called is None else called[0]}")
+        if part.stop == moved[-1].stop:
+            break
+    yield ", ".join(says), order
+
+
+def _fits(found: np.ndarray, right: np.ndarray, order: np.ndarray, other: np.ndarray) -> bool:
+    """Whether another order of channels is as good as the one that they were found in."""
+    left, its = (np.square(found - right[:, o]).sum() for o in (order, other))
+    return bool(its <= 4 * left + orders.AS_RIGHT * np.square(right).sum())
