@@ -1,7 +1,7 @@
 """Mistake of which entries: an axis of an input, a weight, a bias, a cache or a result is read in
 another order, shifted, cut or repeated."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,6 @@ from qwen_jax.config import Config
 from stages.architecture import ADD, ROTATION, SCORES
 from tools.localize.mistakes import cache_rows, orders
 from tools.localize.mistakes.operands import (
-    biases,
     mixed,
     norm_weight,
     rope_table,
@@ -62,35 +61,28 @@ def norm_weight_permuted(case: StageReplay) -> Candidates:
         yield says, with_norm(case, jnp.asarray(right[order]))
 
 
-@mistake(
-    "rows of {} in the order of interleaved RoPE, as GGUF converters store them",
-    f"qkv_matmul {BIASES} {ROPES}",
-    dump_only=None,
-    joined="layer",
-)
+# The order of LLaMA's own weights, and of GGUF files of LLaMA, and the way back from it.
+ROTARY = {
+    "in the order of interleaved RoPE, as GGUF converters store LLaMA's": (2, -1),
+    "taken out of the order of interleaved RoPE, which they are not in": (-1, 2),
+}
+
+
+@mistake("rows of {}", f"qkv_matmul {BIASES} {ROPES}", dump_only=None, joined="layer")
 def rows_rope_permuted(case: StageReplay) -> Candidates:
-    pairs = case.config.head_dim // 2
-
-    def to_interleaved(heads: Array) -> Array:  # [..., H] on the last axis
-        return heads.reshape(*heads.shape[:-1], 2, pairs).swapaxes(-1, -2).reshape(heads.shape)
-
-    def to_halves(heads: Array) -> Array:
-        return heads.reshape(*heads.shape[:-1], pairs, 2).swapaxes(-1, -2).reshape(heads.shape)
-
     n, k = case.config.num_attention_heads, case.config.num_key_value_heads
-    exact = case.exact
-    heads = exact.reshape(*exact.shape[:2], -1, case.config.head_dim)
     parts = {"q and k": slice(0, n + k), "q": slice(0, n), "k": slice(n, n + k)}
     if case.stage.kind is ROTATION:
         parts = {case.stage.name[0]: slice(None)}
-    for what, part in parts.items():
-        for permute in (to_interleaved, to_halves):
-            moved = heads.at[:, :, part].set(permute(heads[:, :, part]))
-            yield what, moved.reshape(exact.shape)
-            if case.stage.kind is ADD:  # of the bias alone: what it is added to has that order
-                bias = jnp.concatenate(biases(case)).reshape(-1, case.config.head_dim)
-                turned = bias.at[part].set(permute(bias[part]))
-                yield what, case.inputs[0] + turned.ravel()
+    for before in _kept(case):
+        rest = case.exact - before
+        heads = rest.reshape(*rest.shape[:2], -1, case.config.head_dim)
+        for what, part in parts.items():
+            for says, (rows, columns) in ROTARY.items():
+                some = heads[:, :, part]
+                grid = some.reshape(*some.shape[:-1], rows, columns)
+                moved = heads.at[:, :, part].set(grid.swapaxes(-1, -2).reshape(some.shape))
+                yield f"{what} {says}", before + moved.reshape(rest.shape)
 
 
 @mistake("logits of {}", "lm_head", dump_only=None)
@@ -109,13 +101,18 @@ def logits_wrong_position(case: StageReplay) -> Candidates:
             yield f"the position {-step:+d}", rolled.at[:, edge].set(case.exact[:, edge])
 
 
-@mistake("RoPE pairs interleaved", ROPES, everywhere=True)
+@mistake("RoPE pairs interleaved{}", ROPES, everywhere=True)
 def rope_interleaved(case: StageReplay) -> Candidates:
     x = unrotated(case)
     cos, sin = (t.astype(jnp.float64)[:, :, None, :] for t in (case.pos.cos, case.pos.sin))
-    even, odd = x[..., 0::2], x[..., 1::2]
-    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
-    yield "", turned.reshape(x.shape)
+
+    def turned(a: Array, b: Array) -> tuple[Array, Array]:
+        return a * cos - b * sin, b * cos + a * sin
+
+    pairs, halves = turned(x[..., 0::2], x[..., 1::2]), turned(*jnp.split(x, 2, -1))
+    yield "", jnp.stack(pairs, -1).reshape(x.shape)
+    yield ", the result written as halves", jnp.concatenate(pairs, -1)
+    yield " in the result alone", jnp.stack(halves, -1).reshape(x.shape)
 
 
 def _other_heads(config: Config) -> Iterator[Config]:
@@ -331,8 +328,7 @@ def heads_permuted(case: StageReplay) -> Candidates:
         grid = case.stage.by_head(heads, kept).reshape(heads, -1)
         return np.nan_to_num(grid, posinf=0.0, neginf=0.0)
 
-    given = case.inputs[0] if case.stage.kind is ADD else 0.0
-    for before in (0.0, given) if case.stage.kind is ADD else (0.0,):
+    for before in _kept(case):
         found, exact = by_head(case.dump - before), by_head(case.exact - before)
         distance = (found**2).sum(1)[:, None] + (exact**2).sum(1)[None] - 2 * found @ exact.T
         order = distance.argmin(1)
@@ -493,22 +489,23 @@ def rows_permuted(case: StageReplay) -> Candidates:
     config, inside = case.config, case.stage.name in f"qkv_matmul {BIASES}".split()
     head, groups = (config.head_dim, config.num_key_value_heads) if inside else (0, 0)
     sizes = {name: len(weight) for name, weight in case.weights.items()}
-    for found, right, with_order in _channels(case):
+    for before in _kept(case):
+        moved = case.exact - before
+        found, right = (np.asarray(x).reshape(-1, x.shape[-1]) for x in (case.dump - before, moved))
+        if len(right) > 1 and (right == right[0]).all():  # a bias
+            found, right = found.mean(0, keepdims=True), right[:1]
         for says, order in _ordered(found, right, sizes, head, groups):
-            yield says, with_order(order)
+            yield says, before + moved[..., order]
 
 
-def _channels(
-    case: StageReplay,
-) -> Iterator[tuple[np.ndarray, np.ndarray, Callable[[np.ndarray], Array]]]:
-    """Channels [rows, C] of a dump, the right ones, and what the value is with those in an order:
-    of the whole value, and of a bias alone, as what it is added to may have that order already."""
-    found, right = (np.asarray(x).reshape(-1, x.shape[-1]) for x in (case.dump, case.exact))
-    yield found, right, lambda order: case.exact[..., order]
-    if case.stage.kind is ADD and case.weights:
-        bias = np.concatenate([np.asarray(b) for b in case.weights.values()])
-        added = np.asarray(case.dump - case.inputs[0]).reshape(found.shape).mean(0)
-        yield added[None], bias[None], lambda order: case.inputs[0] + jnp.asarray(bias[order])
+def _kept(case: StageReplay) -> list[Array]:
+    """The parts of a stage's value that keep their order while the rest is in another: none; where
+    a bias is added, what it is added to, or the bias, if the sum is all that is known."""
+    none = jnp.zeros(())
+    if case.stage.kind is not ADD or not case.weights:
+        return [none]
+    dumped = case.value(case.stage.inputs[0]) is not None
+    return [none, case.inputs[0], *([] if dumped else [case.exact - case.inputs[0]])]
 
 
 def _ordered(
