@@ -2,16 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from stages import numbers, roundings
-from tools.localize.mistakes import cache_rows
+from stages.architecture import CACHE
+from tools.localize.mistakes import cache_rows, column_groups, scales
 from tools.localize.mistakes.operands import attention_scale, normed
-from tools.localize.mistakes.registry import NORMS, Candidates, Edit, mistake, simple
+from tools.localize.mistakes.registry import LINEARS, NORMS, Candidates, Edit, mistake, simple
 from tools.localize.mistakes.solving import lowest, round_numbers
 from tools.localize.stage_case import StageReplay
 
@@ -98,39 +97,31 @@ simple("softmax_base_2", "powers of 2 instead of e", "attn_softmax",
        lambda case: case.run(case.inputs[0] * np.log(2)))  # fmt: skip
 
 
-def _numbers(dtype: Any) -> np.ndarray:
-    """Every finite number of an 8-bit float, rising."""
-    every = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
-    return np.unique(every[np.isfinite(every)])
-
-
-@mistake("the cache's scale {} not applied on reading", "k_cache v_cache")
+@mistake(
+    "the cache's scale {} not applied on reading",
+    "k_cache v_cache attn_scores attention",
+    lenient=True,
+    joined="layer",
+)
 def cache_scale_lost(case: StageReplay) -> Candidates:
-    """Divided by a scale, rounded to an 8-bit float, and not multiplied again: every number of the
-    dump bounds the scale, as it must have been nearest."""
-    x, dump = (
-        np.asarray(v, np.float64).ravel()
-        for v in (cache_rows.kept(case)[:, -case.rows :], case.dump)
-    )
-    for format in (f for f in numbers.used(numbers.CACHE) if f.keeps == "cache"):
-        name, dtype = format.name, format.dtype
-        grid = _numbers(dtype)
-        at = np.searchsorted(grid, dump).clip(1, len(grid) - 2)
-        inside = (grid[at] == dump) & (dump != 0) & (x != 0)
-        if inside.sum() < len(dump) / 2:
-            continue
-        middle = (grid[1:] + grid[:-1]) / 2
-        at, x_in = at[inside], x[inside]
-        ends = np.stack([middle[at - 1] / x_in, middle[at] / x_in])
-        low, high = ends.min(0), ends.max(0)
-        # numbers on an edge, and those that are saturated, may say something else
-        first, last = np.quantile(low, 0.99), np.quantile(high, 0.01)
-        tried = [(low.max() + high.min()) / 2, *np.linspace(first, last, 31)]
-        values = [roundings.saturated(x * factor, dtype) for factor in tried]
-        best = int(np.argmin([np.square(value - dump).sum() for value in values]))
-        if abs(tried[best] - 1) > 1e-3:
-            says = f"{1 / tried[best]:.4g} ({name})"
-            yield says, jnp.asarray(values[best].reshape(case.dump.shape))
+    """The codes are what was dumped of the cache, or what stages without one were computed of."""
+    if case.stage.kind is CACHE:
+        right, found = (np.asarray(x)[0, -case.rows :] for x in (cache_rows.kept(case), case.dump))
+        for says, value, free in scales.lost(right, found):
+            yield Edit(says, jnp.asarray(value)[None], free)
+    elif "k_cache" not in case.arch.stage and case.has_calls:
+        for says, value in scales.codes(np.asarray(cache_rows.kept(case))[0]):
+            yield says, cache_rows.with_rows(case, jnp.asarray(value)[None])
+
+
+mistake(
+    "weights off {}: as by a wrong zero point",
+    LINEARS,
+    "weight_zero_point",
+    priority=2,
+    joined="file",
+    room="constant",
+)(column_groups.zero_points)
 
 
 simple("scale_missing", "scale 1/sqrt(H) missing", "attn_scores",

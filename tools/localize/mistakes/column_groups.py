@@ -1,0 +1,93 @@
+"""Weights that are off by one number in whole groups of columns, as by a quantiser's zero point.
+
+An output channel is then off by a multiple of the sum of the inputs of each such group. Which
+groups and which multiples is solved for, channel by channel, of the channels that are wrong.
+"""
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+from tools.localize.mistakes.registry import Edit
+from tools.localize.stage_case import StageReplay
+
+SIZES = (256, 128, 64, 32, 16, 8)
+FEW = 8  # channels that a size of groups is tried on
+LEFT = 1e-2  # of their squared error, at most, that the groups may leave
+CLEAR = 1e-6  # of the squared values: a channel that is off by less is right
+MOST = (
+    1 / 3
+)  # groups of a channel for each position, at most, where positions are fewer than groups
+
+
+def zero_points(case: StageReplay) -> Iterator[Edit]:
+    """What a linear stage is with groups of its weights' columns off by steps of their own
+    quantisation, or by any number where they lie on no grid."""
+    x, dump, exact = (np.asarray(v)[0] for v in (case.inputs[0], case.dump, case.exact))
+    error = dump - exact
+    if not np.isfinite(error).all():
+        return
+    wrong = np.flatnonzero(np.square(error).sum(0) > CLEAR * np.square(exact).sum(0))
+    for size in SIZES:
+        if x.shape[1] % size or not wrong.size:
+            continue
+        sums = x.reshape(len(x), -1, size).sum(-1)
+        if _left(sums, error[:, wrong[:FEW]]) > LEFT:
+            continue
+        found = _solved(sums, error[:, wrong])
+        steps = _steps(np.concatenate([np.asarray(w) for w in case.weights.values()])[wrong], size)
+        with np.errstate(all="ignore"):
+            counts = np.where(steps > 0, found / steps, 0)
+        whole = np.rint(counts)
+        on_grid = bool((steps > 0).any() and np.abs(counts - whole).max() < 0.25 and whole.any())
+        value = exact.copy()
+        value[:, wrong] += sums @ (whole * steps if on_grid else found).T
+        says, free = f"in groups of {size} columns", int((found != 0).sum())
+        if on_grid:
+            some = np.unique(whole[whole != 0]).astype(int)
+            most = int(some[np.abs(some).argmax()])
+            # codes of a group that are all multiples of one make its steps look wider
+            one = bool((most % some == 0).all() and (some * most > 0).all())
+            by = f"{most:+d}" if one else f"{some[0]:+d} to {some[-1]:+d}"
+            says, free = f"by {by} steps of its quantisation {says}", 0
+        yield Edit(says, jnp.asarray(value)[None], free)
+        return
+
+
+def _left(sums: np.ndarray, error: np.ndarray) -> float:
+    rest = error - sums @ _solved(sums, error).T
+    return float(np.median(np.square(rest).sum(0) / np.square(error).sum(0)))
+
+
+def _solved(sums: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """[channels, groups]: the multiple of each group's sum [T, groups] that errors [T, channels]
+    are made of; of as few groups as make them where there are too few positions for all."""
+    if len(sums) >= 1.25 * sums.shape[1]:
+        return np.asarray(np.linalg.lstsq(sums, error, rcond=None)[0].T)
+    found = np.zeros((error.shape[1], sums.shape[1]))
+    size = np.sqrt(np.square(sums).sum(0))
+    for channel, its in enumerate(error.T):
+        rest, chosen = its, list[int]()
+        while (
+            len(chosen) < MOST * len(its) and np.square(rest).sum() > CLEAR * np.square(its).sum()
+        ):
+            chosen.append(int(np.abs(rest @ sums / size).argmax()))
+            found[channel, chosen] = np.linalg.lstsq(sums[:, chosen], its, rcond=None)[0]
+            rest = its - sums[:, chosen] @ found[channel, chosen]
+    return found
+
+
+def _steps(weight: np.ndarray, size: int) -> np.ndarray:
+    """[rows, groups]: the step of the grid that a group's weights lie on; 0 where on none."""
+    values = np.sort(weight.astype(np.float64).reshape(len(weight), -1, size), -1)
+    gaps = np.diff(values, axis=-1)
+    most = np.abs(values).max(-1)
+    least = np.where(gaps > 1e-4 * most[..., None], gaps, np.inf).min(-1)
+    steps = np.zeros_like(most)
+    for parts in (4, 3, 2, 1):  # the widest that fits stays
+        step = least / parts
+        with np.errstate(all="ignore"):
+            off = np.abs(values / step[..., None] - np.rint(values / step[..., None])).max(-1)
+        steps = np.where(off < 0.05, step, steps)
+    return np.where(np.isfinite(steps), steps, 0)
