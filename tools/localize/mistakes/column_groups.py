@@ -16,9 +16,7 @@ SIZES = (256, 128, 64, 32, 16, 8)
 FEW = 8  # channels that a size of groups is tried on
 LEFT = 1e-2  # of their squared error, at most, that the groups may leave
 CLEAR = 1e-6  # of the squared values: a channel that is off by less is right
-MOST = (
-    1 / 3
-)  # groups of a channel for each position, at most, where positions are fewer than groups
+MOST = 3  # positions for each group that a channel may be off by, where they are few
 
 
 def zero_points(case: StageReplay) -> Iterator[Edit]:
@@ -66,15 +64,16 @@ def _solved(sums: np.ndarray, error: np.ndarray) -> np.ndarray:
     if len(sums) >= 1.25 * sums.shape[1]:
         return np.asarray(np.linalg.lstsq(sums, error, rcond=None)[0].T)
     found = np.zeros((error.shape[1], sums.shape[1]))
-    size = np.sqrt(np.square(sums).sum(0))
     for channel, its in enumerate(error.T):
-        rest, chosen = its, list[int]()
-        while (
-            len(chosen) < MOST * len(its) and np.square(rest).sum() > CLEAR * np.square(its).sum()
-        ):
-            chosen.append(int(np.abs(rest @ sums / size).argmax()))
+        chosen, rest, new = list[int](), its, sums  # ``new``: what a group adds to those chosen
+        least = CLEAR * np.square(its).sum()
+        while len(chosen) * MOST < len(its) and np.square(rest).sum() > least:
+            size = np.maximum(np.square(new).sum(0), 1e-9 * np.square(sums).sum(0))
+            chosen.append(int((np.square(rest @ new) / size).argmax()))
+            along = np.linalg.qr(sums[:, chosen])[0]
+            rest, new = (v - along @ (along.T @ v) for v in (its, sums))
+        if chosen:
             found[channel, chosen] = np.linalg.lstsq(sums[:, chosen], its, rcond=None)[0]
-            rest = its - sums[:, chosen] @ found[channel, chosen]
     return found
 
 
