@@ -525,7 +525,7 @@ def _ordered(
         return
     order, parts = known
     moved = [p for p in parts if (order[p] != np.arange(p.start, p.stop)).any()]
-    says = []
+    says: list[str] = []
     for part in [slice(moved[0].start, moved[-1].stop), *moved]:
         ends = np.cumsum([*sizes.values()])
         here = [name for name, end in zip(sizes, ends, strict=True)
