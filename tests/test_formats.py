@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from stages import roundings
+from stages import numbers, roundings
 from stages.verdict import EXACT_BITS
 from tests.planted.matrix import Bench, make_bench
 from tools.localize.formats import arithmetic, registry
@@ -111,14 +111,14 @@ def test_a_sum_in_f16_is_the_weighted_sum_to_f16():
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Callable[[str], Bench]:
+def bench(tmp_path_factory) -> Callable[..., Bench]:
     directory = tmp_path_factory.mktemp("formats")
-    made: dict[str, Bench] = {}
+    made: dict[tuple[str, str], Bench] = {}
 
-    def find(mode: str) -> Bench:
-        if mode not in made:
-            made[mode] = make_bench("small", mode, directory, length=24)
-        return made[mode]
+    def find(mode: str, name: str = "small") -> Bench:
+        if (mode, name) not in made:
+            made[mode, name] = make_bench(name, mode, directory, length=24)
+        return made[mode, name]
 
     return find
 
@@ -351,3 +351,59 @@ def test_a_cast_to_8_bit_floats_saturates(round_to, most: float) -> None:
     """What is beyond the end is the end, where ml_dtypes' own cast has NaN or infinity."""
     x = np.array([1e6, -1e6, 1.06, most], np.float32)
     assert round_to(x).tolist() == [most, -most, 1.0, most]
+
+
+def in_another_type(bench: Bench, name: str, which: Callable[[str], bool]) -> engine.Engine:
+    """An engine that multiplies by rounded weights, judged against the original ones."""
+    config, weights = bench.loaded
+    keep = numbers.named(name).round
+    return engine.Engine(
+        config, {k: keep(np.asarray(w)) if which(k) else w for k, w in weights.items()}, "f32"
+    )
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "mxfp4", "nvfp4"])
+def test_weights_in_another_type_throughout_are_the_engines_arithmetic(bench, name):
+    small = bench("f32", "hard")
+    found = judge(small, in_another_type(small, name, lambda key: key.endswith("_proj.weight")))
+    assert found.verdict == "precision", sentence(found)
+    layers = {stage for stage in LINEARS if stage != "lm_head"}
+    assert {found.precision[stage]["format"] for stage in layers} == {f"weights {name}"}
+
+
+def test_one_weight_in_another_type_is_a_fault(bench):
+    small = bench("f32", "hard")
+    found = judge(small, in_another_type(small, "nf4", lambda key: "1.mlp.down_proj" in key))
+    (fault,) = faults(found)
+    assert (fault.stage, fault.layer, fault.name) == ("ffn_out", 1, "weight_requantised")
+    assert fault.first.diagnosis[0].says.endswith("nf4")
+
+
+def test_int8_beside_float16(bench):
+    small = bench("f32")
+    found = judge(small, quantised(small, roundings.llm_int8))
+    assert found.verdict == "precision", sentence(found)
+    formats = {found.precision[stage]["format"] for stage in LINEARS}
+    assert formats == {"int8 per row beside float16"}
+
+
+def test_a_cache_in_float16_is_not_called_summed_in_float16(bench):
+    """Sums over it are in float32, and every row shows it."""
+    small = bench("f32")
+
+    def attended(context: engine.Context) -> Array:
+        values = dict(context.values)
+        qkv = np.array(values["qkv_bias"])
+        v = small.model.config.num_key_value_heads * small.model.config.head_dim
+        qkv[:, -v:] = roundings.f16(qkv[:, -v:])
+        values["qkv_bias"] = qkv
+        return engine.OPERATIONS["attention"](engine.Context(context.engine, context.layer, values))
+
+    made = engine_with(
+        small,
+        attention=attended,
+        attn_scores=reading("attn_scores", "k_post_rope", roundings.f16),
+    )
+    found = judge(small, made, ("attn_scores", "attn_softmax"))
+    assert {f.name for f in found.fitted.names("attention")} == {"kv float16"}
+    assert found.verdict == "precision", sentence(found)

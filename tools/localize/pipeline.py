@@ -16,6 +16,8 @@ from tools.localize.cost.query import Question
 from tools.localize.preflight import check_model, trace_dtype
 from tools.localize.result import Localization
 
+SHORT = 64  # tokens of a trace whose measuring takes less time than compiling it well
+
 
 def localize(
     trace: Trace | str | Path,
@@ -60,7 +62,7 @@ def localize(
         trace = open_trace(path, None if (path / NAME).exists() else given.layout(weights))
     check_model(trace, weights)
     dtype = trace_dtype(trace)
-    replay = Replay(trace, weights, numpy_dtype(dtype))
+    replay = Replay(trace, weights, numpy_dtype(dtype), unoptimised=len(trace.tokens) <= SHORT)
 
     # how much error each stage creates, and the arithmetic that explains it
     measured = whole.measure(replay, dtype, exact, advance)

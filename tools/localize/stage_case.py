@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qwen_jax import rope, runtime
+from qwen_jax import rope
 from qwen_jax.config import Config
-from qwen_jax.local_error import cut_inputs, last_rows, size_squared, stage_value
+from qwen_jax.local_error import compiler_options, cut_inputs, last_rows, size_squared, stage_value
 from qwen_jax.models.ops import Positional
 from qwen_jax.replay import Replay
 from qwen_jax.weights.base import Weights
@@ -449,7 +449,7 @@ def _values(stage: Stage, config: Config) -> Callable[..., Array]:
     def program(pos: Positional, inputs: Sequence[Array], weights: Sequence[Array]) -> Array:
         return stage_value(stage, config, pos, inputs, weights)
 
-    return jax.jit(program, compiler_options=runtime.compiler_options())
+    return jax.jit(program, compiler_options=compiler_options(unoptimised=True))
 
 
 @cache
@@ -460,7 +460,7 @@ def _sizes(stage: Stage, config: Config) -> Callable[..., Array]:
         value = stage_value(stage, config, pos, inputs, weights)
         return size_squared(stage, config, pos, inputs, weights, value)
 
-    return jax.jit(program, compiler_options=runtime.compiler_options())
+    return jax.jit(program, compiler_options=compiler_options(unoptimised=True))
 
 
 def _exact(weight: Weight) -> Array:

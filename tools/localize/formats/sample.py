@@ -28,7 +28,7 @@ from tools.localize.formats.registry import (
     side_by_side,
 )
 
-POSITIONS, CHANNELS = 64, 64  # of a layer, and of each of its weights
+POSITIONS, CHANNELS = 64, 32  # of a layer, and of each of its weights
 LAYERS = 3  # of a stage: the first, the middle and the last one
 # Of sums of products: what float32 leaves, the bits that a format must bring back to be believed,
 # and those that it must reach; see ``fit``.
