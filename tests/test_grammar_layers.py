@@ -75,3 +75,16 @@ def test_logits_alone(bench, name):
     assert fault.diagnosis[0].name == name
     assert SAYS[name] in fault.diagnosis[0].says
     assert fault.diagnosis[0].bits > 18
+
+
+def test_banned_tokens_are_no_overflow(bench):
+    def wrong(c: Context):
+        logits = c.linear(c["final_norm"], c.weight("lm_head.weight"))
+        logits[:, [5, 17]] = -np.inf
+        return logits
+
+    made = Engine(*bench.loaded, "f32")
+    made.replace("lm_head", None, wrong)
+    (fault,) = reported(bench.localize(made.run(bench.tokens, "all")))
+    assert fault.diagnosis[0].name == "logits_banned"
+    assert "2 ids: 5,17 set to minus infinity" in fault.diagnosis[0].says

@@ -117,6 +117,8 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     ) -> None:  # fmt: skip
         score = case.scored(value, focus, entry is not None and entry.rotated)
         least = smooth_needed(base, suspect.expected) if lenient else needed
+        if suspect.why == "nan" and _infinite_alike(case, value):
+            least = sound  # what is finite was right before
         if score >= least:
             found.append((rank, Explanation(name, score, says, detail, free, entry)))
         elif score >= enough:
@@ -159,6 +161,14 @@ def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     finding.diagnosis = list(seen.values())[:SHOWN]
     if not finding.diagnosis and not finding.shape:
         finding.shape = shapes.describe(case, suspect.masks, focus)
+
+
+def _infinite_alike(case: StageReplay, value: Array) -> bool:
+    """Whether a candidate has the dump's infinities, and no others."""
+    found, dump = np.asarray(value), np.asarray(case.dump)
+    infinite = np.isinf(dump)
+    same = np.array_equal(found[infinite], dump[infinite])
+    return bool(infinite.any()) and same and bool(np.isfinite(found[~infinite]).all())
 
 
 A_NUMBER = 2.0  # bits that a number which was fitted to the dump is worth: it follows the rounding
