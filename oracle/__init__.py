@@ -1,1 +1,1 @@
-"""The same stages from PyTorch and Hugging Face transformers."""
+"""A model's stages from PyTorch and Hugging Face transformers: the reference."""

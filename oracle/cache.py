@@ -14,8 +14,8 @@ FORMATS = {
 
 
 def through(x: torch.Tensor, format: torch.dtype) -> torch.Tensor:
-    """What is read back, in the dtype of ``x``. Of float8 the scale is 1, and what is too large
-    becomes the largest finite value."""
+    """``x`` rounded to ``format`` and back to its own dtype, as a cache does. float8 has a scale of
+    1 and saturates at its largest finite value."""
     if format.itemsize == 1:
         x = x.clamp(torch.finfo(format).min, torch.finfo(format).max)
     return x.to(format).to(x.dtype)

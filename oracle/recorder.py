@@ -2,7 +2,7 @@
 
 Module hooks and the attention interface; no fork of the model's source. What runs is the stock
 eager model: the recorder only reads, so the logits are the stock model's bit for bit. Where a stage
-is captured is derived from the stage table: see ``Recorder``.
+is captured is derived from the architecture: see ``Recorder``.
 """
 
 import importlib
@@ -25,8 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from oracle.cache import make
-from qwen_jax.padded import Padded
-from qwen_jax.tracing import EmitRows
+from qwen_jax.padded import Emit, EmitRows, Padded, Resume, Want
 from qwen_jax.weights.base import Weights
 from qwen_jax.weights.huggingface import HuggingFaceWeights
 from stages.architecture import Architecture, Key, Stage
@@ -34,8 +33,6 @@ from stages.errors import UserError, called
 from stages.places import Place, parts, place
 from stages.version import NAME, version
 
-Want = Callable[[str, int | None], bool]
-Emit = Callable[[str, int | None, np.ndarray], None]
 ATTENTION = "eager_recorded"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -50,13 +47,13 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 class Recorder(ExitStack):
     """Hooks on one model until the ``with`` block ends. ``record(stage, layer, tensor)`` is called
-    as each stage is computed; tensors have a batch axis before those of the stage table.
+    as each stage is computed; tensors have a batch axis before those of the stage.
 
     ``call`` is where there is a cache: the first row that the model computes now, and the one after
     the last. Scores have a column for every row by then.
 
-    Where a stage is found follows from its row, see ``stages.places``. What lies between q, k, v
-    and ``attention`` goes through the attention interface.
+    Where a stage is found follows from its parameters and readers, see ``stages.places``. What lies
+    between q, k, v and ``attention`` goes through the attention interface.
     """
 
     def __init__(
@@ -118,9 +115,9 @@ class Recorder(ExitStack):
         self.enter_context(linear.register_forward_hook(hook))
 
 
-def _elsewhere(row: Stage, arch: Architecture) -> bool:
+def _elsewhere(stage: Stage, arch: Architecture) -> bool:
     """Whether a stage is recorded by ``_attention``, or is the logits."""
-    return row is arch.head or (row.kind.sums_products and not row.parameters)
+    return stage is arch.head or (stage.kind.sums_products and not stage.parameters)
 
 
 def modeling(arch: Architecture) -> ModuleType:
@@ -216,7 +213,7 @@ class TorchEngine:
         logits: str,
         want: Want,
         emit: Emit,
-        resume: tuple[int, np.ndarray] | None = None,
+        resume: Resume = None,
     ) -> None:
         """Compute one sequence and ``emit`` the wanted stages; ``lm_head`` always.
 
@@ -238,7 +235,7 @@ class TorchEngine:
         logits: str,
         want: Want,
         emit: Emit,
-        resume: tuple[int, np.ndarray] | None = None,
+        resume: Resume = None,
     ) -> None:
         """Compute several sequences at once. Values have a batch axis.
 
@@ -276,8 +273,7 @@ class TorchEngine:
         tokens, prompt, end = batch.tokens, batch.tokens.shape[1], 0
 
         def place(stage: str, layer: int | None, value: np.ndarray) -> None:
-            row = arch.stage[stage]
-            emit(stage, layer, value, end - value.shape[1 + row.axes.index(row.row_axis)])
+            emit(stage, layer, value, end - value.shape[1 + arch.stage[stage].positions_at])
 
         with self._recording(arch, want, place) as recorder:
             kept.show = lambda layer, keys: recorder.record(
@@ -324,7 +320,7 @@ class TorchEngine:
 
     @contextmanager
     def _recording(self, arch: Architecture, want: Want, emit: Emit) -> Iterator[Recorder]:
-        """Hooks that ``emit`` the wanted stages of ``tables``; all of them must have fired at the
+        """Hooks that ``emit`` the wanted stages of ``arch``; all of them must have fired at the
         end."""
         fired: set[Key] = set()
         head = arch.head.name

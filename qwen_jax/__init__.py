@@ -18,7 +18,8 @@ from typing import Any
 from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
-from stages.trace import Trace, open_trace
+from stages.open import open_trace
+from stages.trace import Trace
 
 __all__ = ["Prompt", "Trace", "Weights", "open_model", "open_trace", "trace_model"]
 

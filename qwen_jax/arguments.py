@@ -8,7 +8,8 @@ from qwen_jax.weights import FORMS
 from qwen_jax.weights.base import Weights
 from stages import manifest
 from stages.errors import UserError
-from stages.trace import Trace, open_trace
+from stages.open import open_trace
+from stages.trace import Trace
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, batch: bool = False) -> None:
@@ -46,7 +47,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser, batch: bool = False) -
 
 
 def prompt_of(args: argparse.Namespace) -> Prompt:
-    """What the command line says the tokens are."""
+    """The prompt that the command line gives."""
     chat = getattr(args, "chat", False)  # of the commands that run a model
     return Prompt(args.prompt, args.prompt_file, args.tokens, args.first_position, chat)
 

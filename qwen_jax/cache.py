@@ -102,7 +102,7 @@ FORMATS: dict[str, Format] = {
 
 
 def run_cached(
-    rows: Sequence[Stage],
+    stages: Sequence[Stage],
     config: Config,
     parameters: Parameters,
     pos: Positional,
@@ -133,9 +133,9 @@ def run_cached(
 
         return function
 
-    caches = [row.name for row in rows if row.kind is CACHE]
+    caches = [stage.name for stage in stages if stage.kind is CACHE]
     changed = {name: through(name) for name in caches}
-    found = run_stages(rows, config, parameters, pos, given, dtype, {**functions, **changed})
+    found = run_stages(stages, config, parameters, pos, given, dtype, {**functions, **changed})
     for name in caches:
         held, count = found[name], given[LAYER_INPUT].shape[1]
         first = given[START] if START in given else np.int32(held.shape[1] - count)
@@ -171,7 +171,7 @@ class KeyValueCache:
         put: Callable[[Stage, np.ndarray], Array],
     ) -> None:
         self.config, self.length = config, length
-        self.rows = config.arch.cache
+        self.stages = config.arch.cache
         window = config.sliding_window or length
         # Before a call it holds what the call's first row still sees: not that row itself.
         self.kept = {False: length, True: window - 1}
@@ -181,8 +181,8 @@ class KeyValueCache:
         heads, size = config.num_key_value_heads, config.head_dim
         self.layers: list[dict[str, Array]] = [
             {
-                row.name: put(row, np.zeros((batch, self.kept[sliding], heads, size), dtype))
-                for row in self.rows
+                stage.name: put(stage, np.zeros((batch, self.kept[sliding], heads, size), dtype))
+                for stage in self.stages
             }
             for sliding in config.sliding_layers
         ]
@@ -195,7 +195,7 @@ class KeyValueCache:
         return 0, self.length
 
     def mask(self, sliding: bool, whole: np.ndarray, first: int, end: int) -> np.ndarray:
-        """Of the mask of the whole sequence [B, T, S] that of one call."""
+        """The part of the sequence's mask [B, T, S] that one call uses."""
         low, high = self.columns(sliding, first, end)
         seen = whole[:, first:end, max(low, 0) : high]
         return np.pad(seen, ((0, 0), (0, 0), (max(-low, 0), 0)))
@@ -209,7 +209,7 @@ class KeyValueCache:
     def keep(self, layer: int, values: Mapping[str, Array]) -> None:
         """Take over what a call returned."""
         kept = self.kept[self.config.sliding_layers[layer]]
-        found = {row.name: values[whole(row.name)] for row in self.rows}
+        found = {stage.name: values[whole(stage.name)] for stage in self.stages}
         if self.slides[self.config.sliding_layers[layer]]:
             found = {name: value[:, value.shape[1] - kept :] for name, value in found.items()}
         self.layers[layer] = found

@@ -21,18 +21,14 @@ from qwen_jax.config import Config
 from qwen_jax.estimate import HEAD_BLOCK, head_tensor, host_dtype
 from qwen_jax.forward import run_stages
 from qwen_jax.models.ops import Positional, compute_dtype, positional_by_layer
-from qwen_jax.padded import Padded
+from qwen_jax.padded import Emit, EmitRows, Padded, Resume, Want
 from qwen_jax.rows import Rows, Values
 from qwen_jax.weights.base import Weights, aligned_empty
 from stages.architecture import LAYER_INPUT, TOKENS, Stage
 from stages.errors import UserError
-from stages.trace import numpy_dtype
+from stages.files import numpy_dtype
 
 BACKENDS = ("xla", "eager")
-Want = Callable[[str, int | None], bool]  # is this stage of this layer to be fetched?
-Emit = Callable[[str, int | None, np.ndarray], None]  # stage, layer, value
-EmitRows = Callable[[str, int | None, np.ndarray, int], None]  # ... and the first row of them
-Resume = tuple[int, np.ndarray] | None  # the first layer to compute, and its input
 Take = Callable[[int | None, Values], None]  # the layer, and what it has computed
 
 
@@ -84,13 +80,13 @@ class JaxEngine:
         self._head = self._compiled(arch.end_stages[-1:])
 
     def _compiled(
-        self, rows: tuple[Stage, ...], how: Callable[..., Any] = run_stages
+        self, stages: tuple[Stage, ...], how: Callable[..., Any] = run_stages
     ) -> Callable[..., Any]:
-        """``how`` of these rows, called as (parameters, pos, given)."""
+        """``how`` of these stages, called as (parameters, pos, given)."""
         if self.backend == "eager":
-            return partial(how, rows, self.model.config, dtype=self.dtype)
+            return partial(how, stages, self.model.config, dtype=self.dtype)
         options = tuple(runtime.compiler_options().items())
-        return _jitted(how, rows, self.model.config, self.dtype, options)
+        return _jitted(how, stages, self.model.config, self.dtype, options)
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says of its producer."""
@@ -276,9 +272,9 @@ class JaxEngine:
         return np.asarray(value)
 
     def _fetch(self, want: Want, emit: Emit, layer: int | None, values: Values) -> None:
-        for row in self.arch.stages:  # a jitted function returns them in another order
-            if row.name in values and want(row.name, layer):
-                emit(row.name, layer, self._host(row.name, values[row.name]))
+        for stage in self.arch.stages:  # a jitted function returns them in another order
+            if stage.name in values and want(stage.name, layer):
+                emit(stage.name, layer, self._host(stage.name, values[stage.name]))
 
     def _embedding(self, tokens: np.ndarray) -> tuple[dict[str, jax.Array], np.ndarray]:
         """The rows in use, for the embedding is most of a small model, and the tokens renumbered
@@ -304,7 +300,7 @@ class JaxEngine:
         return self._put(value)
 
     def _ahead(self, items: Iterator[Any]) -> Any:
-        """The same items, read ahead unless they are kept."""
+        """``items``, read ahead in a thread unless the weights are kept on the device."""
         return _read_ahead(items) if self._kept is None else nullcontext(items)
 
     def _layers(self, numbers: Iterable[int]) -> Iterator[dict[str, jax.Array]]:
@@ -337,7 +333,8 @@ class JaxEngine:
         return self._kept[key]
 
     def _host_dtype(self, name: str) -> np.dtype:
-        """What the device is given: on a GPU the narrower, which is sooner there."""
+        """The dtype in which a weight is sent to the device: on a GPU the stored one, where that is
+        narrower and so sooner there."""
         stored = self.model.dtype(name)
         return host_dtype(stored, self.dtype) if self.device.platform == "cpu" else stored
 
@@ -357,7 +354,7 @@ class JaxEngine:
         name, parameter = head_tensor(self.model.config), self.arch.head.parameters[0]
         count, width = self.model.shapes[name]
         most = HEAD_BLOCK // (width * compute_dtype(self.dtype).itemsize)
-        step = self.parts * _even_step(count // self.parts, most // self.parts)
+        step = self.parts * runtime.even_step(count // self.parts, most // self.parts)
         memory: dict[int, np.ndarray] = {}
 
         def load(key: tuple[str, int]) -> dict[str, np.ndarray]:
@@ -385,25 +382,18 @@ class _Call:
 @cache
 def _jitted(
     how: Callable[..., Any],
-    rows: tuple[Stage, ...],
+    stages: tuple[Stage, ...],
     config: Config,
     dtype: np.dtype,
     options: tuple[tuple[str, Any], ...],
 ) -> Callable[..., Any]:
     """One program for all engines of a process that need it: it is compiled once."""
-    return jax.jit(partial(how, rows, config, dtype=dtype), compiler_options=dict(options))
-
-
-def _even_step(count: int, most: int) -> int:
-    """How many of ``count`` to take at a time, ``most`` at most; every time as many, where that
-    needs at most twice the steps: another length is another program."""
-    steps = -(-count // max(1, most))
-    return -(-count // next((n for n in range(steps, 2 * steps + 1) if count % n == 0), steps))
+    return jax.jit(partial(how, stages, config, dtype=dtype), compiler_options=dict(options))
 
 
 @contextmanager
 def _read_ahead(items: Iterator[Any]) -> Iterator[Iterator[Any]]:
-    """The same items, each made while the one before it is in use, the first from now on."""
+    """``items``, each computed in a thread while the one before it is in use."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, items, None)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from qwen_jax.config import Config
 from qwen_jax.weights.base import Weights
-from stages.trace import numpy_dtype
+from stages.files import numpy_dtype
 
 PROCESS = 270 << 20  # Python, JAX and compiled programs: what the demo model takes on the CPU
 TORCH = 400 << 20  # PyTorch and transformers: what the demo model takes with the oracle
@@ -49,8 +49,8 @@ def peak_memory(model: Weights, length: int, dtype: str, logits: str, kept: bool
 
 
 def whole_memory(model: Weights, length: int, dtype: str, logits: str, kept: bool = False) -> int:
-    """The same of the oracle, about: PyTorch and transformers, the whole model as it is stored and,
-    in another dtype, as it is computed, and the stages of a layer."""
+    """Peak memory in bytes, about, of the oracle's trace: PyTorch and transformers, the whole model
+    as stored and, where it computes in another dtype, once more in that, and a layer's stages."""
     computes = numpy_dtype(dtype)
     weights = 0
     for name, shape in model.shapes.items():
@@ -61,6 +61,6 @@ def whole_memory(model: Weights, length: int, dtype: str, logits: str, kept: boo
 
 
 def _layer_values(model: Weights, length: int) -> int:
-    """How many values the stages of one layer have."""
+    """The number of values in the stages of one layer."""
     dims = model.config.dims(length)
     return sum(math.prod(stage.shape(dims)) for stage in model.config.arch.layer_stages)

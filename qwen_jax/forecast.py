@@ -11,9 +11,11 @@ import ml_dtypes
 from rich.console import Console
 from rich.table import Table
 
+from stages.architecture import place_of
 from stages.errors import UserError
+from stages.files import numpy_dtype
 from stages.headroom import FORMATS, SUM, Format, Headroom, measure, missing
-from stages.trace import Trace, numpy_dtype
+from stages.trace import Trace
 
 SHOWN = 20  # rows, the largest ones
 SHORT = {"f16": "float16", "fp16": "float16", "bf16": "bfloat16"}
@@ -82,7 +84,7 @@ class Forecast:
             most = max(sums, key=lambda row: row.part)
             show.print(
                 f"norms need float32: sums of squares reach {_number(most.largest)} "
-                f"({_place(most)})"
+                f"({place_of(most.stage, most.layer)})"
             )
         if self.missing:
             show.print(f"not in the trace, so not known: {', '.join(self.missing)}")
@@ -94,21 +96,18 @@ class Forecast:
         if over:
             places = "place" if len(over) == 2 else "places"
             more = f", and in {len(over) - 1} more {places}" if len(over) > 1 else ""
-            return f"in {name} overflows first {_place(over[0])}, {_says(over[0])}{more}; {ends}"
+            return f"in {name} overflows first {_says(over[0])}{more}; {ends}"
         if not told:
             return f"in {name} nothing overflows, or takes more than a quarter of its range; {ends}"
         most = max(told, key=lambda row: row.part)
-        return f"in {name} nothing overflows; nearest is {_place(most)}, {_says(most)}; {ends}"
-
-
-def _place(row: Headroom) -> str:
-    return row.stage if row.layer is None else f"layer {row.layer} {row.stage}"
+        return f"in {name} nothing overflows; nearest is {_says(most)}; {ends}"
 
 
 def _says(row: Headroom) -> str:
     what = {"value": "", "before the scale": " before the scale"}.get(row.what, f" as {row.what}")
     where = f"channel {row.channel}" if row.head is None else f"head {row.head}, key {row.channel}"
-    return f"{_number(row.largest)}{what} in {where}"
+    place = place_of(row.stage, row.layer)
+    return f"{place}, {_number(row.largest)}{what} in {where}"
 
 
 def _number(value: float) -> str:

@@ -1,7 +1,7 @@
-"""The forward pass: the rows of the stage table one after the other, each from values before it.
+"""The forward pass: an architecture's stages one after the other, each from values before it.
 
-Weights are pytrees in the layout and under the names of the parameter table: a linear weight is
-[out, in] as it lies in the checkpoint; nothing is transposed on the way in.
+Weights are pytrees under the names of the architecture's parameters and in their layout: a linear
+weight is [out, in] as it lies in the checkpoint; nothing is transposed on the way in.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,7 +66,7 @@ def load(weights: Weights) -> Params:
 
 
 def abstract(config: Config, dtype: Any) -> Params:
-    """The same tree of ``jax.ShapeDtypeStruct``: shapes without weights."""
+    """Parameters as ``jax.ShapeDtypeStruct``: shapes and dtypes without weights."""
 
     def shapes(scope: Scope, layer: int | None = None) -> dict[str, Any]:
         names = config.tensor_names(scope, layer)
@@ -83,7 +83,7 @@ def abstract(config: Config, dtype: Any) -> Params:
 
 
 def run_stages(
-    rows: Sequence[Stage],
+    stages: Sequence[Stage],
     config: Config,
     parameters: Parameters,
     pos: Positional,
@@ -91,14 +91,14 @@ def run_stages(
     dtype: Any,
     functions: Mapping[str, StageFunction] | None = None,
 ) -> dict[str, Array]:
-    """Compute the stages of ``rows`` in order, from ``given`` values and from each other.
+    """Compute the stages of ``stages`` in order, from ``given`` values and from each other.
 
     Parameters may come in any dtype and are first cast to ``dtype``, as ``from_pretrained`` does.
     Returns the stages alone, each rounded to ``dtype``, with a batch axis in front.
     """
     functions = FUNCTIONS[config.architecture] if functions is None else functions
     values, unrounded = dict(given), dict[str, Array]()
-    for stage in rows:
+    for stage in stages:
         inputs = [
             unrounded[name] if name in stage.unrounded else values[name] for name in stage.inputs
         ]
@@ -106,7 +106,7 @@ def run_stages(
         with jax.named_scope(stage.name):
             unrounded[stage.name] = functions[stage.name](config, pos, *inputs, *weights)
             values[stage.name] = unrounded[stage.name].astype(dtype)
-    return {stage.name: values[stage.name] for stage in rows}
+    return {stage.name: values[stage.name] for stage in stages}
 
 
 def forward(

@@ -86,7 +86,8 @@ def size_squared(
 
 
 def over_root(stage: Stage, config: Config) -> float:
-    """What the squares of a stage's terms are divided by once more than its function does."""
+    """The factor 1/sqrt(axis) that a stage's sum of squared terms lacks after the function was
+    applied to squares: scores are divided by sqrt(H), their squares by H."""
     axis = stage.kind.over_root
     return config.dims(1)[axis] ** -0.5 if axis else 1.0
 
@@ -147,8 +148,8 @@ def _square(arrays: Sequence[Array]) -> list[Array]:
 
 
 class ErrorSums(struct.PyTreeNode):
-    """What one stage of one layer leaves behind: squares added up over rows and over columns of its
-    matrix, see ``stages.architecture.Stage``.
+    """Squared errors of one stage of one layer, summed over the rows and the columns of its matrix,
+    see ``stages.architecture.Stage``.
 
     Attributes:
         error_rows, error_columns: sums of (dump - y*)^2 over finite, unmasked elements.
@@ -240,7 +241,7 @@ def last_rows(arch: Architecture, name: str, value: Array, rows: int) -> Array:
 
 
 def run(
-    rows: Sequence[Stage],
+    stages: Sequence[Stage],
     config: Config,
     parameters: Parameters,
     pos: Positional,
@@ -249,7 +250,7 @@ def run(
     given: Mapping[str, Both | None],
     dtype: Any,
 ) -> tuple[dict[str, ErrorSums], dict[str, Both | None]]:
-    """Measure every stage of ``rows`` that is in ``dumps``.
+    """Measure every stage of ``stages`` that is in ``dumps``.
 
     A stage that is missing is computed instead, twice: exactly, and in ``dtype``, the engine's
     own precision, so that what its rounding does to later stages is known too.
@@ -257,7 +258,7 @@ def run(
     Arguments:
         angles: [T, H/2] of RoPE, for ``allowance``.
         dumps: stage name -> dump with a batch axis, in any float dtype.
-        given: values from before ``rows`` that are not in ``dumps``; None for one that cannot be
+        given: values from before ``stages`` that are not in ``dumps``; None for one that cannot be
             computed.
         dtype: the precision of the trace.
 
@@ -276,7 +277,7 @@ def run(
         both = computed[name]
         return None if both is None else both[place]
 
-    for stage in rows:
+    for stage in stages:
         ready = cut_inputs(arch, stage, [read(name, 0) for name in stage.inputs], length)
         if ready is None:
             if stage.name not in dumps:
@@ -304,22 +305,23 @@ def run(
         cut = partial(last_rows, arch, stage.name, rows=count)
         found, exact, size, expected = map(cut, (dumps[stage.name], exact, size, expected))
         measured[stage.name] = error_sums(stage, found, exact, size, pos.last(count), expected)
-    return measured, {s.name: computed[s.name] for s in rows if s.name in computed}
+    return measured, {s.name: computed[s.name] for s in stages if s.name in computed}
 
 
 @cache
 def compiled(
-    rows: tuple[Stage, ...], config: Config, dtype: np.dtype, unoptimised: bool = False
+    stages: tuple[Stage, ...], config: Config, dtype: np.dtype, unoptimised: bool = False
 ) -> Callable[..., Any]:
     """``run`` under jit: called as ``(parameters, pos, angles, dumps, given)``."""
 
     def program(parameters: Any, pos: Any, angles: Any, dumps: Any, given: Any) -> Any:
-        return run(rows, config, parameters, pos, angles, dumps, given, dtype)
+        return run(stages, config, parameters, pos, angles, dumps, given, dtype)
 
     return jax.jit(program, compiler_options=compiler_options(unoptimised))
 
 
 def compiler_options(unoptimised: bool) -> dict[str, Any]:
-    """Of the programs that measure; unoptimised ones are there in half the time and slower."""
+    """XLA's options for programs that measure. Unoptimised ones compile in half the time and run
+    slower."""
     fast = {"xla_backend_optimization_level": 0} if unoptimised else {}
     return runtime.compiler_options() | FRUGAL | fast

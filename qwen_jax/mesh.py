@@ -21,11 +21,11 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax import runtime
 from qwen_jax.cache import whole
 from qwen_jax.config import Config
-from qwen_jax.engine import Emit, EmitRows, JaxEngine, Resume, Want
+from qwen_jax.engine import JaxEngine
 from qwen_jax.estimate import head_tensor
 from qwen_jax.forward import run_stages
 from qwen_jax.models import FUNCTIONS, StageFunction
-from qwen_jax.padded import Padded
+from qwen_jax.padded import Emit, EmitRows, Padded, Resume, Want
 from qwen_jax.processes import Group
 from qwen_jax.weights.base import Weights
 from stages.architecture import CACHE, QKV, Architecture, Stage
@@ -146,19 +146,19 @@ def _functions(arch: Architecture, size: int) -> dict[str, StageFunction]:
 
 def program(
     mesh: Mesh | AbstractMesh,
-    rows: tuple[Stage, ...],
+    stages: tuple[Stage, ...],
     config: Config,
     dtype: Any,
     how: Callable[..., Any] = run_stages,
 ) -> Callable[..., Any]:
-    """``how`` of these rows over a mesh: called as ``(parameters, pos, given)``, all of them global
-    arrays."""
+    """``how`` of these stages over a mesh: called as ``(parameters, pos, given)``, all of them
+    global arrays."""
     size, arch = mesh.size, config.arch
     functions = _functions(arch, size)
-    own = partial(how, rows, local(config, size), dtype=dtype, functions=functions)
+    own = partial(how, stages, local(config, size), dtype=dtype, functions=functions)
     cache = {stage.name: stage_spec(stage) for stage in arch.cache}
-    out = {stage.name: stage_spec(stage) for stage in rows}
-    out |= {whole(stage.name): out[stage.name] for stage in rows if stage.kind is CACHE}
+    out = {stage.name: stage_spec(stage) for stage in stages}
+    out |= {whole(stage.name): out[stage.name] for stage in stages if stage.kind is CACHE}
 
     def run(parameters: Any, pos: Any, given: Mapping[str, Any]) -> dict[str, jax.Array]:
         return jax.shard_map(
@@ -176,7 +176,7 @@ def program(
 
 
 class MeshEngine(JaxEngine):
-    """As ``JaxEngine``, over the devices of a mesh.
+    """A ``JaxEngine`` over the devices of a mesh.
 
     Memory on the host is that of ``JaxEngine`` in every process: each reads the tensors whole and
     gives its devices their parts.
@@ -200,9 +200,9 @@ class MeshEngine(JaxEngine):
         super().__init__(model, dtype, "xla", devices[0], keep)
 
     def _compiled(
-        self, rows: tuple[Stage, ...], how: Callable[..., Any] = run_stages
+        self, stages: tuple[Stage, ...], how: Callable[..., Any] = run_stages
     ) -> Callable[..., Any]:
-        own = program(self.mesh, rows, self.model.config, self.dtype, how)
+        own = program(self.mesh, stages, self.model.config, self.dtype, how)
         return jax.jit(own, compiler_options=runtime.compiler_options())
 
     def describe(self) -> dict[str, Any]:
@@ -247,15 +247,15 @@ class MeshEngine(JaxEngine):
         return picked
 
     def _hashes(self, first: int) -> dict[str, str]:
-        """Of the weights that were read from layer ``first`` on: what a resumed run has read before
-        is the business of process 0 alone."""
+        """Hashes of the weights read from layer ``first`` on; process 0 alone checks what a resumed
+        run read before that."""
         config = self.model.config
         numbers = range(first, config.num_hidden_layers)
         names = [n for layer in numbers for n in config.tensor_names("layer", layer).values()]
         return {n: self.model.hash(n).xxh3 for n in [*names, head_tensor(config)]}
 
     def _same_start(self, group: Group, resume: Resume, shape: tuple[int, ...]) -> Resume:
-        """Where process 0 goes on, in every process."""
+        """The layer and its input from which process 0 resumes, given to every process."""
         first = int(group.gather(np.array(resume[0] if resume else 0))[0])
         if first == 0:
             return None
@@ -279,7 +279,7 @@ class MeshEngine(JaxEngine):
         )
 
     def _host(self, stage: str, value: jax.Array) -> np.ndarray:
-        """The whole value, in the order of the stage table; a collective over the processes."""
+        """The whole value, in the order of the stage's axes; a collective over the processes."""
         if not value.is_fully_addressable:
             value = jax.reshard(value, NamedSharding(self.mesh, P())).addressable_data(0)
         whole = np.asarray(value)

@@ -1,11 +1,17 @@
-"""Sequences that are computed together. NumPy only."""
+"""What an engine is given, and what it hands back: sequences computed together, and their stages
+one by one. NumPy only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+Want = Callable[[str, int | None], bool]  # is this stage of this layer to be fetched?
+Emit = Callable[[str, int | None, np.ndarray], None]  # stage, layer, value
+EmitRows = Callable[[str, int | None, np.ndarray, int], None]  # ... and the first row of them
+Resume = tuple[int, np.ndarray] | None  # the first layer to compute, and its input
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Padded:
 
     @property
     def lengths(self) -> list[int]:
-        """Of each sequence, in rows."""
+        """The number of tokens of each sequence."""
         return [int(n) for n in self.valid.sum(1)]
 
 

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from qwen_jax import runtime
 from qwen_jax.config import Config
 from qwen_jax.local_error import (
     EXACT,
@@ -112,7 +113,7 @@ def interval(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def measure_rows(
-    rows: Sequence[Stage],
+    stages: Sequence[Stage],
     config: Config,
     dtype: Any,
     parameters: Mapping[str, Any],
@@ -122,7 +123,7 @@ def measure_rows(
     parts: Mapping[str, Part],
     counted: Array,
 ) -> dict[str, dict[str, Array]]:
-    """Sums of squares over the rows and columns of every stage of ``rows``, for some of its rows.
+    """Sums of squares over the rows and columns of every stage of ``stages``, for some of its rows.
 
     Arguments:
         dumps: of the stages and their inputs, with a batch axis: these rows alone, and of keys
@@ -137,7 +138,7 @@ def measure_rows(
         times the first input and ones times its square.
     """
     found = {}
-    for stage in rows:
+    for stage in stages:
         dump = dumps[stage.name]
         inputs = [dumps[name] for name in stage.inputs]
         if stage.name in parts:
@@ -386,7 +387,7 @@ class Screen:
 
     def measure(
         self,
-        rows: Sequence[Stage],
+        stages: Sequence[Stage],
         sliding: bool,
         dumps: Mapping[str, np.ndarray],
         tensors: Mapping[str, str],
@@ -398,7 +399,7 @@ class Screen:
             tensors: parameter -> name of its tensor.
         """
         groups: dict[tuple[int, bool], list[Stage]] = {}
-        for stage in rows:
+        for stage in stages:
             at_keys = bool(stage.keys) or {"T", "S"} <= {*stage.axes}
             groups.setdefault((self._count(stage, dumps), at_keys), []).append(stage)
         found: dict[str, Estimate] = {}
@@ -430,40 +431,40 @@ class _Group:
     def __init__(
         self,
         screen: Screen,
-        rows: tuple[Stage, ...],
+        stages: tuple[Stage, ...],
         sliding: bool,
         count: int,
         at_keys: bool,
         dumps: Mapping[str, np.ndarray],
         tensors: Mapping[str, str],
     ) -> None:
-        self.screen, self.rows, self.sliding, self.count = screen, rows, sliding, count
+        self.screen, self.stages, self.sliding, self.count = screen, stages, sliding, count
         self.at_keys, self.tensors = at_keys, tensors
         self.weights, self.config, self.arch = screen.weights, screen.config, screen.arch
-        self.keyed = {name for stage in rows for name in stage.keys}
+        self.keyed = {name for stage in stages for name in stage.keys}
         self.dumps: dict[str, np.ndarray] = {}
-        for stage in rows:
+        for stage in stages:
             for name in (stage.name, *stage.inputs):
                 dump, axis = dumps[name], row_axis(self.arch, name)
                 last = dump if name in self.keyed else _cut(dump, axis, -count, None)
                 self.dumps[name] = last
-        self.found: dict[str, dict[str, np.ndarray]] = {stage.name: {} for stage in rows}
+        self.found: dict[str, dict[str, np.ndarray]] = {stage.name: {} for stage in stages}
         self.odd: dict[tuple[str, int], bool] = {}  # dump, first row -> see _nonzero_outside
         self.parts: dict[str, Part] = {}
         self.products: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.read: dict[str, list[_Read]] = {}
 
     def measure(self) -> dict[str, Estimate]:
-        for stage in self.rows:
+        for stage in self.stages:
             if stage.kind.sums_products:
                 self._prepare(stage)
         parameters = {
             name: self.weights.read(self.tensors[name])
-            for stage in self.rows
+            for stage in self.stages
             for name in stage.parameters
             if not stage.linear
         }
-        program = self.screen._jit(measure_rows, self.rows, self.config, self.screen.dtype)
+        program = self.screen._jit(measure_rows, self.stages, self.config, self.screen.dtype)
         angles = self.screen.angles[-self.count :]
         for chunk in self._chunks():
             here = slice(chunk.first, chunk.stop)
@@ -474,9 +475,9 @@ class _Group:
                 parameters, self._positional(chunk), angles[here], dumps, parts,
                 counted.astype(np.float64),
             )  # fmt: skip
-            for stage in self.rows:
+            for stage in self.stages:
                 self._add(stage, chunk, found[stage.name])
-        return {stage.name: self._estimate(stage) for stage in self.rows}
+        return {stage.name: self._estimate(stage) for stage in self.stages}
 
     def _estimate(self, stage: Stage) -> Estimate:
         plain, found = self._sums(stage), self.found[stage.name]
@@ -511,7 +512,7 @@ class _Group:
     def _chunks(self) -> Iterator[Chunk]:
         """All rows, as many at a time as the cache holds; every time as many, so that one program
         does: the last ones are not all new."""
-        names = {name for stage in self.rows for name in (stage.name, *stage.inputs)}
+        names = {name for stage in self.stages for name in (stage.name, *stage.inputs)}
         width = max(self.dumps[n].size // self.count for n in names if n not in self.keyed)
         count = self.count
         parts = -(-count // max(FEWEST, CHUNK // width))
@@ -640,7 +641,7 @@ class _Group:
               for some in groups]  # fmt: skip
         lefts: list[list[Any]] = [[] for _ in rounded]
         rights: list[Any] = [(0, 0) for _ in rounded]
-        for start, block in self.weights.blocks(tensor, even_step(count, BLOCK // width)):
+        for start, block in self.weights.blocks(tensor, runtime.even_step(count, BLOCK // width)):
             some_signs = signs[:, start : start + len(block)]
             for some, (x, x2) in zip(groups, xs, strict=True):
                 change = rounded[some[0]]
@@ -681,7 +682,7 @@ class _Group:
         self.products[stage.name] = np.asarray(product), np.asarray(sizes)
 
     def _sums(self, stage: Stage) -> ErrorSums:
-        """What a stage leaves behind, of all chunks."""
+        """The sums of a stage over all chunks."""
         found = self.found[stage.name]
         if stage.name in self.parts:
             if stage.name not in self.products:
@@ -719,13 +720,6 @@ class _Group:
             **{f"{name}_columns": value for name, value in columns.items()},
             **none,
         )
-
-
-def even_step(count: int, most: int) -> int:
-    """How many of ``count`` to take at a time, about ``most`` at most, so that every time there are
-    as many if a step not under half of that does it: another length is another program."""
-    steps = -(-count // max(1, most))
-    return -(-count // next((n for n in range(steps, 2 * steps + 1) if count % n == 0), steps))
 
 
 def _better(by_row: np.ndarray, by_column: np.ndarray) -> float:

@@ -101,7 +101,7 @@ class Replay:
             yield
 
     def load(self, stage: str, layer: int | None) -> np.ndarray | None:
-        """A dump in the axes of the stage table with a batch axis, or None where the trace lacks
+        """A dump in the stage's axes with a batch axis, or None where the trace lacks
         it."""
         if (stage, layer) not in self.trace.entries:
             return None
@@ -126,10 +126,12 @@ class Replay:
         return self._locked(self._measure(self._parameters, self._step, 1))
 
     def probed(self, readings: Mapping[str, Sequence[Reading]] | None = None) -> Iterator[Measured]:
-        """The same at the cost of reading: products are estimated, and nothing that is not finite
-        or is zero is counted; see ``qwen_jax.probes``. What has missing stages before it is
-        measured as by iteration. ``readings``: arithmetics that a linear stage is measured in as
-        well."""
+        """Every dumped stage that can be replayed, at the cost of reading it.
+
+        Products are estimated by random probes, and elements that are zero or not finite are not
+        counted; see ``qwen_jax.probes``. Stages with missing ones before them are measured exactly.
+        ``readings``: arithmetics in which a linear stage is measured as well.
+        """
         screen = Screen(
             self.weights, self.host_pos, self._host_angles, self.dtype, self._options, readings
         )
@@ -171,10 +173,12 @@ class Replay:
         yield from self._finish(ahead, step)
 
     def _parameters(
-        self, rows: tuple[Stage, ...], layer: int | None, dumps: Mapping[str, Any]
+        self, stages: tuple[Stage, ...], layer: int | None, dumps: Mapping[str, Any]
     ) -> dict[str, np.ndarray]:
-        tensors = self.config.tensor_names(rows[0].scope, layer)
-        return {name: self.weights.read(tensors[name]) for row in rows for name in row.parameters}
+        tensors = self.config.tensor_names(stages[0].scope, layer)
+        return {
+            name: self.weights.read(tensors[name]) for stage in stages for name in stage.parameters
+        }
 
     def _take(self, before: Stage) -> dict[str, Both | None]:
         """The layer input, where it was not dumped but computed."""
@@ -185,18 +189,18 @@ class Replay:
 
     def _step(
         self,
-        rows: tuple[Stage, ...],
+        stages: tuple[Stage, ...],
         layer: int | None,
         parameters: Mapping[str, Any],
         dumps: Mapping[str, Any],
         given: Mapping[str, Both | None],
     ) -> Iterator[Measured]:
         sliding = layer is not None and self.config.sliding_layers[layer]
-        needed = {name: parameters[name] for row in rows for name in row.parameters}
-        program = self._compiled(rows)
+        needed = {name: parameters[name] for stage in stages for name in stage.parameters}
+        program = self._compiled(stages)
         found, computed = program(needed, self.pos[sliding], self.angles, dumps, given)
         chain = {name: self._chain[name] for name in given}
-        for stage in rows:
+        for stage in stages:
             behind = [link for name in stage.inputs for link in chain.get(name, ())]
             segment = tuple(dict.fromkeys(behind))
             if stage.name in found:
@@ -204,7 +208,7 @@ class Replay:
                 yield self._measured(stage, layer, sums, segment)
             elif stage.name not in dumps:
                 chain[stage.name] = (*segment, (stage.name, layer))
-        last = rows[-1].name
+        last = stages[-1].name
         self._carried = {last: computed[last]} if last in computed else {}
         self._chain = {last: chain[last]} if last in computed else {}
 
@@ -224,45 +228,45 @@ class Replay:
     def _estimates(
         self,
         screen: Screen,
-        rows: tuple[Stage, ...],
+        stages: tuple[Stage, ...],
         layer: int | None,
         dumps: Mapping[str, Any],
     ) -> dict[str, Estimate]:
-        """Of every stage that is there with all that it is computed from."""
+        """Estimates of every stage that is dumped together with all its inputs."""
         sliding = layer is not None and self.config.sliding_layers[layer]
-        there = [row for row in rows if {row.name, *row.inputs} <= dumps.keys()]
+        there = [stage for stage in stages if {stage.name, *stage.inputs} <= dumps.keys()]
         length = len(self.trace.tokens)
         ready = [
-            row
-            for row in there
-            if cut_inputs(self.arch, row, [dumps[name] for name in row.inputs], length)
-            and screen.possible(row, sliding, dumps)
+            stage
+            for stage in there
+            if cut_inputs(self.arch, stage, [dumps[name] for name in stage.inputs], length)
+            and screen.possible(stage, sliding, dumps)
         ]
-        tensors = self.config.tensor_names(rows[0].scope, layer)
+        tensors = self.config.tensor_names(stages[0].scope, layer)
         return screen.measure(ready, sliding, dumps, tensors)
 
     def _probe(
         self,
-        rows: tuple[Stage, ...],
+        stages: tuple[Stage, ...],
         layer: int | None,
         sums: Mapping[str, Estimate],
         dumps: Mapping[str, Any],
         given: Mapping[str, Both | None],
     ) -> Iterator[Measured]:
         """The estimates ``sums``, and ``_step`` of the rest: what has missing stages before it."""
-        whole = tuple(row for row in rows if row.name not in sums)
+        whole = tuple(stage for stage in stages if stage.name not in sums)
         left = {}
         if whole:
             needed = self._parameters(whole, layer, dumps)
             left = {m.stage: m for m in self._step(whole, layer, needed, dumps, given)}
         else:
             self._carried, self._chain = {}, {}
-        for row in rows:
-            if row in left:
-                yield left[row]
-            elif row.name in sums:
-                plain, read = sums[row.name]
-                found = self._measured(row, layer, plain, estimated=True)
+        for stage in stages:
+            if stage in left:
+                yield left[stage]
+            elif stage.name in sums:
+                plain, read = sums[stage.name]
+                found = self._measured(stage, layer, plain, estimated=True)
                 yield replace(found, read=read)
 
     def _finish(self, ahead: Ahead, step: Step) -> Iterator[Measured]:

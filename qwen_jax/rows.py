@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from qwen_jax.cache import KeyValueCache
+from qwen_jax.padded import EmitRows, Want
 from stages.architecture import Architecture, Stage
 
 TOGETHER = 32
@@ -34,8 +35,8 @@ class Rows:
         arch: Architecture,
         held: KeyValueCache,
         host: Callable[[str, Any], np.ndarray],
-        want: Callable[[str, Layer], bool],
-        emit: Callable[[str, Layer, np.ndarray, int], None],
+        want: Want,
+        emit: EmitRows,
     ) -> None:
         self._arch, self._held, self._host = arch, held, host
         self._want, self._emit = want, emit
@@ -53,17 +54,17 @@ class Rows:
         self._calls.append([])
 
     def take(self, layer: Layer, values: Values) -> None:
-        """What the call has computed in a layer."""
+        """Keep what the call has computed in a layer."""
         if layer not in self._wanted:
             every = self._arch.stages
-            self._wanted[layer] = [row for row in every if self._want(row.name, layer)]
-        rows = [row for row in self._wanted[layer] if row.name in values]
-        self._calls[-1].append((layer, rows, [values[row.name] for row in rows]))
+            self._wanted[layer] = [s for s in every if self._want(s.name, layer)]
+        stages = [s for s in self._wanted[layer] if s.name in values]
+        self._calls[-1].append((layer, stages, [values[s.name] for s in stages]))
         if self._count >= TOGETHER:
             self._put()
 
     def finish(self, logits: np.ndarray | None) -> None:
-        """The call is over. logits: [B, its rows or the last of them, V]; None is of none."""
+        """End the call. logits: [B, T, V] of its rows or of the last; None if none are wanted."""
         if logits is not None:
             self._logits.append(logits)
         if self._end - self._first >= TOGETHER:
@@ -79,15 +80,15 @@ class Rows:
 
     def _put(self) -> None:
         for parts in zip(*self._calls, strict=True):
-            layer, rows, _ = parts[0]
-            along = tuple(1 + row.axes.index(row.row_axis) for row in rows)
+            layer, stages, _ = parts[0]
+            along = tuple(1 + stage.positions_at for stage in stages)
             each = [values for *_, values in parts]
             if len(each) > 1 and self._end - self._first >= TOGETHER:
                 each = [_joined(along, each)]  # of fewer there are too many lengths for programs
-            for row, axis, values in zip(rows, along, zip(*each, strict=True), strict=True):
-                found = np.concatenate([self._host(row.name, value) for value in values], axis)
-                found = self._held.of_calls(row, layer, found, self._first, self._count)
-                self._emit(row.name, layer, found, self._end - found.shape[axis])
+            for stage, axis, values in zip(stages, along, zip(*each, strict=True), strict=True):
+                found = np.concatenate([self._host(stage.name, value) for value in values], axis)
+                found = self._held.of_calls(stage, layer, found, self._first, self._count)
+                self._emit(stage.name, layer, found, self._end - found.shape[axis])
         for call in self._calls:
             call.clear()
 

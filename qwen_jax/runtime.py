@@ -114,3 +114,10 @@ def describe(device: jax.Device, precision: str = "highest") -> dict[str, Any]:
         "versions": {name: _version(name) for name in packages}
         | {"python": platform.python_version(), NAME: version()},
     }
+
+
+def even_step(count: int, most: int) -> int:
+    """How many of ``count`` to take at a time, ``most`` at most. All steps have one size where that
+    takes at most twice as many: another size would be another program to compile."""
+    steps = -(-count // max(1, most))
+    return -(-count // next((n for n in range(steps, 2 * steps + 1) if count % n == 0), steps))

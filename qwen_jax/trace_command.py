@@ -193,8 +193,8 @@ def main(
 
 
 def _note_positions(plans: Sequence[Plan]) -> None:
-    """Of a prompt that is longer than the model was made for. It is not refused, as tokens to be
-    generated there are: engines go on too, and what they do is to be compared."""
+    """Print a note where a prompt is longer than the model was made for. It is not refused, because
+    engines go on there too, and what they do is to be compared."""
     last, known = max(p.positions[-1] for p in plans), plans[0].model.config.max_position_embeddings
     if last >= known:
         cli.console(to_stderr=True).print(
@@ -222,7 +222,7 @@ def _said(
 
 
 def _found(tokenizer: Tokenizer | None, plan: Plan, written: Written) -> dict[str, Any]:
-    """What a run adds to the summary of a sequence."""
+    """The part of a sequence's summary that is known only after the run."""
     found: dict[str, Any] = {
         "tokens": list(written.tokens[: len(plan.positions)]),
         "file_bytes": written.bytes,
@@ -352,7 +352,7 @@ def _summary(plan: Plan, out: Path) -> dict[str, Any]:
 
 
 def _table(plan: Plan, sequences: int) -> Table:
-    """What is written of a sequence: of a batch, of its longest."""
+    """The stages that are written, with their sizes; of a batch, those of its longest sequence."""
     rows = _rows(plan)
     table = Table(box=None, header_style="bold", show_footer=True, pad_edge=False)
     table.add_column("stage", f"longest of {sequences} sequences" if sequences > 1 else "total")

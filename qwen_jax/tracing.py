@@ -18,11 +18,12 @@ import numpy as np
 from msgspec import UNSET
 
 from qwen_jax.config import Config
-from qwen_jax.padded import Padded
+from qwen_jax.padded import Emit, EmitRows, Padded, Resume, Want
 from qwen_jax.weights.base import Weights
 from stages import aprt, resume
 from stages.architecture import Architecture, Key
 from stages.errors import UserError
+from stages.files import numpy_dtype
 from stages.manifest import (
     DTYPES,
     FORMATS,
@@ -37,12 +38,11 @@ from stages.manifest import (
     check_positions,
 )
 from stages.numbers import OFFERED_CACHES
+from stages.open import open_trace
+from stages.rows import put
 from stages.selection import parse_layers, parse_stages
-from stages.trace import MemoryTrace, Trace, numpy_dtype, open_trace
+from stages.trace import MemoryTrace, Trace
 from stages.writer import Planned, TraceWriter, replaceable
-
-Emit = Callable[[str, int | None, np.ndarray], None]
-EmitRows = Callable[[str, int | None, np.ndarray, int], None]  # ... and the first row of them
 
 
 class Engine(Protocol):
@@ -55,18 +55,18 @@ class Engine(Protocol):
         tokens: tuple[int, ...],
         positions: tuple[int, ...],
         logits: str,
-        want: Callable[[str, int | None], bool],
+        want: Want,
         emit: Emit,
-        resume: tuple[int, np.ndarray] | None = None,
+        resume: Resume = None,
     ) -> None: ...
 
     def run_batch(
         self,
         batch: Padded,
         logits: str,
-        want: Callable[[str, int | None], bool],
+        want: Want,
         emit: Emit,
-        resume: tuple[int, np.ndarray] | None = None,
+        resume: Resume = None,
     ) -> None: ...
 
     def run_calls(
@@ -75,7 +75,7 @@ class Engine(Protocol):
         steps: tuple[int, ...],
         cache: str,
         logits: str,
-        want: Callable[[str, int | None], bool],
+        want: Want,
         emit: EmitRows,
     ) -> np.ndarray: ...
 
@@ -123,13 +123,13 @@ class Plan:
 
     @property
     def stored_logits(self) -> str:
-        """Those of several rows, of all or of those after which a token is picked, are "all"."""
+        """Which logits are stored: "last" of one position, "all" of several."""
         return self.logits if (self.generate or 1) == 1 else "all"
 
     def shape(self, stage: str) -> tuple[int, ...]:
-        row, dims = self.arch.stage[stage], self.model.config.dims(len(self.positions))
-        picks = row.last and self.logits == "last" and (self.generate or 1) > 1
-        return row.shape(dims, self.stored_logits, self.generate if picks else None)
+        found, dims = self.arch.stage[stage], self.model.config.dims(len(self.positions))
+        picks = found.last and self.logits == "last" and (self.generate or 1) > 1
+        return found.shape(dims, self.stored_logits, self.generate if picks else None)
 
     @property
     def planned(self) -> Planned:
@@ -256,7 +256,7 @@ def make_plan(
 
 
 def make_batch(plans: Sequence[Plan], prefill_chunk: int | None = None) -> list[Plan]:
-    """The same sequences, planned alone, as one batch: padded on the left to the longest prompt.
+    """Plans of single sequences as one batch, padded on the left to the longest prompt.
 
     A call computes the same rows of the padded batch for all, so those of a sequence alone may be
     fewer.
@@ -313,7 +313,7 @@ def to_memory(engine: Engine, plan: Plan) -> MemoryTrace:
 
 
 def batch_to_memory(engine: Engine, plans: Sequence[Plan]) -> list[MemoryTrace]:
-    """The same of the sequences of a batch."""
+    """Trace the sequences of a batch (``make_batch``) in one run; one trace for each plan."""
     values: list[dict[Key, np.ndarray]] = [{} for _ in plans]
     dtype = numpy_dtype(plans[0].dtype)
 
@@ -324,13 +324,9 @@ def batch_to_memory(engine: Engine, plans: Sequence[Plan]) -> list[MemoryTrace]:
         if rows is None:
             values[i][key] = value
             return
-        row = plans[i].arch.stage[stage]
         if key not in values[i]:
             values[i][key] = np.zeros(plans[i].shape(stage), dtype)
-        place = [slice(None)] * row.axes.index(row.row_axis) + [rows]
-        if "S" in row.axes[len(place) :]:
-            place.append(slice(value.shape[-1]))
-        values[i][key][tuple(place)] = value
+        put(plans[i].arch.stage[stage], values[i][key], value, rows.start)
 
     made = engine.describe()
     name = f"{made['name']}-{made['backend']}-{plans[0].model.name}"
@@ -357,7 +353,7 @@ def compute(
     engine: Engine,
     plans: Sequence[Plan],
     emit: EmitOf,
-    resume: tuple[int, np.ndarray] | None = None,
+    resume: Resume = None,
 ) -> list[tuple[int, ...]]:
     """Run one sequence, or several of a batch that differ in their prompts alone.
 
@@ -380,9 +376,8 @@ def compute(
     longest = batch.valid.shape[1]
 
     def split(stage: str, layer: int | None, value: np.ndarray, begin: int = 0) -> None:
-        row = first.arch.stage[stage]
-        axis = row.axes.index(row.row_axis)
-        flat = value.ndim == len(row.axes)  # lm_head of one position: no T axis
+        axis, axes = first.arch.stage[stage].positions_at, first.arch.stage[stage].axes
+        flat = value.ndim == len(axes)  # lm_head of one position: no T axis
         for i, plan in enumerate(plans):
             pad, found = longest - len(plan.positions), value[i]
             if flat:
@@ -392,10 +387,10 @@ def compute(
             if hidden >= found.shape[axis]:
                 continue
             found = found[(slice(None),) * axis + (slice(hidden, None),)]
-            if "S" in row.axes[axis + 1 :]:
+            if "S" in axes[axis + 1 :]:
                 found = found[..., pad:]
             shape = plan.shape(stage)
-            if len(shape) < len(row.axes):  # one row after which a token is picked
+            if len(shape) < len(axes):  # one row after which a token is picked
                 emit(i, stage, layer, found[0], None)
                 continue
             # of a stage that has the last rows alone, counted from the first of those
@@ -482,7 +477,8 @@ def batch_to_disk(
     overwrite: bool = False,
     advance: Callable[[int | None, int], None] = lambda layer, written: None,
 ) -> list[Written]:
-    """As ``to_disk``, the sequences of ``make_batch`` in ``out/sequence-<i>``."""
+    """Write the traces of a batch (``make_batch``), one directory ``out/sequence-<i>`` each; see
+    ``to_disk``."""
     paths = [out / f"sequence-{i}" for i in range(len(plans))]
     for old in check_batch_out(out, overwrite):
         if old not in paths:

@@ -1,12 +1,12 @@
-"""What an architecture is: its stages and its parameters, as tables that everything else follows.
+"""What an architecture is: its stages and its parameters, which everything else follows.
 
-A stage is a pure function of earlier stages and parameters. A row says what a stage is called,
+A stage is a pure function of earlier stages and parameters. A ``Stage`` says what it is called,
 which values and parameters it is computed from, which axes its value has and what kind of
-arithmetic makes it. *How* it is computed stands in ``qwen_jax/models/``, one function per row,
-under the same name. A parameter's row says what checkpoints call it and which axes it has.
+arithmetic makes it. *How* it is computed stands in ``qwen_jax/models/``, one function per stage,
+under the same name. A ``Parameter`` says what checkpoints call it and which axes it has.
 
 Forward pass, files, shapes, checkpoints, sharding, replay, diagnosis and documentation are derived
-from these tables; none of them lists a stage or a parameter again.
+from these; none of them lists a stage or a parameter again.
 
 Axis letters (used everywhere in this project):
 
@@ -79,6 +79,11 @@ PRODUCT = Kind("product", "value")
 CACHE = Kind("cache", "value")  # what was put away in a number format is read back
 
 
+def place_of(stage: str, layer: int | None) -> str:
+    """How a stage of a layer is written for people."""
+    return stage if layer is None else f"layer {layer} {stage}"
+
+
 def axis_size(axis: str, dims: Mapping[str, int]) -> int:
     """Size of an axis: a letter, or a product or sum of them such as ``(N+2K)*H``.
 
@@ -93,7 +98,7 @@ def axis_size(axis: str, dims: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One row of a stage table.
+    """One stage of an architecture.
 
     A stage is handled as a matrix everywhere: its rows are all axes up to T (positions, or heads x
     positions; of a cache up to S), its columns what follows.
@@ -159,9 +164,14 @@ class Stage:
         """Whether the heads are an axis before the positions: scores and their softmax."""
         return self.axes[0] == "N"
 
+    @property
+    def positions_at(self) -> int:
+        """The place of ``row_axis`` among its axes."""
+        return self.axes.index(self.row_axis)
+
     def row_axes(self) -> int:
-        """How many of its axes make the rows of its matrix."""
-        return self.axes.index(self.row_axis) + 1
+        """How many leading axes are the rows of its matrix."""
+        return self.positions_at + 1
 
     def matrix(self, value: Any) -> Any:
         """One sequence's value, in ``axes`` and with or without a batch axis of 1, as a matrix."""
@@ -214,7 +224,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One row of a parameter table.
+    """One parameter of an architecture.
 
     Attributes:
         name: what stage functions call it.
@@ -252,7 +262,7 @@ class Architecture:
 
     Attributes:
         name: Hugging Face's ``model_type``, and GGUF's ``general.architecture``.
-        stages, parameters: the tables, in computation order.
+        stages, parameters: in computation order.
         cache: the stages that there are only where keys and values go through a cache, each of one
             input: see ``with_cache``.
         aliases: other names under which stages are accepted.
@@ -274,24 +284,24 @@ class Architecture:
         return hash((self.name, len(self.stages)))
 
     def with_cache(self, names: Collection[str]) -> "Architecture":
-        """The same with those of the ``cache`` stages, each between its input and whoever reads
-        that at key positions."""
-        there = [row for row in self.cache if row.name in names]
-        stands_for = {row.inputs[0]: row.name for row in there}
-        rows: list[Stage] = []
-        for row in self.stages:
-            read = {name: stands_for.get(name, name) for name in row.keys}
-            inputs = tuple(read.get(name, name) for name in row.inputs)
-            if inputs != row.inputs:
-                rows += there
+        """This architecture with the ``cache`` stages of these names, each placed before the first
+        stage that reads its input at key positions, which then reads the cache instead."""
+        there = [stage for stage in self.cache if stage.name in names]
+        stands_for = {stage.inputs[0]: stage.name for stage in there}
+        stages: list[Stage] = []
+        for stage in self.stages:
+            read = {name: stands_for.get(name, name) for name in stage.keys}
+            inputs = tuple(read.get(name, name) for name in stage.inputs)
+            if inputs != stage.inputs:
+                stages += there
                 there = []
-                row = replace(row, inputs=inputs, keys=tuple(read.values()))
-            rows.append(row)
-        return replace(self, stages=tuple(rows))
+                stage = replace(stage, inputs=inputs, keys=tuple(read.values()))
+            stages.append(stage)
+        return replace(self, stages=tuple(stages))
 
     @cached_property
     def cached(self) -> "Architecture":
-        """The same with all of its cache's stages."""
+        """This architecture with all of its ``cache`` stages."""
         return self.with_cache([row.name for row in self.cache])
 
     @property
@@ -367,10 +377,10 @@ class Architecture:
 
     def readers(self, stage: str, layer: int | None, layers: int) -> Iterator[Key]:
         """The stages that read ``stage`` of ``layer``."""
-        for row, number in self.computation_order(layers):
-            for name in row.inputs:
+        for reader, number in self.computation_order(layers):
+            for name in reader.inputs:
                 if name != TOKENS and self.stored_as(name, number, layers) == (stage, layer):
-                    yield row.name, number
+                    yield reader.name, number
 
     def scope_parameters(self, scope: Scope) -> tuple[Parameter, ...]:
         return tuple(p for p in self.parameters if p.scope == scope)

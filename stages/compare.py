@@ -13,7 +13,7 @@ import numpy as np
 
 from stages.architecture import Stage
 from stages.errors import UserError
-from stages.trace import numpy_dtype
+from stages.files import numpy_dtype
 
 BLOCK = 1 << 19  # elements: more leave the cache, fewer leave two threads waiting for each other
 SMALLEST = 1e-33  # a sum of squares below is made in float64: float32 loses squares below 1e-45

@@ -5,8 +5,9 @@ from itertools import takewhile
 
 import numpy as np
 
+from stages.files import new_entry
 from stages.manifest import FileEntry
-from stages.trace import Trace, new_entry
+from stages.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def _generated_from(trace: Trace, row: int) -> bool:
 
 
 def parted(a: Trace, b: Trace, row: int) -> Parted | None:
-    """How two generations go on at ``row``; None where one of them ends there."""
+    """The tokens with which two generations go on at ``row``; None where one ends there."""
     if row in (len(a.tokens), len(b.tokens)):
         return None
     return Parted(row, _choice(a, b.tokens[row], row), _choice(b, a.tokens[row], row))
@@ -84,11 +85,11 @@ class Prefix(Trace):
         counts = np.diff(np.minimum(np.cumsum((0, *whole.steps)), rows))
         self.steps = tuple(counts[counts > 0].tolist())
 
-    def _entry(self, stage: str, layer: int | None, held: int, rows: int) -> FileEntry:
-        row, entry = self.whole.row(stage), self.whole.entries[stage, layer]
-        sizes = dict(zip(entry.axes, entry.shape, strict=True)) | {"S": rows, row.row_axis: held}
-        shape = tuple(sizes[axis] for axis in row.axes)
-        return new_entry(row, layer, shape, rows, dtype=entry.dtype)
+    def _entry(self, name: str, layer: int | None, held: int, rows: int) -> FileEntry:
+        stage, entry = self.whole.arch.stage[name], self.whole.entries[name, layer]
+        sizes = dict(zip(entry.axes, entry.shape, strict=True)) | {"S": rows, stage.row_axis: held}
+        shape = tuple(sizes[axis] for axis in stage.axes)
+        return new_entry(stage, layer, shape, rows, dtype=entry.dtype)
 
     def read(self, stage: str, layer: int | None) -> np.ndarray:
         """See ``Trace.read``."""

@@ -115,7 +115,7 @@ def measure(trace: Trace, format: Format = FLOAT16, near: float = NEAR) -> list[
 def missing(trace: Trace, format: Format) -> list[str]:
     """The stages that would have to be looked at and are in no layer of a trace."""
     reading, there = _Reading(trace, format, NEAR), {stage for stage, _ in trace.entries}
-    return [row.name for row in trace.arch.stages if reading.of(row) and row.name not in there]
+    return [s.name for s in trace.arch.stages if reading.of(s) and s.name not in there]
 
 
 class _Reading:
@@ -125,56 +125,57 @@ class _Reading:
         self.trace, self.format, self.near = trace, format, near
         self.sizes = {letter: trace.config[name] for letter, name in SIZES.items()}
         arch = trace.arch
-        self.read = {name for row in arch.stages if row.kind is LINEAR for name in row.inputs}
-        self.cached = {row.inputs[0] for row in arch.cache}
+        self.read = {name for stage in arch.stages if stage.kind is LINEAR for name in stage.inputs}
+        self.cached = {stage.inputs[0] for stage in arch.cache}
 
-    def of(self, row: Stage) -> bool:
+    def of(self, stage: Stage) -> bool:
         """Whether the format keeps anything of a stage."""
         keeps = self.format.keeps
-        return keeps == "values" or row.name in (self.read if keeps == "blocks" else self.cached)
+        return keeps == "values" or stage.name in (self.read if keeps == "blocks" else self.cached)
 
     def every(self) -> Iterator[Headroom]:
-        for stage, layer in self.trace.entries:
-            row = self.trace.row(stage)
-            if self.of(row):
-                yield from self._values(row, layer)
-            if row.kind is NORM and self.format.keeps == "values":
-                yield from self._sums(row, layer)
+        for name, layer in self.trace.entries:
+            stage = self.trace.arch.stage[name]
+            if self.of(stage):
+                yield from self._values(stage, layer)
+            if stage.kind is NORM and self.format.keeps == "values":
+                yield from self._sums(stage, layer)
 
-    def _values(self, row: Stage, layer: int | None) -> Iterator[Headroom]:
-        value = self.trace.read_rows(row.name, layer)
-        root = self.sizes[row.kind.over_root] ** 0.5 if row.kind.over_root else 1
+    def _values(self, stage: Stage, layer: int | None) -> Iterator[Headroom]:
+        value = self.trace.read_rows(stage.name, layer)
+        root = self.sizes[stage.kind.over_root] ** 0.5 if stage.kind.over_root else 1
         step = BLOCK if self.format.keeps == "blocks" else 1
         if _peak(value) * root * step <= self.near * self.format.most:
             return  # nearly all: it is read once, and not copied
         value = value.astype(np.float64)
-        if row.kind.masked and layer is not None:
+        if stage.kind.masked and layer is not None:
             mask = layer_mask(self.trace.config, layer, self.trace.positions)
             value = np.where(mask[-value.shape[1] :], value, 0)
-        matrix = row.matrix(value)
+        matrix = stage.matrix(value)
         if self.format.keeps == "cache":  # of q, k and v side by side, v
             matrix[:, : -self.sizes["K"] * self.sizes["H"]] = 0
         if step > 1:
             blocks = np.pad(matrix, [(0, 0), (0, -matrix.shape[1] % step)])
             matrix = blocks.reshape(len(blocks), -1, step).sum(-1)
-            yield from self._largest(row, layer, f"sum of {step}", matrix, step)
+            yield from self._largest(stage, layer, f"sum of {step}", matrix, step)
             return
-        yield from self._largest(row, layer, "value", matrix)
-        if row.kind.over_root:
-            yield from self._largest(row, layer, "before the scale", matrix * root)
+        yield from self._largest(stage, layer, "value", matrix)
+        if stage.kind.over_root:
+            yield from self._largest(stage, layer, "before the scale", matrix * root)
 
-    def _sums(self, row: Stage, layer: int | None) -> Iterator[Headroom]:
-        """Of the stream: a head's norm is of far fewer terms, and reads a part of its input."""
+    def _sums(self, stage: Stage, layer: int | None) -> Iterator[Headroom]:
+        """Sums of squares of norms over hidden channels. A head's norm is left out: it sums far
+        fewer terms and reads a part of its input."""
         layers = self.trace.config["num_hidden_layers"]
-        key = self.trace.arch.stored_as(row.inputs[0], layer, layers)
-        if row.heads(self.sizes) is None and key in self.trace.entries:
+        key = self.trace.arch.stored_as(stage.inputs[0], layer, layers)
+        if stage.heads(self.sizes) is None and key in self.trace.entries:
             value = self.trace.read_rows(*key).astype(np.float64)
-            yield from self._largest(row, layer, SUM, np.square(value).sum(-1, keepdims=True))
+            yield from self._largest(stage, layer, SUM, np.square(value).sum(-1, keepdims=True))
 
     def _largest(
-        self, row: Stage, layer: int | None, what: str, matrix: np.ndarray, step: int = 1
+        self, stage: Stage, layer: int | None, what: str, matrix: np.ndarray, step: int = 1
     ) -> Iterator[Headroom]:
-        """Of the matrix of a stage, or of sums of ``step`` of its columns."""
+        """The largest entry of a stage's matrix, or of sums over ``step`` of its columns."""
         if not matrix.size:
             return
         size = np.abs(matrix)
@@ -183,16 +184,16 @@ class _Reading:
         place, column = (int(i) for i in np.unravel_index(int(size.argmax()), size.shape))
         with np.errstate(over="ignore"):
             over = finite & ~np.isfinite(size.astype(self.format.dtype))
-        heads = row.heads(self.sizes) if row.heads_lead else None
+        heads = stage.heads(self.sizes) if stage.heads_lead else None
         rows = len(matrix) // (heads or 1)
         masks = {}
         if over.any():
-            masks = row.fold(heads, over.sum(1), np.repeat(over.sum(0), step))
+            masks = stage.fold(heads, over.sum(1), np.repeat(over.sum(0), step))
         if what == SUM:
             masks.pop("channel", None)
         skipped = len(self.trace.tokens) - rows
         yield Headroom(
-            stage=row.name, layer=layer, what=what, largest=float(size[place, column]),
+            stage=stage.name, layer=layer, what=what, largest=float(size[place, column]),
             most=self.format.most, head=place // rows if heads else None,
             position=skipped + place % rows, channel=None if what == SUM else step * column,
             over={axis: mask > 0 for axis, mask in masks.items()}, skipped_rows=skipped,
@@ -206,17 +207,17 @@ def _peak(value: np.ndarray) -> float:
     return max(float(np.fmax.reduce(value, None)), -float(np.fmin.reduce(value, None)))
 
 
-def cause(row: Stage, config: Mapping[str, Any], exact: np.ndarray) -> str | None:
+def cause(stage: Stage, config: Mapping[str, Any], exact: np.ndarray) -> str | None:
     """Why a stage of these right values [1, ...] has none in float16; None where it has. What the
     mask removes is 0. ``config``: as plain data."""
     size = np.abs(np.nan_to_num(exact))
     largest = float(size.max())
     if largest > FLOAT16.most:
-        channel = int(row.matrix(size).max(0).argmax())
-        where = f"in channel {channel} of {row.name}"
+        channel = int(stage.matrix(size).max(0).argmax())
+        where = f"in channel {channel} of {stage.name}"
         return f"{largest:,.0f} {where}, and float16 ends at 65504"
-    if row.kind.over_root:
-        largest *= config[SIZES[row.kind.over_root]] ** 0.5
+    if stage.kind.over_root:
+        largest *= config[SIZES[stage.kind.over_root]] ** 0.5
         if largest > FLOAT16.most:
             return f"a product is {largest:,.0f} before the scale, and float16 ends at 65504"
     return None

@@ -43,14 +43,14 @@ def partings(a: Trace, b: Trace) -> list[Parting]:
     arch = a.arch if len(a.arch.stages) >= len(b.arch.stages) else b.arch
     equal: dict[Key, np.ndarray] = {}
     found = []
-    for row, layer in arch.computation_order(layers):
+    for stage, layer in arch.computation_order(layers):
         inputs = np.ones(length, bool)
-        for name in row.inputs:
+        for name in stage.inputs:
             if name == TOKENS:
                 continue
             read = equal[arch.stored_as(name, layer, layers)]
-            inputs &= np.logical_and.accumulate(read) if name in row.keys else read
-        key = row.name, layer
+            inputs &= np.logical_and.accumulate(read) if name in stage.keys else read
+        key = stage.name, layer
         if key not in a.entries or key not in b.entries:
             equal[key] = inputs
             continue
@@ -58,19 +58,19 @@ def partings(a: Trace, b: Trace) -> list[Parting]:
         equal[key] = same  # of a value that came out the same it does not matter from what
         created = np.flatnonzero(inputs & ~same)
         if created.size:
-            found.append(Parting(row.name, layer, created))
+            found.append(Parting(stage.name, layer, created))
     return found
 
 
 def _rows_equal(a: Trace, b: Trace, key: Key) -> np.ndarray:
     """[T] bool: of which rows the bits are equal. Rows that are not held count as equal."""
-    row, length = (a if key[0] in a.arch.stage else b).row(key[0]), len(a.tokens)
+    stage, length = (a if key[0] in a.arch.stage else b).arch.stage[key[0]], len(a.tokens)
     x, y = a.read_rows(*key), b.read_rows(*key)
-    axis = row.axes.index(row.row_axis)
+    axis = stage.positions_at
     count = min(x.shape[axis], y.shape[axis])
     last = (slice(None),) * axis + (slice(-count, None),)
     unequal = _bits_differ(x[last], y[last])
-    if row.kind.masked and key[1] is not None:
+    if stage.kind.masked and key[1] is not None:
         unequal &= layer_mask(a.config, key[1], a.positions)[-count:]
     others = tuple(each for each in range(unequal.ndim) if each != axis)
     found = np.ones(length, bool)

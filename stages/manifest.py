@@ -45,7 +45,7 @@ class FileEntry(Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         path: relative to the trace directory, with forward slashes.
         stage, layer: which stage; ``layer`` is None for a whole-model stage.
-        axes: letters of the stage table; one per dimension of ``shape``.
+        axes: axis letters of the stage; one per dimension of ``shape``.
         shape: sizes of the axes (one sequence, no batch axis).
         dtype: what the model computed it in. APRT stores it widened to float32.
         xxh3: XXH3-64 of the file's tensor bytes, hexadecimal. Guards against damage.
@@ -277,22 +277,27 @@ def _check_entry(directory: Path, entry: FileEntry, arch: Architecture, manifest
     inside = Path(os.path.realpath(directory / path)).is_relative_to(os.path.realpath(directory))
     if path.is_absolute() or ".." in path.parts or not inside:
         raise UserError(f"{directory / NAME}: path {entry.path!r} leaves the trace directory")
-    row = arch.stage.get(entry.stage)
-    if row is None:
+    stage = arch.stage.get(entry.stage)
+    if stage is None:
         raise ValueError(f"{entry.path}: {entry.stage!r} is no stage of {arch.name}")
-    if row.layer_of(entry.layer) != entry.layer or (entry.layer is None) != (row.scope == "end"):
-        raise ValueError(f"{path}: {row.name} of layer {entry.layer}")
+    if stage.layer_of(entry.layer) != entry.layer or (entry.layer is None) != (
+        stage.scope == "end"
+    ):
+        raise ValueError(f"{path}: {stage.name} of layer {entry.layer}")
     config = manifest.model.config
     if entry.layer is not None and entry.layer >= config.get("num_hidden_layers", MOST_LAYERS):
         raise ValueError(f"{path}: layer {entry.layer}, of {config['num_hidden_layers']} layers")
-    axes = row.stored_axes(manifest.logits)
+    axes = stage.stored_axes(manifest.logits)
     if entry.axes != axes or len(entry.shape) != len(axes):
         raise ValueError(f"{path}: axes {entry.axes} of shape {entry.shape}; expected {axes}")
-    held, length = dict(zip(axes, entry.shape, strict=True)).get(row.row_axis), len(manifest.tokens)
+    held, length = (
+        dict(zip(axes, entry.shape, strict=True)).get(stage.row_axis),
+        len(manifest.tokens),
+    )
     if entry.rows != (None if held == length else held) or (held or 0) > length:
         raise ValueError(f"{path}: {entry.rows} rows of shape {entry.shape}, {length} tokens")
     dims = {letter: config[name] for letter, name in SIZES.items() if name in config}
-    dims |= {"T": length, "S": length} | {row.row_axis: held or length}
+    dims |= {"T": length, "S": length} | {stage.row_axis: held or length}
     for axis, size in zip(axes, entry.shape, strict=True):
         known = set(axis) & set(string.ascii_uppercase) <= dims.keys()
         if known and size != (expected := axis_size(axis, dims)):

@@ -15,8 +15,8 @@ import safetensors
 
 from stages.architecture import Key
 from stages.errors import UserError
+from stages.files import numpy_dtype
 from stages.manifest import DType, FileEntry
-from stages.trace import numpy_dtype
 
 NAME = "stages.safetensors"
 DTYPES: dict[DType, str] = {

@@ -1,4 +1,4 @@
-"""Which stage a module's input or output is, derived from the stage table.
+"""Which stage a module's input or output is, derived from the architecture.
 
 For engines whose modules have Hugging Face's names: a stage with a parameter is the output of the
 module that holds it, the activation that of the module of its name, the layer's output that of the
@@ -36,44 +36,44 @@ def place(arch: Architecture, path: str, side: str) -> Place | None:
 
 @cache
 def _layer_places(arch: Architecture) -> dict[tuple[str, str], Place]:
-    return {key: found for row in arch.layer_stages for key, found in _places(arch, row)}
+    return {key: found for stage in arch.layer_stages for key, found in _places(arch, stage)}
 
 
 @cache
 def _outer_places(arch: Architecture) -> dict[tuple[str, str], Place]:
-    """Of what lies outside the layers, by the last name of a path."""
+    """The places of modules outside the layers, by the last name of their path."""
     return {
-        (end.rpartition(".")[2], side): found._replace(layer=row.layer_of(0))
-        for row in (*arch.start_stages, *arch.end_stages)
-        for (end, side), found in _places(arch, row)
+        (end.rpartition(".")[2], side): found._replace(layer=stage.layer_of(0))
+        for stage in (*arch.start_stages, *arch.end_stages)
+        for (end, side), found in _places(arch, stage)
     }
 
 
-def _places(arch: Architecture, row: Stage) -> Iterator[tuple[tuple[str, str], Place]]:
+def _places(arch: Architecture, stage: Stage) -> Iterator[tuple[tuple[str, str], Place]]:
     """(module, side) -> what it is, without the layer."""
-    modules = [arch.parameter[name].module for name in row.parameters]
-    if row is arch.layer_output:
-        yield ("", "out"), Place(row.name, None)
-    elif row.kind is ACTIVATION:
-        yield (ACTIVATION_MODULE, "out"), Place(row.name, None)
+    modules = [arch.parameter[name].module for name in stage.parameters]
+    if stage is arch.layer_output:
+        yield ("", "out"), Place(stage.name, None)
+    elif stage.kind is ACTIVATION:
+        yield (ACTIVATION_MODULE, "out"), Place(stage.name, None)
     elif len(modules) == 1:
-        yield (modules[0], "out"), Place(row.name, None)
+        yield (modules[0], "out"), Place(stage.name, None)
     elif modules:  # the last row wins: biased projections give what is after the bias
         for module in modules:
-            yield (module, "out"), Place(row.name, None, module.rpartition(".")[2])
+            yield (module, "out"), Place(stage.name, None, module.rpartition(".")[2])
     else:
         for reader in arch.stages:
-            if reader.inputs == (row.name,) and len(reader.parameters) == 1:
+            if reader.inputs == (stage.name,) and len(reader.parameters) == 1:
                 module = arch.parameter[reader.parameters[0]].module
-                yield (module, "in"), Place(row.name, None)
+                yield (module, "in"), Place(stage.name, None)
 
 
-def modules(arch: Architecture, row: Stage, layer: int | None) -> list[tuple[str, str]]:
+def modules(arch: Architecture, stage: Stage, layer: int | None) -> list[tuple[str, str]]:
     """The Hugging Face path and side of the modules that a stage is found at, in order; empty
     where it is the value of none."""
     found = []
-    for (end, side), _ in _places(arch, row):
-        path = f"model.layers.{layer}.{end}".rstrip(".") if row.scope == "layer" else end
+    for (end, side), _ in _places(arch, stage):
+        path = f"model.layers.{layer}.{end}".rstrip(".") if stage.scope == "layer" else end
         found.append((path, side))
     return found
 
@@ -83,6 +83,6 @@ def parts(arch: Architecture, stage: str) -> dict[str, str]:
     axis of each; empty where it is the value of one module, or of none."""
     if stage not in arch.stage:
         return {}
-    rows = [arch.parameter[name] for name in arch.stage[stage].parameters]
-    found = {row.module.rpartition(".")[2]: row.axes[0] for row in rows}
-    return found if len(rows) > 1 else {}
+    parameters = [arch.parameter[name] for name in arch.stage[stage].parameters]
+    found = {p.module.rpartition(".")[2]: p.axes[0] for p in parameters}
+    return found if len(parameters) > 1 else {}

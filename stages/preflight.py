@@ -8,7 +8,8 @@ import numpy as np
 from stages.architecture import Key
 from stages.compare import coarser
 from stages.errors import NotComparable
-from stages.trace import Trace, numpy_dtype
+from stages.files import numpy_dtype
+from stages.trace import Trace
 
 
 @dataclass(frozen=True)

@@ -432,7 +432,7 @@ class TraceResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class BatchResult(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The same with ``--prompts``: the sequences of a batch."""
+    """Of a trace command with ``--prompts``: one summary for each sequence of the batch."""
 
     schema: Literal[2]
     out: str

@@ -18,10 +18,12 @@ import numpy as np
 from stages import verdict
 from stages.architecture import Key, Stage
 from stages.architectures import ARCHITECTURES
+from stages.dump import Found, may_be_last_rows, stage_of, stages_in
 from stages.errors import UserError
-from stages.foreign import Found, may_be_last_rows, row_of, stages_in
+from stages.files import new_entry, numpy_dtype, read_file
 from stages.manifest import Cache, Changed, FileEntry
-from stages.trace import Layout, Trace, new_entry, numpy_dtype, read_file
+from stages.rows import put
+from stages.trace import Layout, Trace
 
 STEP = re.compile(r"step-([0-9]+)")
 
@@ -70,7 +72,7 @@ class StepsTrace(Trace):
         steps: list[int] = []
         for directory in calls:
             files = stages_in(directory, layout.config["architecture"])
-            rows = {key: row_of(file, *key, layout.config) for key, file in files.items()}
+            rows = {key: stage_of(file, *key, layout.config) for key, file in files.items()}
             steps.append(_rows_of_call(directory, files, rows, layout))
             for key, file in files.items():
                 part = _part(path, file, rows[key], key[1], steps, layout)
@@ -101,42 +103,43 @@ class StepsTrace(Trace):
         """The stage of all calls. A trace's rows are the last ones of its sequence: what a call
         computed for its last row alone begins where no row is missing any more."""
         arch = ARCHITECTURES[layout.config["architecture"]].cached
-        row, length = arch.stage[key[0]], len(layout.tokens)
+        stage, length = arch.stage[key[0]], len(layout.tokens)
         if other := next((p for p in parts if p.file.dtype != parts[0].file.dtype), None):
             first = parts[0].file
             raise UserError(
                 f"{other.file.path}: is in {other.file.dtype}, but {first.path} in {first.dtype}"
             )
         rows = length
-        if row.row_axis == "T":
+        if stage.row_axis == "T":
             gaps = [i for i, (a, b) in enumerate(pairwise(parts), 1) if a.end != b.end - b.rows]
             del parts[: max(gaps, default=0)]
             rows = sum(part.rows for part in parts)
-        shape = row.shape(layout.dims, "last" if row.last and rows == 1 else "all", rows)
-        return new_entry(row, key[1], shape, length, dtype=parts[0].file.dtype)
+        shape = stage.shape(layout.dims, "last" if stage.last and rows == 1 else "all", rows)
+        return new_entry(stage, key[1], shape, length, dtype=parts[0].file.dtype)
 
     def read(self, stage: str, layer: int | None) -> np.ndarray:
         """See ``Trace.read``. A row of the cache is as the call that computed it has read it; keys
         that came later are zeros in the scores: no part of the computation."""
-        entry, row = self.entries[stage, layer], self.row(stage)
-        along, done = row.axes.index(row.row_axis), 0
+        entry, found, done = self.entries[stage, layer], self.arch.stage[stage], 0
+        axes, along = found.axes, found.positions_at
         whole = np.zeros(entry.shape, numpy_dtype(entry.dtype))
-        out = whole if whole.ndim == len(row.axes) else np.expand_dims(whole, along)
+        out = whole if whole.ndim == len(axes) else np.expand_dims(whole, along)
         for part in self._parts[stage, layer]:
             value = read_file(self.path, part.file)
-            if "T" not in row.axes:
+            if "T" not in axes:
                 value = value[done : part.end]
-            elif "S" in row.axes:
+            elif "S" in axes:
                 value = value[..., : part.end]
-            rows = slice(done, done + value.shape[along])
-            out[tuple(rows if i == along else slice(n) for i, n in enumerate(value.shape))] = value
-            done = rows.stop
+            put(found, out, value, done)
+            done += value.shape[along]
         return whole
 
     @cached_property
     def changed(self) -> tuple[Changed, ...]:
         """Reads every cache of every call, two at a time."""
-        caches = [(s, n) for s, n in self.entries if n is not None and "T" not in self.row(s).axes]
+        caches = [
+            (s, n) for s, n in self.entries if n is not None and "T" not in self.arch.stage[s].axes
+        ]
         return tuple(each for key in caches for each in self._changed(*key))
 
     def _changed(self, stage: str, layer: int) -> Iterator[Changed]:
@@ -159,9 +162,9 @@ def _rows_of_call(
         UserError: none says it, or they do not agree.
     """
     found: dict[Key, int] = {}
-    for key, row in stages.items():
-        if "S" not in row.axes:
-            file, width = files[key], math.prod(row.shape(layout.dims, rows=1))
+    for key, stage in stages.items():
+        if "S" not in stage.axes:
+            file, width = files[key], math.prod(stage.shape(layout.dims, rows=1))
             found[key], left = divmod(file.count, width)
             if left or found[key] < 1:
                 raise UserError(
@@ -186,7 +189,7 @@ def _rows_of_call(
 def _part(
     root: Path,
     found: Found,
-    row: Stage,
+    stage: Stage,
     layer: int | None,
     steps: Sequence[int],
     layout: Layout,
@@ -198,19 +201,19 @@ def _part(
     """
     end = sum(steps)
     dims = {**layout.dims, "T": steps[-1], "S": 1}
-    count, left = divmod(found.count, math.prod(row.shape(dims, rows=1)))
+    count, left = divmod(found.count, math.prod(stage.shape(dims, rows=1)))
     rows = count
-    if "S" in row.axes:
+    if "S" in stage.axes:
         rows = steps[-1]
-        dims["S"], left = divmod(found.count, math.prod(row.shape(dims)))
+        dims["S"], left = divmod(found.count, math.prod(stage.shape(dims)))
         if left or dims["S"] < end:
-            whole = " x ".join(map(str, row.shape({**dims, "S": end})))
+            whole = " x ".join(map(str, stage.shape({**dims, "S": end})))
             raise UserError(
-                f"{found.path}: {found.count} values, but {' x '.join(row.axes)} is {whole}: the "
+                f"{found.path}: {found.count} values, but {' x '.join(stage.axes)} is {whole}: the "
                 f"{end} rows that there are by then are all keys"
             )
-    shape = row.shape({**dims, "T": rows})
-    entry = found.entry(root, row, layer, shape, rows)
+    shape = stage.shape({**dims, "T": rows})
+    entry = found.entry(root, stage, layer, shape, rows)
     return Part(len(steps) - 1, end, rows, entry)
 
 

@@ -1,22 +1,17 @@
-"""Reading a trace: ours, the oracle's, a foreign directory of APRT files, or one in memory."""
+"""A trace: the stages of one sequence of tokens, in a directory or in memory."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import safetensors
-import xxhash
 
-from stages import aprt, disk, manifest
-from stages.architecture import Architecture, Key, Stage
+from stages.architecture import Architecture, Key
 from stages.architectures import ARCHITECTURES
-from stages.errors import UserError
-from stages.manifest import Changed, DType, FileEntry, Manifest
+from stages.files import new_entry, read_file
+from stages.manifest import Changed, FileEntry, Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +82,10 @@ class Trace:
         """The call of the engine, from 0, that computed a row."""
         return int(np.searchsorted(np.cumsum(self.steps), row, "right"))
 
-    def row(self, stage: str) -> Stage:
-        return self.arch.stage[stage]
-
     def rows_of(self, stage: str, layer: int | None) -> int:
         """How many rows, the last ones of the sequence, are held of a stage."""
         entry = self.entries[stage, layer]
-        axis = self.row(stage).row_axis
+        axis = self.arch.stage[stage].row_axis
         return entry.shape[entry.axes.index(axis)] if axis in entry.axes else 1
 
     def read(self, stage: str, layer: int | None) -> np.ndarray:
@@ -106,14 +98,14 @@ class Trace:
         return read_file(self.path, self.entries[stage, layer])
 
     def read_rows(self, stage: str, layer: int | None) -> np.ndarray:
-        """One stage in the axes of the stage table: with a T axis, though it may be of one row."""
-        value, row = self.read(stage, layer), self.row(stage)
-        if len(value.shape) == len(row.axes):
+        """One stage in all of its axes: with a T axis, though it may be of one row."""
+        value, found = self.read(stage, layer), self.arch.stage[stage]
+        if value.ndim == len(found.axes):
             return value
-        return np.expand_dims(value, row.axes.index(row.row_axis))
+        return np.expand_dims(value, found.positions_at)
 
     def to_json(self) -> dict[str, Any]:
-        """What there is, as plain data."""
+        """Its model, tokens and stages as plain data, without values."""
         return {
             "name": str(self.path),
             "architecture": self.arch.name,
@@ -137,7 +129,7 @@ class MemoryTrace(Trace):
     """A trace that never was on disk; everything that works on a ``Trace`` works on it.
 
     Arguments:
-        values: {(stage, layer): array in the axes of the stage table}, without a batch axis.
+        values: {(stage, layer): array in the stage's axes}, without a batch axis.
             ``lm_head`` may lack its T axis.
         positions: None is from 0 on.
         steps: None is one call.
@@ -166,172 +158,3 @@ class MemoryTrace(Trace):
 
     def read(self, stage: str, layer: int | None) -> np.ndarray:
         return self.values[stage, layer]
-
-
-def new_entry(
-    row: Stage,
-    layer: int | None,
-    shape: tuple[int, ...],
-    length: int,
-    path: str = "",
-    dtype: DType = "float32",
-    start: int | None = None,
-) -> FileEntry:
-    """An entry without a hash, of ``shape`` with or without the axis of the rows, which are the
-    last ones of ``length``."""
-    axes = row.stored_axes("all" if len(shape) == len(row.axes) else "last")
-    rows = shape[axes.index(row.row_axis)] if row.row_axis in axes else 1
-    return FileEntry(
-        path=path,
-        stage=row.name,
-        layer=layer,
-        axes=axes,
-        shape=shape,
-        dtype=dtype,
-        xxh3="",
-        rows=None if rows == length else rows,
-        start=start,
-    )
-
-
-def read_file(root: Path, entry: FileEntry) -> np.ndarray:
-    """One stage of a directory; see ``Trace.read``."""
-    path = root / entry.path
-    if entry.start is not None:
-        array = _read_part(path, entry, entry.start)
-    elif path.suffix == ".safetensors":
-        array = _read_safetensors(path, entry)
-    else:
-        array = aprt.read(path, entry.layer)
-    if array.size != math.prod(entry.shape):
-        raise UserError(
-            f"{path}: {array.size} values, but {' x '.join(entry.axes)} is "
-            f"{' x '.join(map(str, entry.shape))}"
-        )
-    if entry.xxh3 and tensor_hash(array) != entry.xxh3:
-        raise UserError(f"{path}: content does not match the manifest; the file was changed")
-    if array.dtype == np.float32 and not _holds(entry.dtype, array):
-        raise UserError(f"{path}: has values that {entry.dtype} of the manifest does not have")
-    return array.reshape(entry.shape)
-
-
-def _read_part(path: Path, entry: FileEntry, start: int) -> np.ndarray:
-    """A stage that lies in a file with others: of ``stages.onefile``."""
-    dtype = numpy_dtype(entry.dtype)
-    end = start + dtype.itemsize * math.prod(entry.shape)
-    try:
-        data = disk.mapped(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(data) < end:
-        raise UserError(f"{path}: cut short; {entry.stage} would end after {end} bytes")
-    return data[start:end].view(dtype)
-
-
-def _read_safetensors(path: Path, entry: FileEntry) -> np.ndarray:
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            array = file.get_tensor(entry.stage)
-    except (OSError, safetensors.SafetensorError, AttributeError) as error:  # the last: float8
-        raise UserError(
-            f"{path}: not a whole safetensors file with {entry.stage!r}: {error}"
-        ) from None
-    if (array.dtype.name, array.shape) != (entry.dtype, entry.shape):
-        raise UserError(
-            f"{path}: holds {array.dtype} {list(array.shape)}, but the manifest says "
-            f"{entry.dtype} {list(entry.shape)}"
-        )
-    return array
-
-
-def open_trace(path: Path, layout: Layout | None = None) -> Trace:
-    """Open a trace directory. ``layout`` is needed, and used, only without a manifest.
-
-    Raises:
-        UserError: no such directory, an unfinished trace, or nothing that is a trace.
-    """
-    if not path.is_dir():
-        raise UserError(f"no such trace directory: {path}")
-    if (path / manifest.PARTIAL).exists():
-        raise UserError(
-            f"{path}: an interrupted trace ({manifest.PARTIAL} is there); the command that began "
-            "it goes on with --resume, or begins again with --overwrite"
-        )
-    if (path / manifest.NAME).exists():
-        return _open_whole(path)
-    from stages.foreign import open_foreign  # which knows this module
-
-    return open_foreign(path, layout)
-
-
-def _open_whole(path: Path) -> Trace:
-    found = manifest.read(path)
-    entries = {(entry.stage, entry.layer): entry for entry in found.files}
-    files = dict.fromkeys(entry.path for entry in found.files)
-    if absent := [file for file in files if not (path / file).is_file()]:
-        raise UserError(
-            f"{path}: {absent[0]} is in {manifest.NAME} but not there ({len(absent)} of "
-            f"{len(files)} files); copy the whole directory or trace again"
-        )
-    vocabulary = found.model.config.get("vocab_size")
-    if vocabulary and not all(0 <= token < vocabulary for token in found.tokens):
-        raise UserError(f"{path}: {manifest.NAME} has token ids outside the vocabulary")
-    trace = Trace(path, found, entries, found.model.config, found.tokens, found.positions)
-    _check_dtype(trace, found.dtype)
-    return trace
-
-
-def _check_dtype(trace: Trace, dtype: str) -> None:
-    """What the model is said to compute in decides what is judged as rounding. It is what most
-    stages have; or a narrower one, from an engine that shows wider copies of its values.
-
-    Raises:
-        UserError: it is neither.
-    """
-    counted = Counter(str(entry.dtype) for entry in trace.entries.values())
-    if not counted or counted[dtype] == max(counted.values()):
-        return
-    first = trace.arch.first.name  # has the weights' format
-    telling = [
-        e for k, e in trace.entries.items() if not trace.row(k[0]).kind.masked and k[0] != first
-    ]
-    wider = [e for e in telling if e.dtype == "float32" and dtype in ("bfloat16", "float16")]
-    holds = (_holds(dtype, trace.read(e.stage, e.layer).ravel()[:65536]) for e in wider)
-    if telling and not any(holds):
-        raise UserError(
-            f"{trace.path}: computed in {dtype}, says {manifest.NAME}, but most stages are "
-            f"{counted.most_common(1)[0][0]}"
-        )
-
-
-def _holds(dtype: str, values: np.ndarray) -> bool:
-    """Whether float32 values are all of a narrower dtype."""
-    if dtype == "bfloat16":
-        return not np.ascontiguousarray(values).reshape(-1).view(np.uint16)[::2].any()
-    if dtype != "float16":
-        return True
-    with np.errstate(over="ignore", invalid="ignore"):
-        back = values.astype(np.float16).astype(np.float32)
-    return np.array_equal(back, values, equal_nan=True)
-
-
-def tensor_hash(array: np.ndarray) -> str:
-    """XXH3-64 of a C-contiguous array's bytes."""
-    raw = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-    return xxhash.xxh3_64_hexdigest(raw)
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """The NumPy dtype of a dtype name of a manifest, bfloat16 included."""
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-
-
-def coarsest_dtype(values: np.ndarray) -> str:
-    """The name of the coarsest float dtype that holds all of these values exactly."""
-    values = values[np.isfinite(values)]
-    for name in ("bfloat16", "float16"):
-        with np.errstate(over="ignore", invalid="ignore"):
-            back = values.astype(numpy_dtype(name)).astype(values.dtype)
-        if values.size and np.array_equal(back, values):
-            return name
-    return "float32" if values.dtype.itemsize <= 4 else "float64"

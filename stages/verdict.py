@@ -1,7 +1,8 @@
 """From sums of squared error to significant bits, precision classes and suspects.
 
-Nothing here has a tolerance to tune to a model: the scale that error is measured against makes
-every stage of one arithmetic come out at nearly the same number of bits, whatever its values.
+The thresholds are bits: of each arithmetic, between layers, between slices. They were measured, and
+none is tuned to a model: the scale that error is measured against makes every stage of one
+arithmetic come out at nearly the same number of bits, whatever its values.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,7 +38,7 @@ class LocalError:
     """The error that one stage of one layer creates, judged by itself.
 
     Attributes:
-        row: the stage.
+        stage: the stage.
         skipped_rows: how many rows of the sequence come before them.
         bits: significant bits of the local error; ``EXACT_BITS`` for none.
         compared: whether anything could be: not where all of it is NaN.
@@ -54,7 +55,7 @@ class LocalError:
             looked for. See ``doubtful``.
     """
 
-    row: Stage
+    stage: Stage
     layer: int | None
     skipped_rows: int
     bits: float
@@ -69,18 +70,18 @@ class LocalError:
     estimated: bool = False
 
     @property
-    def stage(self) -> str:
-        return self.row.name
+    def name(self) -> str:
+        return self.stage.name
 
     @property
     def key(self) -> Key:
-        return self.row.name, self.layer
+        return self.stage.name, self.layer
 
     @property
     def sums_products(self) -> bool:
         """Whether products are summed in it, or in one of the missing stages behind it: a segment
         is as coarse as its coarsest member."""
-        return sums_products(self.row, self.segment)
+        return sums_products(self.stage, self.segment)
 
     @property
     def shown_bits(self) -> float:
@@ -88,9 +89,9 @@ class LocalError:
         return self.bits if self.exact_bits is None else self.exact_bits
 
 
-def sums_products(row: Stage, segment: Sequence[Key]) -> bool:
+def sums_products(stage: Stage, segment: Sequence[Key]) -> bool:
     """Whether a stage or a missing one behind it sums products."""
-    return row.kind.sums_products or any(any_stage(s).kind.sums_products for s, _ in segment)
+    return stage.kind.sums_products or any(any_stage(s).kind.sums_products for s, _ in segment)
 
 
 def bits(error: Any, scale: Any) -> Any:
@@ -138,7 +139,7 @@ class Sums(Protocol):
 
 
 def judge(
-    row: Stage,
+    stage: Stage,
     layer: int | None,
     sums: Sums,
     segment: tuple[Key, ...],
@@ -158,7 +159,7 @@ def judge(
 
     def folded(kind: str) -> dict[str, np.ndarray]:
         rows, columns = getattr(sums, f"{kind}_rows"), getattr(sums, f"{kind}_columns")
-        return row.fold(heads, rows, columns)
+        return stage.fold(heads, rows, columns)
 
     error, scale, known = folded("error"), folded("scale"), folded("expected")
     # what is NaN anyway makes slices smaller
@@ -172,7 +173,7 @@ def judge(
     due, lost = folded("due"), folded("lost")
     total, whole = sums.error_rows.sum(), sums.scale_rows.sum()
     return LocalError(
-        row=row,
+        stage=stage,
         layer=layer,
         skipped_rows=skipped_rows,
         bits=float(bits(total, whole)),
@@ -187,12 +188,12 @@ def judge(
     )
 
 
-def class_of(level: float, row: Stage, segment: Sequence[Key] = ()) -> str | None:
+def class_of(level: float, stage: Stage, segment: Sequence[Key] = ()) -> str | None:
     """The name of the arithmetic that explains this many bits; None where none does.
 
     ``segment``: missing stages behind it.
     """
-    product = sums_products(row, segment)
+    product = sums_products(stage, segment)
     return next((n for n, sums, others in CLASSES if level >= (sums if product else others)), None)
 
 
@@ -256,8 +257,8 @@ def suspects(items: list[LocalError], dtype: str) -> list[Suspect]:
     usual = usual_levels(items, dtype)
     lowered = _all_products_lowered(items)
     for item in items:
-        expected = usual[item.stage]
-        explained = class_of(item.level, item.row, item.segment) is not None
+        expected = usual[item.name]
+        explained = class_of(item.level, item.stage, item.segment) is not None
         if lowered and item.sums_products:
             explained = item.level >= LOWEST
         low = _low_slices(item, _cap(dtype))
@@ -293,21 +294,21 @@ def doubtful(items: list[LocalError], dtype: str) -> set[Key]:
     usual = usual_levels(items, dtype)
     # A layer may be out of line by a hair: then its siblings have to be measured too.
     close = {
-        item.stage
+        item.name
         for item in items
-        if item.level - UNSURE_STAGE < usual[item.stage] - sibling_gap(item)
+        if item.level - UNSURE_STAGE < usual[item.name] - sibling_gap(item)
     }
-    found = {item.key for item in items if item.estimated and item.stage in close}
+    found = {item.key for item in items if item.estimated and item.name in close}
     for item in items:
         if not item.estimated:
             continue
-        product = item.row.kind.sums_products
+        product = item.stage.kind.sums_products
         of_slice, of_stage = (UNSURE_SLICE, UNSURE_STAGE) if product else (0.0, 0.0)
         low, high = (
-            class_of(level, item.row) for level in (item.level - of_stage, item.level + of_stage)
+            class_of(level, item.stage) for level in (item.level - of_stage, item.level + of_stage)
         )
         # a slice of zeros has fewer bits, and no more than values far from zero leave it
-        dead = min(usual[item.stage] - 3.0, ZEROS) + of_slice
+        dead = min(usual[item.name] - 3.0, ZEROS) + of_slice
         if (
             not np.isfinite(item.bits)
             or low is None
@@ -326,15 +327,15 @@ def usual_levels(items: list[LocalError], dtype: str) -> dict[str, float]:
     by_stage: dict[str, list[float]] = {}
     for item in items:
         if item.compared:
-            by_stage.setdefault(item.stage, []).append(min(item.level, cap))
+            by_stage.setdefault(item.name, []).append(min(item.level, cap))
     medians = {stage: median(levels) for stage, levels in by_stage.items()}
-    rows = {item.stage: item.row for item in items}
-    segments = {item.stage: item.segment for item in items}
-    sound = {s: m for s, m in medians.items() if class_of(m, rows[s], segments[s])}
+    stages = {item.name: item.stage for item in items}
+    segments = {item.name: item.segment for item in items}
+    sound = {s: m for s, m in medians.items() if class_of(m, stages[s], segments[s])}
     overall = median(sound.values()) if sound else NOMINAL["float32"]
     usual = {}
-    for stage in rows:
-        kin = [m for other, m in sound.items() if rows[other].kind is rows[stage].kind]
+    for stage in stages:
+        kin = [m for other, m in sound.items() if stages[other].kind is stages[stage].kind]
         usual[stage] = sound.get(stage, median(kin) if kin else overall)
     return usual
 
@@ -346,8 +347,8 @@ def _cap(dtype: str) -> float:
 
 def _all_products_lowered(items: list[LocalError]) -> bool:
     """Whether every linear stage in every layer runs below 8 bits: a precision, not a mistake."""
-    levels = [item.level for item in items if item.row.linear]
-    stages = {item.stage for item in items if item.row.linear}
+    levels = [item.level for item in items if item.stage.linear]
+    stages = {item.name for item in items if item.stage.linear}
     return len(stages) >= 4 and all(LOWEST <= level < BF16 for level in levels)
 
 
@@ -423,11 +424,11 @@ def precision(items: list[LocalError], faulty: set[Key]) -> dict[str, dict[str, 
     """Stage -> {"class", "bits": [lowest, highest]} over the layers that are not faulty."""
     table = {}
     for name in ALL_NAMES:
-        sound = [i for i in items if i.stage == name and (i.stage, i.layer) not in faulty]
+        sound = [i for i in items if i.name == name and (i.name, i.layer) not in faulty]
         if not sound:
             continue
         levels = [item.level for item in sound]
-        found = class_of(median(levels), sound[0].row, sound[0].segment) or "lower"
+        found = class_of(median(levels), sound[0].stage, sound[0].segment) or "lower"
         shown = [round(item.shown_bits, 1) for item in sound]
         table[name] = {"class": found, "bits": [min(shown), max(shown)], "format": None}
     return table

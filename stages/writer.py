@@ -22,9 +22,10 @@ from stages import aprt, disk, manifest, onefile
 from stages.architecture import Key
 from stages.architectures import ALL_NAMES
 from stages.errors import UserError
+from stages.files import numpy_dtype, tensor_hash
 from stages.lock import lock
 from stages.manifest import FORMATS, DType, FileEntry, Manifest, Model, WeightEntry
-from stages.trace import numpy_dtype, tensor_hash
+from stages.rows import put
 
 Planned = Mapping[Key, tuple[tuple[int, ...], str]]  # what there is to be: its shape and dtype
 
@@ -36,20 +37,20 @@ NOTE_EVERY = 1.0  # seconds between two notes of what is finished, for a process
 
 
 def _lay_out(planned: Planned, header: Manifest) -> dict[Key, FileEntry]:
-    """What the manifest will say of each stage, but for the hash.
+    """What the manifest will say of each name, but for the hash.
 
     Raises:
         UserError: APRT cannot hold it.
     """
     entries: dict[Key, FileEntry] = {}
-    for (stage, layer), (shape, dtype) in planned.items():
-        row = header.arch.stage[stage]
-        axes = row.stored_axes(header.logits)
-        rows = shape[axes.index(row.row_axis)] if row.row_axis in axes else None
-        file = stage + FORMATS[header.format]
-        entries[stage, layer] = FileEntry(
+    for (name, layer), (shape, dtype) in planned.items():
+        stage = header.arch.stage[name]
+        axes = stage.stored_axes(header.logits)
+        rows = shape[axes.index(stage.row_axis)] if stage.row_axis in axes else None
+        file = name + FORMATS[header.format]
+        entries[name, layer] = FileEntry(
             path=file if layer is None else f"layer-{layer}/{file}",
-            stage=stage,
+            stage=name,
             layer=layer,
             axes=axes,
             shape=shape,
@@ -238,15 +239,12 @@ class TraceWriter:
     def _gather(self, key: Key) -> None:
         """Queue the rows of a stage that wait, as one value."""
         waiting = self._few.pop(key)
-        place, (last, end) = self._places[key], waiting[-1]
-        along = place.axes.index(self.header.arch.stage[place.stage].row_axis)
-        first = waiting[0][1].start
-        shape = (*last.shape[:along], end.stop - first, *last.shape[along + 1 :])
+        stage, (last, end) = self.header.arch.stage[key[0]], waiting[-1]
+        first, shape = waiting[0][1].start, [*last.shape]
+        shape[stage.positions_at] = end.stop - first
         value = np.zeros(shape, last.dtype)
         for part, rows in waiting:
-            there = [slice(size) for size in part.shape]  # of earlier rows of scores fewer keys
-            there[along] = slice(rows.start - first, rows.stop - first)
-            value[tuple(there)] = part
+            put(stage, value, part, rows.start - first)
         self._hand_over(key, value, slice(first, end.stop))
 
     def _hand_over(self, key: Key, value: np.ndarray, rows: slice | None) -> None:

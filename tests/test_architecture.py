@@ -159,8 +159,8 @@ def test_scopes_come_in_order(arch):
 
 def test_axes_have_sizes():
     for arch in ARCHITECTURES.values():
-        for row in (*arch.stages, *arch.parameters):
-            assert all(axis_size(axis, DIMS) > 0 for axis in row.axes), row.name
+        for stage in (*arch.stages, *arch.parameters):
+            assert all(axis_size(axis, DIMS) > 0 for axis in stage.axes), stage.name
     for axis, size in ((QKV, 64), ("N*H", 32), ("H", 8), ("2K", 4), ("N+2K", 8), ("12K*H", 192)):
         assert axis_size(axis, DIMS) == size
     with pytest.raises(KeyError):

@@ -14,7 +14,7 @@ from qwen_jax.engine import JaxEngine
 from qwen_jax.weights import open_model
 from stages.architecture import Key
 from stages.errors import UserError
-from stages.trace import open_trace
+from stages.open import open_trace
 from tests.described import as_described
 from tests.tiny import write_checkpoint
 from tools.bench import __main__ as bench

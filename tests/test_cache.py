@@ -147,7 +147,7 @@ def test_where_a_decode_parts_from_the_prefill(tiny: Path) -> None:
     made = engine(tiny)
     found = trace(made, TOKENS, logits="all", generate=4)
     parted = partings(found, trace(made, found.tokens, logits="all"))
-    kinds = {found.row(each.stage).kind for each in parted}
+    kinds = {found.arch.stage[each.stage].kind for each in parted}
     assert kinds and kinds <= {LINEAR, SCORES, WEIGHTED_SUM, SOFTMAX}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.trace import open_trace
+from stages.open import open_trace
 from tests.planted import faults
 from tests.planted.cache_faults import CACHE_FAULTS
 from tests.planted.cached import ASIDE, CHUNKS, DECODING, LENGTH, bench_for, judge, known

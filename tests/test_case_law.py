@@ -487,7 +487,7 @@ def test_scores_rounded_to_bf16_are_felt_where_the_bias_of_k_is_large(
     layers have the same bits, and the last one's scores are off by a hundred times as much."""
     report = replaced(benches(), "attn_scores", lambda c: engine.bf16(OPERATIONS["attn_scores"](c)))
     assert report.verdict == "precision"
-    bits = [item.shown_bits for item in report.items if item.stage == "attn_scores"]
+    bits = [item.shown_bits for item in report.items if item.name == "attn_scores"]
     assert max(bits) - min(bits) < 1
     nats = {row.layer: row.rms for row in report.nats}
     assert min(nats[0], nats[3]) > 10 * max(nats[1], nats[2])

@@ -13,8 +13,9 @@ from qwen_jax.weights import open_model
 from stages import numbers
 from stages.architectures import ARCHITECTURES
 from stages.errors import UserError
+from stages.open import open_trace
 from stages.places import Place, place
-from stages.trace import Trace, open_trace
+from stages.trace import Trace
 from tests import test_readme, tiny
 from tests.conftest import ROOT
 from tests.described import as_described
@@ -85,7 +86,7 @@ def far_from_jax(trace: Trace, model: Path, first_position: int = 0) -> dict[str
     ours = qwen_jax.trace_model(weights, trace.tokens, first_position=first_position)
     found: dict[str, float] = {}
     for stage, layer in trace.entries:
-        row = trace.row(stage)
+        row = trace.arch.stage[stage]
         rows = trace.rows_of(stage, layer)
         theirs = trace.read_rows(stage, layer).astype(np.float64)
         right = ours.read_rows(stage, layer).astype(np.float64)
@@ -428,7 +429,7 @@ def test_onnxruntime_quantised(exported: Trace, qwen2: Path, tmp_path: Path) -> 
     assert absent(trace) == set()
     theirs = open_model(weights)
     for stage, parameter in (("ffn_up", "mlp.up_proj"), ("attn_out", "self_attn.o_proj")):
-        x = trace.read(trace.row(stage).inputs[0], 1)
+        x = trace.read(trace.arch.stage[stage].inputs[0], 1)
         right = x @ theirs.read(f"model.layers.1.{parameter}.weight").T
         error = trace.read(stage, 1) - right
         assert 1e-4 < np.sqrt((error**2).mean() / (right**2).mean()) < 0.05

@@ -9,7 +9,8 @@ from safetensors.numpy import save_file
 
 from qwen_jax.weights import open_model
 from stages.errors import UserError
-from stages.trace import Trace, open_trace
+from stages.open import open_trace
+from stages.trace import Trace
 from tests import tiny
 from tests.test_collect import SIZES, absent, far_from_jax
 from tools.collect.__main__ import main

@@ -21,8 +21,9 @@ from stages.architectures import ARCHITECTURES
 from stages.compare import _largest, compare, compare_logits
 from stages.errors import NotComparable, UserError
 from stages.mask import attention_mask
+from stages.open import open_trace
 from stages.qwen2 import QWEN2
-from stages.trace import MemoryTrace, open_trace
+from stages.trace import MemoryTrace
 from stages.writer import TraceWriter
 from tests.maintain import reference
 from tests.tiny import write_checkpoint
@@ -300,8 +301,8 @@ def last_rows(trace, rows: int, layer: int) -> MemoryTrace:
     values = {}
     for stage, number in trace.entries:
         value = trace.read_rows(stage, number)
-        if number in (None, layer) and trace.row(stage).kind.name not in ("linear", "norm"):
-            axis = trace.row(stage).axes.index("T")
+        if number in (None, layer) and trace.arch.stage[stage].kind.name not in ("linear", "norm"):
+            axis = trace.arch.stage[stage].axes.index("T")
             value = np.take(value, range(value.shape[axis] - rows, value.shape[axis]), axis)
         values[stage, number] = value
     return MemoryTrace("last", trace.config, trace.tokens, trace.dtype, values, trace.positions)
@@ -331,7 +332,7 @@ def test_a_difference_in_fewer_rows_is_placed_in_the_sequence(checkpoint, stage)
     whole = qwen_jax.trace_model(checkpoint, TOKENS)
     part = last_rows(whole, 5, 1)
     values = {key: value.copy() for key, value in part.values.items()}
-    axis = whole.row(stage).axes.index("T")
+    axis = whole.arch.stage[stage].axes.index("T")
     wrong = np.zeros(values[stage, 1].ndim, int)
     wrong[axis] = 2
     values[stage, 1][tuple(wrong)] += 1
@@ -411,7 +412,7 @@ def test_a_tolerance_that_would_disarm_the_gate_is_refused(traced, capsys, toler
         run(capsys, traced(), traced(), f"--tolerance={tolerance}")
 
 
-EVERY = [(arch.name, row.name) for arch in ARCHITECTURES.values() for row in arch.layer_stages]
+EVERY = [(arch.name, stage.name) for arch in ARCHITECTURES.values() for stage in arch.layer_stages]
 
 
 @pytest.mark.parametrize(("checkpoint", "stage"), EVERY, indirect=["checkpoint"])

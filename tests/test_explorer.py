@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from stages.architectures import ARCHITECTURES
-from stages.trace import open_trace
+from stages.open import open_trace
 from tests.planted import faults
 from tests.planted.matrix import make_bench
 from tools.localize import Localization, localize
@@ -36,9 +36,9 @@ def test_every_stage_is_a_node_and_every_input_an_edge(written: dict[str, Any]) 
     assert len(nodes) == len(graph["nodes"]) == len(expected) + 1
     # without these its page waits for ever, though its own types give them a default
     assert all({"namespace", "incomingEdges"} <= set(node) for node in graph["nodes"])
-    for row, layer in expected:
-        node = nodes[explorer.node((row.name, layer))]
-        assert len(node["incomingEdges"]) == len(row.inputs)
+    for stage, layer in expected:
+        node = nodes[explorer.node((stage.name, layer))]
+        assert len(node["incomingEdges"]) == len(stage.inputs)
         assert all(edge["sourceNodeId"] in nodes for edge in node["incomingEdges"])
     edge = nodes["layer-2/post_attn_residual"]["incomingEdges"][0]
     assert edge["sourceNodeId"] == "layer-1/post_ffn_residual"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.replay import Replay
-from stages.trace import open_trace
+from stages.open import open_trace
 from tests.planted.matrix import Bench, make_bench
 from tools.localize.mistakes import CATALOGUE, orders
 from tools.localize.stage_case import StageReplay
@@ -35,7 +35,7 @@ def told(bench: Bench, path, wrong: dict[str, Callable[[Context], Array]], stage
     replay = Replay(trace, bench.model, np.dtype("float32"), unoptimised=True)
     found: dict[str, str] = {}
     with replay.numerics():
-        case = StageReplay(replay, trace.row(stage), LAYER)
+        case = StageReplay(replay, trace.arch.stage[stage], LAYER)
         assert case.scored(case.exact) < SOUND - 2.5
         for entry in CATALOGUE:
             if stage in entry.stages and entry.dump_only in (None, False):

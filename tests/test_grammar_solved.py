@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from qwen_jax.replay import Replay
-from stages.trace import Trace, open_trace
+from stages.open import open_trace
+from stages.trace import Trace
 from tests.planted.matrix import Bench, make_bench
 from tools.localize import behind
 from tools.localize.explaining import order
@@ -75,7 +76,7 @@ def explained(bench, tmp_path, stage: str, wrong, layer=LAYER, **more):
     trace = traced(bench, tmp_path, stage, wrong, layer, **more)
     replay = Replay(trace, bench.model, np.dtype("float32"), unoptimised=True)
     with replay.numerics():
-        case = StageReplay(replay, trace.row(stage), layer)
+        case = StageReplay(replay, trace.arch.stage[stage], layer)
         assert case.scored(case.exact) < SOUND - 2.5
         return told(case)
 
@@ -258,7 +259,7 @@ def test_fused_attention_hides_no_name(bench, tmp_path, wrong, name, says, steps
     trace = traced(made, tmp_path, "attention", wrong, omit=BEHIND, steps=steps)
     replay = Replay(trace, made.model, np.dtype("float32"), unoptimised=True)
     with replay.numerics():
-        case = StageReplay(replay, trace.row("attention"), LAYER)
+        case = StageReplay(replay, trace.arch.stage["attention"], LAYER)
         found = told(case)
         if found[2] < SOUND or found[3]:
             segment = [(missing, LAYER) for missing in BEHIND]

@@ -18,8 +18,8 @@ from stages import aprt
 from stages.architecture import LAYER_INPUT
 from stages.architectures import any_stage
 from stages.errors import NotComparable
+from stages.open import open_trace
 from stages.qwen2 import QWEN2
-from stages.trace import open_trace
 from stages.verdict import class_of
 from tests.planted import checkpoints, faults
 from tests.planted.matrix import NAMES, Bench, Row, cosine, make_bench, markdown, rows, summary
@@ -356,13 +356,13 @@ def test_a_linear_stage_in_slices_of_its_weight_is_the_same(directory, tmp_path,
     trace = open_trace(bench.right.dump(tmp_path / "dump"), bench.layout)
     whole_trace = replay.Replay(trace, bench.model, np.dtype("float32"), unoptimised=True)
     with whole_trace.numerics():
-        for row in (row for row in QWEN2.stages if row.linear):
-            layer = None if row.scope == "end" else 1
-            whole = stage_case.StageReplay(whole_trace, row, layer)
+        for stage in (stage for stage in QWEN2.stages if stage.linear):
+            layer = None if stage.scope == "end" else 1
+            whole = stage_case.StageReplay(whole_trace, stage, layer)
             expected = np.asarray(whole.exact), np.asarray(whole.size)
             with monkeypatch.context() as patch:
                 patch.setattr(stage_case, "WIDENED", 700)
-                sliced = stage_case.StageReplay(whole_trace, row, layer)
+                sliced = stage_case.StageReplay(whole_trace, stage, layer)
                 assert sliced.exact.shape == whole.dump.shape
                 np.testing.assert_allclose(sliced.exact, expected[0], rtol=1e-9, atol=1e-12)
                 np.testing.assert_allclose(sliced.size, expected[1], rtol=1e-5)

@@ -32,7 +32,8 @@ from stages import verdict
 from stages.architecture import LAYER_INPUT, QKV, TOKENS, Architecture
 from stages.architectures import ARCHITECTURES, any_stage
 from stages.errors import UserError
-from stages.trace import numpy_dtype, open_trace
+from stages.files import numpy_dtype
+from stages.open import open_trace
 from tests.conftest import user_environment
 from tests.test_config import PUBLISHED, PUBLISHED_3
 from tests.tiny import hf_config, write_checkpoint

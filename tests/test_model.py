@@ -26,7 +26,7 @@ from qwen_jax.models.ops import positional, positional_by_layer, rounded
 from qwen_jax.padded import Padded
 from qwen_jax.weights.huggingface import HuggingFaceWeights
 from stages.architectures import ARCHITECTURES
-from stages.trace import numpy_dtype
+from stages.files import numpy_dtype
 from tests.conftest import ROOT, user_environment
 from tests.test_config import PUBLISHED, PUBLISHED_3
 from tests.tiny import hf_config, write_checkpoint

@@ -17,7 +17,7 @@ from qwen_jax.models.ops import positional_by_layer
 from qwen_jax.weights.huggingface import HuggingFaceWeights
 from stages.architecture import LAYER_INPUT
 from stages.architectures import ARCHITECTURES
-from stages.trace import numpy_dtype
+from stages.files import numpy_dtype
 from tests.conftest import ROOT, user_environment
 from tests.tiny import write_checkpoint
 from tests.traces import Trace, collect, jax_trace, ulps

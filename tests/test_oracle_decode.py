@@ -17,7 +17,8 @@ from qwen_jax.engine import JaxEngine  # noqa: E402
 from qwen_jax.weights.huggingface import HuggingFaceWeights  # noqa: E402
 from stages.architectures import ARCHITECTURES  # noqa: E402
 from stages.errors import UserError  # noqa: E402
-from stages.trace import Trace, open_trace  # noqa: E402
+from stages.open import open_trace  # noqa: E402
+from stages.trace import Trace  # noqa: E402
 from tests.tiny import write_checkpoint  # noqa: E402
 from tools.diff import diff  # noqa: E402
 
@@ -170,7 +171,7 @@ def test_batches_of_prompts(checkpoint):
             one = tracing.to_memory(engine, plan)
             assert (*plan.tokens, *tokens[:-1]) == one.tokens
             for stage, layer in one.entries:
-                row, parts = one.row(stage), found[stage, layer]
+                row, parts = one.arch.stage[stage], found[stage, layer]
                 if "S" not in row.axes[1:]:
                     joined, reference = np.concatenate(parts), one.read(stage, layer)
                     error = np.linalg.norm(joined - reference) / np.linalg.norm(reference)

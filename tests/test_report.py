@@ -14,7 +14,8 @@ import pytest
 import qwen_jax
 from qwen_jax import replay
 from stages.errors import UserError
-from stages.trace import Trace, open_trace
+from stages.open import open_trace
+from stages.trace import Trace
 from tests.planted import faults
 from tests.planted.checkpoints import random_checkpoint
 from tests.planted.matrix import Bench, make_bench

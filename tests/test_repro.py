@@ -14,7 +14,7 @@ import pytest
 
 from qwen_jax import replay
 from stages.errors import UserError
-from stages.trace import open_trace
+from stages.open import open_trace
 from tests.planted import faults
 from tests.planted.matrix import Bench, make_bench
 from tools.localize import Localization, __main__, localize, repro
@@ -66,16 +66,16 @@ def test_every_kind_of_stage_has_its_formula(directory, tmp_path, name):
     trace = open_trace(bench.right.dump(tmp_path / "right"), bench.layout)
     whole = replay.Replay(trace, bench.model, np.dtype("float32"))
     with whole.numerics():
-        for row in trace.arch.stages:
-            layer = row.layer_of(1)
-            case = StageReplay(whole, row, layer)
+        for stage in trace.arch.stages:
+            layer = stage.layer_of(1)
+            case = StageReplay(whole, stage, layer)
             heads = case.heads or 1
             cut = repro.Slice(case, heads - 1, np.array([20, 23]), np.array([3, 5, 12]))
             values, code = repro._operands(cut)
-            assert code, row.name
+            assert code, stage.name
             names = {"np": np, **values}
             exec(code, names)
-            dumped = trace.read(row.name, layer).ravel()[repro._places(cut)]
+            dumped = trace.read(stage.name, layer).ravel()[repro._places(cut)]
             np.testing.assert_array_equal(dumped, cut.cut(case.dump))
             np.testing.assert_allclose(names["expected"], dumped, rtol=1e-4, atol=1e-6)
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from qwen_jax import cli, engine, trace, tracing
 from stages import manifest, writer
 from stages.architectures import ARCHITECTURES
-from stages.trace import open_trace
+from stages.open import open_trace
 from tests.conftest import Result
 from tests.tiny import write_checkpoint
 

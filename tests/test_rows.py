@@ -37,7 +37,7 @@ def test_together_is_alone(
             nonlocal count
             count += 1
             row = engine.arch.cached.stage[stage]
-            axis = 1 + row.axes.index(row.row_axis)
+            axis = 1 + row.positions_at
             if row.row_axis == "T" and "S" in row.axes:
                 assert value.shape[-1] == first + value.shape[axis]
                 value = np.pad(value, [(0, 0)] * 3 + [(0, LENGTH - value.shape[-1])])

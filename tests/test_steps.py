@@ -14,7 +14,8 @@ from stages import aprt
 from stages.architecture import Key
 from stages.errors import UserError
 from stages.manifest import Changed
-from stages.trace import MemoryTrace, Trace, open_trace
+from stages.open import open_trace
+from stages.trace import MemoryTrace, Trace
 from tests.tiny import write_checkpoint
 from tools.diff import diff
 from tools.localize import __main__, localize
@@ -62,7 +63,7 @@ def rows_of_call(trace: Trace, begin: int, end: int) -> dict[Key, np.ndarray]:
     """What a call that computes these rows has of each stage."""
     found = {}
     for stage, layer in trace.entries:
-        value, axes = trace.read(stage, layer), trace.row(stage).axes
+        value, axes = trace.read(stage, layer), trace.arch.stage[stage].axes
         if axes[0] == "N":
             value = value[:, begin:end, :end]
         elif axes[0] == "S":

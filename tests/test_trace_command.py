@@ -18,7 +18,8 @@ from qwen_jax.tracing import make_plan
 from stages import manifest
 from stages.architectures import ALL_NAMES, ARCHITECTURES
 from stages.errors import UserError
-from stages.trace import numpy_dtype, open_trace
+from stages.files import numpy_dtype
+from stages.open import open_trace
 from tests.conftest import Result, user_environment
 from tests.described import as_described
 from tests.tiny import hf_config, write_checkpoint, write_json

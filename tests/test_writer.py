@@ -23,7 +23,8 @@ from safetensors.numpy import load_file, save_file
 from stages import manifest, writer
 from stages.errors import UserError
 from stages.manifest import Manifest, Model, WeightEntry
-from stages.trace import Layout, open_trace
+from stages.open import open_trace
+from stages.trace import Layout
 from stages.writer import TraceWriter
 from tests.conftest import with_mount
 

@@ -25,15 +25,16 @@ from qwen_jax.config import Config
 from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from stages import generations, preflight
-from stages.architecture import Key, Stage
+from stages.architecture import Key, Stage, place_of
 from stages.compare import BLOCK, Difference, LogitsDifference, coarser, compare, compare_logits
 from stages.errors import NotComparable, UserError, called
 from stages.generations import Choice, Parted, Prefix, shared_rows
 from stages.manifest import NAME
 from stages.mask import layer_mask
+from stages.open import open_trace
 from stages.preflight import Preflight
 from stages.selection import parse_layers, parse_stages
-from stages.trace import Layout, Trace, open_trace
+from stages.trace import Layout, Trace
 
 SCHEMA = 2
 
@@ -153,7 +154,7 @@ class TraceDifference:
         return notebook.of_difference(self)
 
     def __repr__(self) -> str:
-        said = "agree" if self.parting is None else f"differ from {where(*self.parting)} on"
+        said = "agree" if self.parting is None else f"differ from {place_of(*self.parting)} on"
         return f"<TraceDifference of {self.a.path} and {self.b.path}: {said}>"
 
     def __str__(self) -> str:
@@ -220,17 +221,17 @@ def _open(this: Trace | str | Path, other: Trace | str | Path) -> Trace:
     return open_trace(path, layout)
 
 
-def _common_rows(row: Stage, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The last rows that both sides have of a stage, in the axes of the stage table."""
-    axis = row.axes.index(row.row_axis)
+def _common_rows(stage: Stage, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The last rows that both sides have of a stage, in the stage's axes."""
+    axis = stage.positions_at
     count = min(x.shape[axis], y.shape[axis])
     place = (slice(None),) * axis + (slice(-count, None),)
     return x[place], y[place]
 
 
-def _in_the_sequence(found: Difference, row: Stage, before: int) -> Difference:
+def _in_the_sequence(found: Difference, stage: Stage, before: int) -> Difference:
     """``found`` in the last rows of a stage, with positions counted from the sequence's start."""
-    axis, worst = row.axes.index(row.row_axis), dict(found.worst)
+    axis, worst = stage.positions_at, dict(found.worst)
     if "position" in worst:
         worst["position"] = worst["position"][0] + before, worst["position"][1]
     at = (*found.at[:axis], found.at[axis] + before, *found.at[axis + 1 :])
@@ -240,35 +241,35 @@ def _in_the_sequence(found: Difference, row: Stage, before: int) -> Difference:
 def compare_traces(
     a: Trace, b: Trace, keys: list[Key]
 ) -> tuple[dict[Key, Difference], LogitsDifference | None]:
-    """Every stage of ``keys`` compared; ``b`` is the reference. Bounded memory: a stage a core.
+    """Every name of ``keys`` compared; ``b`` is the reference. Bounded memory: a name a core.
 
     Raises:
-        NotComparable: a stage has another shape on each side.
+        NotComparable: a name has another shape on each side.
     """
     dtype = coarser(a.dtype, b.dtype)
     dims = {"N": b.config["num_attention_heads"], "K": b.config["num_key_value_heads"]}
     logits: list[LogitsDifference] = []
 
     def one(key: Key) -> Difference:
-        stage, layer = key
-        row = b.row(stage)
-        x, y = _common_rows(row, a.read_rows(*key), b.read_rows(*key))
-        if x.shape == y.shape and row is b.arch.head:
+        name, layer = key
+        stage = b.arch.stage[name]
+        x, y = _common_rows(stage, a.read_rows(*key), b.read_rows(*key))
+        if x.shape == y.shape and stage is b.arch.head:
             logits.append(compare_logits(x, y))
         if x.shape != y.shape:
             raise NotComparable(
-                f"not comparable: {stage} of layer {layer} is {list(x.shape)} / {list(y.shape)}"
+                f"not comparable: {name} of layer {layer} is {list(x.shape)} / {list(y.shape)}"
             )
         mask = None
-        if row.kind.masked and layer is not None:
+        if stage.kind.masked and layer is not None:
             mask = layer_mask(b.config, layer, b.positions)[-x.shape[1] :]
-        found = compare(x, y, row, dtype, mask, row.heads(dims))
-        found = _in_the_sequence(found, row, len(b.tokens) - x.shape[row.axes.index(row.row_axis)])
-        # of the one row that is usually kept, its place goes without saying
-        return replace(found, at=found.at[1:]) if row.last and len(x) == 1 else found
+        found = compare(x, y, stage, dtype, mask, stage.heads(dims))
+        found = _in_the_sequence(found, stage, len(b.tokens) - x.shape[stage.positions_at])
+        # of the one stage that is usually kept, its place goes without saying
+        return replace(found, at=found.at[1:]) if stage.last and len(x) == 1 else found
 
     # Two threads hand Python's lock to each other at every call into NumPy, which takes longer than
-    # a small stage does.
+    # a small name does.
     large = [key for key in keys if math.prod(b.entries[key].shape) > BLOCK]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(large, pool.map(one, large), strict=True))
@@ -289,7 +290,7 @@ def _print_preflight(show: Console, a: Trace, b: Trace, ready: preflight.Preflig
         show.print(f"note: {note}")
     for trace, only in ((a, ready.only_a), (b, ready.only_b)):
         if only:
-            names = ", ".join(where(*key) for key in only[:4])
+            names = ", ".join(place_of(*key) for key in only[:4])
             more = ", ..." if len(only) > 4 else ""
             show.print(f"only in {trace.name}, not compared: {len(only)} stages ({names}{more})")
     show.print()
@@ -305,11 +306,6 @@ def _about(trace: Trace) -> str:
         f"{trace.path}: {made.get('name')} {made.get('backend')} {trace.dtype} on "
         f"{made.get('device')}, {size}"
     )
-
-
-def where(stage: str, layer: int | None) -> str:
-    """How a stage of a layer is written for people."""
-    return stage if layer is None else f"layer {layer} {stage}"
 
 
 def _table(found: TraceDifference) -> Table:
@@ -384,7 +380,7 @@ def _print_verdict(show: Console, found: TraceDifference) -> None:
     if nothing := [key for key, row in rows.items() if _without_numbers(row)]:
         show.print(
             f"NaN or infinite throughout on both sides, so nothing is known of "
-            f"{len(nothing)} stages, first {where(*nothing[0])}"
+            f"{len(nothing)} stages, first {place_of(*nothing[0])}"
         )
     until = "until then " if found.parted else ""
     if found.parted:
@@ -396,13 +392,13 @@ def _print_verdict(show: Console, found: TraceDifference) -> None:
     if parting is None:
         show.print(
             f"{until}agree: every stage within relative L2 {tolerance:g} ({needed}); first "
-            f"bits that differ: {where(*first)}"
+            f"bits that differ: {place_of(*first)}"
         )
     else:
         row = rows[parting]
         places = ", ".join(f"{axis} {i} ({r:.1e})" for axis, (i, r) in row.worst.items())
         show.print(
-            f"{until}differ: the traces part at {where(*parting)}: relative L2 "
+            f"{until}differ: the traces part at {place_of(*parting)}: relative L2 "
             f"{row.relative_l2:.1e}, tolerance {tolerance:g} ({needed})"
         )
         if places:
@@ -436,7 +432,9 @@ def _print_steps(show: Console, found: TraceDifference) -> None:
 
     def told(row: int, stage: int) -> str:
         error = found.by_row[stage, row]
-        return f"row {row} (step {found.stepped.step_of(row)}), {where(*keys[stage])} {error:.1e}"
+        return (
+            f"row {row} (step {found.stepped.step_of(row)}), {place_of(*keys[stage])} {error:.1e}"
+        )
 
     worst = int(largest.argmax())
     most = told(worst, int(found.by_row[:, worst].argmax()))

@@ -31,7 +31,7 @@ class Positional(struct.PyTreeNode):
     mask: Array
 
     def last(self, rows: int) -> "Positional":
-        """The same for the last ``rows`` query positions alone."""
+        """Tables and mask of the last ``rows`` query positions alone."""
         return Positional(self.cos[:, -rows:], self.sin[:, -rows:], self.mask[:, -rows:])
 
 

@@ -161,8 +161,8 @@ class Weights(ABC):
         return self.config.shapes
 
     def load(self, name: str, start: int, out: np.ndarray) -> None:
-        """As ``fill``, with ``out`` of the tensor's dtype or a wider one. Whoever loads all rows of
-        a tensor in order has its content hash in ``hashes``."""
+        """Read rows from ``start`` on into ``out``, which is of the tensor's dtype or a wider one.
+        Once all rows were loaded in order, the content hash is in ``hashes``."""
         dtype, hashed = self.dtype(name), name in self.hashes
         step = max(1, BLOCK // (math.prod(out.shape[1:]) * dtype.itemsize))
         scratch = None if out.dtype == dtype else np.empty((step, *out.shape[1:]), dtype)
@@ -193,7 +193,7 @@ class Weights(ABC):
         return raw_bytes(rows), str(rows.dtype)
 
     def value_hash(self, name: str) -> WeightEntry:
-        """As ``hash``, of the values that are read, whatever they are made of."""
+        """The content hash of the values as they are read, whatever the file stores."""
         return self.hash(name)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:

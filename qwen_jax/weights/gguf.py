@@ -142,8 +142,8 @@ class GgufWeights(Weights):
         return raw
 
     def _hashed(self, name: str, start: int, rows: np.ndarray) -> tuple[memoryview, str]:
-        """Of a quantised tensor the blocks count, under ggml's name, so that a manifest says which
-        file it was. The others have the hash that they would have in a Hugging Face directory."""
+        """The hash of a quantised tensor is of its blocks, under ggml's name of the type, so that a
+        manifest says which file it was; that of any other is as in a Hugging Face directory."""
         if self.types.get(name, "F32") in NATIVE:
             return super()._hashed(name, start, rows)
         return raw_bytes(self._raw(name, start, len(rows))), self.types[name]

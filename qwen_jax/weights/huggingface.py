@@ -21,7 +21,7 @@ from qwen_jax.weights.base import BLOCK, COMPANIONS, Weights, misfits, raw_bytes
 from qwen_jax.weights.files import Files
 from stages.disk import check_regular, read_json
 from stages.errors import UserError
-from stages.trace import numpy_dtype
+from stages.files import numpy_dtype
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = 5 * 10**9  # most bytes of one file, as transformers 4 writes them

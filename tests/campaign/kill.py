@@ -21,7 +21,7 @@ from random import Random
 
 from qwen_jax.weights import open_model
 from stages.errors import UserError
-from stages.trace import open_trace
+from stages.open import open_trace
 from tests import tiny
 from tools.parity import __main__ as parity
 

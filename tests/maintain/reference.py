@@ -1,4 +1,4 @@
-"""``python -m tests.maintain.reference``: write docs/reference.md from the tables of the code."""
+"""``python -m tests.maintain.reference``: write docs/reference.md from the architectures."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def render() -> str:
     lines = [
         "# Reference",
         "",
-        "Made by `python -m tests.maintain.reference` from the tables that the code runs on.",
+        "Made by `python -m tests.maintain.reference` from the architectures of the code.",
         "",
         "Axis letters: B batch, T query position, S key position, N query heads, K key/value "
         "heads, H head size, D hidden, F intermediate, V vocabulary. Files hold one sequence, "
@@ -73,13 +73,13 @@ def _tables(arch: Architecture) -> list[str]:
         "| stage | file | computed from | parameters | axes | value |",
         "|---|---|---|---|---|---|",
     ]
-    for row in arch.cached.stages:
-        place = {"start": "layer-0/", "layer": "layer-<n>/", "end": ""}[row.scope]
-        inputs, axes = ", ".join(row.inputs), " ".join(row.axes)
-        read = ", ".join(f"`{name}`" for name in row.parameters)
-        cells = [f"`{row.name}`", f"{place}{row.name}.bin", inputs, read, axes, row.value]
+    for stage in arch.cached.stages:
+        place = {"start": "layer-0/", "layer": "layer-<n>/", "end": ""}[stage.scope]
+        inputs, axes = ", ".join(stage.inputs), " ".join(stage.axes)
+        read = ", ".join(f"`{name}`" for name in stage.parameters)
+        cells = [f"`{stage.name}`", f"{place}{stage.name}.bin", inputs, read, axes, stage.value]
         lines.append(f"| {' | '.join(cells)} |")
-    cache = " and ".join(f"`{row.name}`" for row in arch.cache)
+    cache = " and ".join(f"`{stage.name}`" for stage in arch.cache)
     lines += [
         "",
         f"{cache} are there only where there is a cache; without one, what they are computed from "

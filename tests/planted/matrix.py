@@ -21,7 +21,8 @@ import numpy as np
 from qwen_jax import replay, runtime
 from qwen_jax.replay import Replay
 from qwen_jax.weights import DEMO, open_model
-from stages.trace import Layout, open_trace
+from stages.open import open_trace
+from stages.trace import Layout
 from tests.planted import checkpoints, faults
 from tools.convert import convert
 from tools.localize import Localization, localize

@@ -15,7 +15,8 @@ import numpy as np
 from qwen_jax import trace_model
 from qwen_jax.replay import Replay
 from qwen_jax.weights.base import Weights
-from stages.trace import MemoryTrace, numpy_dtype
+from stages.files import numpy_dtype
+from stages.trace import MemoryTrace
 from tests.planted.matrix import Bench, make_bench
 from tools.localize.cost import attribution
 from tools.localize.preflight import trace_dtype

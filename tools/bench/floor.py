@@ -67,7 +67,7 @@ def seconds(model: str | None, length: int, rates: Rates) -> dict[str, float]:
     weights = open_model(model)
     plan = tracing.make_plan(weights, random_tokens(length, weights))
     config, arch = weights.config, weights.config.arch
-    linear = {name for row in arch.layer_stages if row.linear for name in row.parameters}
+    linear = {name for stage in arch.layer_stages if stage.linear for name in stage.parameters}
     named = config.tensor_names("layer", 0)
     layer = sum(math.prod(weights.shapes[named[name]]) for name in linear if name in named)
     count = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size

@@ -17,7 +17,7 @@ from typing import Any
 
 from qwen_jax.weights import open_model
 from stages.errors import UserError
-from stages.trace import open_trace
+from stages.open import open_trace
 from tools.bench import floor
 from tools.bench.worker import CONTENDERS
 from tools.parity.child import last_line

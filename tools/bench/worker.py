@@ -73,8 +73,8 @@ def nnsight(plan: Plan, out: Path) -> Run:
     config = plan.model.config
     wanted = {
         each
-        for row, layer in config.arch.computation_order(config.num_hidden_layers)
-        for each in modules(config.arch, row, layer)
+        for stage, layer in config.arch.computation_order(config.num_hidden_layers)
+        for each in modules(config.arch, stage, layer)
     }
     places: list[tuple[str, str]] = []  # in the order of PyTorch's computation, as nnsight asks
     hooks = [

@@ -50,7 +50,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def overview() -> argparse.ArgumentParser:
-    """What there is to read before an engine is chosen."""
+    """The parser of ``--help`` before an engine is chosen."""
     result = cli.Parser(prog=PROG, description=__doc__)
     names = ", ".join([*engines.ENGINES, "files"])
     result.add_argument("engine", metavar="ENGINE", help=f"{names}; ENGINE --help says more")
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
 
 
 def show(console: Console, data: Mapping[str, Any], found: Collected) -> None:
-    """The same for people."""
+    """Print the summary ``data``, and a table of the collected stages."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("stage", "axes", "shape", "files"):
         table.add_column(name, justify="right" if name == "files" else "left")

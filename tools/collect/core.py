@@ -107,7 +107,7 @@ def _weights(
 
 
 def describe(session: Session, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says of an engine."""
+    """The ``engine`` object of a manifest: name, version, device, options, versions."""
     told = {"backend": "", "device": f"cpu: {platform.machine()}", "flags": ""} | session.describe()
     versions = {NAME: version(), "python": platform.python_version()}
     return told | {
@@ -119,6 +119,6 @@ def describe(session: Session, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_files(engine: str, map: str) -> dict[str, Any]:
-    """What a manifest says of files that somebody else has made."""
+    """The ``engine`` object of a manifest for a trace collected from an engine's own files."""
     told = {"name": engine, "version": "of unknown version", "backend": "", "device": "unknown"}
     return told | {"flags": "", "map": Path(map).stem, "versions": {NAME: version()}}

@@ -30,7 +30,7 @@ MAPS = Path(__file__).parent / "maps"
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What the tensors are whose name ``match`` fits as a whole.
+    """The stage that tensors hold whose whole name matches ``match``.
 
     Attributes:
         match: a regular expression; its group "layer" is the layer, "path" a module's.
@@ -54,7 +54,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Map:
-    """How one tool's files are read.
+    """How the files of one engine are named and keyed.
 
     Attributes:
         engine: what made them.

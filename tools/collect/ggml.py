@@ -219,8 +219,8 @@ class Library:
         return found
 
     def quantised(self, x: np.ndarray, kind: str) -> np.ndarray:
-        """What is left of rows [..., C] in a type such as "Q4_K", made without an importance
-        matrix: float32."""
+        """Rows [..., C] quantised to a type such as "Q4_K" without an importance matrix, and back:
+        float32."""
         from gguf import GGMLQuantizationType, quant_shape_to_byte_shape, quants
 
         number = GGMLQuantizationType[kind]

@@ -40,14 +40,14 @@ def _by_weight() -> dict[tuple[str, str], tuple[str, str]]:
     found = {("MUL_MAT", "attn_qkv.weight"): ("qkv_matmul", "")}  # q, k and v in one
     found["ADD", "attn_qkv.bias"] = ("qkv_bias", "")
     for arch in ARCHITECTURES.values():
-        for row in arch.stages:
-            beside = parts(arch, row.name)
-            for parameter in (arch.parameter[name] for name in row.parameters):
+        for stage in arch.stages:
+            beside = parts(arch, stage.name)
+            for parameter in (arch.parameter[name] for name in stage.parameters):
                 part = parameter.module.rpartition(".")[2] if beside else ""
-                found[OPERATIONS[row.kind], parameter.gguf] = row.name, part
+                found[OPERATIONS[stage.kind], parameter.gguf] = stage.name, part
                 if parameter.tied_to:
                     tied = arch.parameter[parameter.tied_to].gguf
-                    found[OPERATIONS[row.kind], tied] = row.name, part
+                    found[OPERATIONS[stage.kind], tied] = stage.name, part
     return found
 
 
@@ -175,7 +175,8 @@ class Watch:
         self._cache("v", _source(tensor, 2))
 
     def _cache(self, kind: str, source: Tensor, transposed: bool = False) -> None:
-        """What attention reads back, [S, K, H]; without flash attention V lies [K, H, S]."""
+        """Record the keys or values that attention reads, [S, K, H]; V lies [K, H, S] without flash
+        attention."""
         if not (name := CACHE.match(source.name.decode())):
             return
         cells = self._llama.read(source)[0]

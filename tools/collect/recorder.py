@@ -25,6 +25,7 @@ from stages import places
 from stages.architecture import Key, Stage, axis_size
 from stages.errors import UserError
 from stages.manifest import DTYPES, Cache, Changed, DType, Format, Manifest, Model, WeightEntry
+from stages.rows import put
 from stages.selection import parse_layers, parse_stages
 from stages.steps import changed_rows
 from stages.version import NAME, version
@@ -145,7 +146,7 @@ class Recorder:
             self.named(place.layer, stage, value, place.part)
 
     def named(self, layer: int | None, stage: str, value: Any, part: str = "") -> None:
-        """A stage's rows of this call, in the axes of the stage table, with or without batch axes
+        """A stage's rows of this call, in the stage's axes, with or without batch axes
         of 1; its last rows, where it has fewer than the call. ``part`` is the last name of one of
         the modules of q, k and v, where the three that stand side by side come one by one; the last
         one given counts.
@@ -180,57 +181,57 @@ class Recorder:
                 found = Changed(layer=layer, cache=name, row=row, step=step, bits=bits)
                 self.changed.setdefault((layer, cache, row), found)
 
-    def _side_by_side(self, row: Stage, layer: int | None, value: np.ndarray, part: str) -> None:
-        widths = places.parts(self.arch, row.name)
+    def _side_by_side(self, stage: Stage, layer: int | None, value: np.ndarray, part: str) -> None:
+        widths = places.parts(self.arch, stage.name)
         if part not in widths:
-            raise UserError(f"{part!r} is no part of {row.name}: expected {', '.join(widths)}")
+            raise UserError(f"{part!r} is no part of {stage.name}: expected {', '.join(widths)}")
         width = axis_size(widths[part], self.config.dims(1))
         if value.size % width:
             raise UserError(
-                f"{part} of {row.name} of layer {layer}: {list(value.shape)} was recorded, "
+                f"{part} of {stage.name} of layer {layer}: {list(value.shape)} was recorded, "
                 f"expected rows of {width}"
             )
-        self._parts.setdefault((row.name, layer), {})[part] = value.reshape(-1, width)
+        self._parts.setdefault((stage.name, layer), {})[part] = value.reshape(-1, width)
 
     def _join(self) -> None:
         """The call is over: what of it stands side by side becomes one."""
-        for (stage, layer), found in self._parts.items():
-            order = list(places.parts(self.arch, stage))
+        for (name, layer), found in self._parts.items():
+            order = list(places.parts(self.arch, name))
             if found.keys() == set(order):
-                row = self.arch.stage[stage]
-                whole = np.concatenate([found[name] for name in order], -1)
-                self._keep(row, layer, self._rows(row, layer, whole))
+                stage = self.arch.stage[name]
+                whole = np.concatenate([found[part] for part in order], -1)
+                self._keep(stage, layer, self._rows(stage, layer, whole))
             else:
-                self._partly[stage, layer] = ", ".join(found)
+                self._partly[name, layer] = ", ".join(found)
         self._parts.clear()
 
-    def _keep(self, row: Stage, layer: int | None, value: np.ndarray) -> None:
-        calls = self._calls.setdefault((row.name, layer), [])
+    def _keep(self, stage: Stage, layer: int | None, value: np.ndarray) -> None:
+        calls = self._calls.setdefault((stage.name, layer), [])
         if calls and calls[-1].end == len(self.positions):
-            raise UserError(f"{row.name} of layer {layer} was recorded twice in one call")
+            raise UserError(f"{stage.name} of layer {layer} was recorded twice in one call")
         calls.append(Call(len(self.positions), value))
 
-    def _rows(self, row: Stage, layer: int | None, value: np.ndarray) -> np.ndarray:
+    def _rows(self, stage: Stage, layer: int | None, value: np.ndarray) -> np.ndarray:
         """A value in the axes of the table; keys that are no rows yet are cut off.
 
         Raises:
             UserError: its shape is another.
         """
         dims = self.config.dims(len(self.positions))
-        sizes = [-1 if axis == "T" else axis_size(axis, dims) for axis in row.axes]
+        sizes = [-1 if axis == "T" else axis_size(axis, dims) for axis in stage.axes]
         try:
-            if row.heads_lead:
+            if stage.heads_lead:
                 if value.shape[-1] < sizes[-1]:
                     raise ValueError
                 value = value.reshape(sizes[0], -1, value.shape[-1])[..., : sizes[-1]]
             found = value.reshape(sizes)
-            if found.shape[row.axes.index("T")] > self.steps[-1]:
+            if found.shape[stage.axes.index("T")] > self.steps[-1]:
                 raise ValueError
         except ValueError:
             raise UserError(
-                f"{row.name} of layer {layer}: {list(value.shape)} was recorded in a call of "
-                f"{self.steps[-1]} rows; expected {' x '.join(row.axes)}: "
-                f"{' x '.join(map(str, row.shape({**dims, 'T': self.steps[-1]})))}"
+                f"{stage.name} of layer {layer}: {list(value.shape)} was recorded in a call of "
+                f"{self.steps[-1]} rows; expected {' x '.join(stage.axes)}: "
+                f"{' x '.join(map(str, stage.shape({**dims, 'T': self.steps[-1]})))}"
             ) from None
         return found
 
@@ -301,7 +302,7 @@ class Recorder:
 
     def _order(self) -> list[Key]:
         layers = self.config.num_hidden_layers
-        return [(row.name, n) for row, n in self.arch.computation_order(layers)]
+        return [(stage.name, n) for stage, n in self.arch.computation_order(layers)]
 
     def _whole(self, why: dict[str, str]) -> tuple[dict[Key, np.ndarray], dict[str, str]]:
         """Every stage over all calls, and of what is asked for but not there: stage -> why."""
@@ -328,25 +329,22 @@ class Recorder:
         return whole, absent
 
 
-def joined(row: Stage, calls: Sequence[Call]) -> np.ndarray:
+def joined(stage: Stage, calls: Sequence[Call]) -> np.ndarray:
     """The rows of all calls along T: the last run without a gap, for a trace's rows are the last
     ones of its sequence. Keys that came later are zeros in earlier rows: they are masked there, no
     part of the computation."""
-    along = row.axes.index("T")
-    run = [calls[-1].value]
-    start = calls[-1].end - calls[-1].value.shape[along]
-    for call in reversed(calls[:-1]):
+    along, start, run = stage.axes.index("T"), calls[-1].end, list[Call]()
+    for call in reversed(calls):
         if call.end != start:
             break  # rows in between were not computed
-        run.append(call.value)
-        start = call.end - call.value.shape[along]
-    if "S" in row.axes:
-        keys, at = run[0].shape[row.axes.index("S")], row.axes.index("S")
-        run = [
-            np.pad(v, [(0, keys - v.shape[at] if axis == at else 0) for axis in range(v.ndim)])
-            for v in run
-        ]
-    return np.ascontiguousarray(np.concatenate(run[::-1], along))
+        run.append(call)
+        start -= call.value.shape[along]
+    shape = [*calls[-1].value.shape]
+    shape[along] = calls[-1].end - start
+    whole = np.zeros(shape, np.result_type(*(call.value for call in run)))
+    for call in run:
+        put(stage, whole, call.value, call.end - call.value.shape[along] - start)
+    return whole
 
 
 def to_numpy(value: Any) -> np.ndarray:

@@ -7,7 +7,7 @@ being judged has to be 125: a 2 for a dump that is not there would blame the com
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stages.architecture import Architecture, Key
+from stages.architecture import Architecture, Key, place_of
 from stages.errors import UserError
 from tools.localize.result import Localization
 
@@ -39,11 +39,11 @@ def asked(arch: Architecture, layers: int, stage: str, layer: int | None = None)
     name = arch.aliases.get(stage.strip().lower(), stage.strip().lower())
     if name not in arch.stage:
         raise UserError(f"--expect-stage {stage!r}; the stages are {', '.join(arch.names)}")
-    row = arch.stage[name]
-    if layer is not None and (row.scope != "layer" or not 0 <= layer < layers):
-        held = f"0 to {layers - 1}" if row.scope == "layer" else f"none for {name}"
+    found = arch.stage[name]
+    if layer is not None and (found.scope != "layer" or not 0 <= layer < layers):
+        held = f"0 to {layers - 1}" if found.scope == "layer" else f"none for {name}"
         raise UserError(f"--expect-layer {layer}: layers are {held}")
-    numbers = range(layers) if row.scope == "layer" and layer is None else [row.layer_of(layer)]
+    numbers = range(layers) if found.scope == "layer" and layer is None else [found.layer_of(layer)]
     return {(name, number) for number in numbers}
 
 
@@ -66,5 +66,4 @@ def there(report: Localization, keys: set[Key]) -> bool:
 
 def says(found: bool, stage: str, layer: int | None) -> str:
     """The answer in a sentence."""
-    where = stage if layer is None else f"layer {layer} {stage}"
-    return f"expected at {where}: {'it is there' if found else 'no fault there'}"
+    return f"expected at {place_of(stage, layer)}: {'it is there' if found else 'no fault there'}"

@@ -51,7 +51,7 @@ def _case(
     formats: dict[Key, Format],
 ) -> StageReplay:
     others = {key: value for key, value in overrides.items() if key != without}
-    return StageReplay(replay, item.row, item.layer, others, formats)
+    return StageReplay(replay, item.stage, item.layer, others, formats)
 
 
 def _clear(
@@ -87,8 +87,8 @@ def _clear(
         certain = case.certain
         for key in readers:
             reader = by_key[key]
-            row = replay.arch.stage[key[0]]
-            case = StageReplay(replay, row, key[1], overrides | {suspect.key: exact}, formats)
+            stage = replay.arch.stage[key[0]]
+            case = StageReplay(replay, stage, key[1], overrides | {suspect.key: exact}, formats)
             if not case.replayable:
                 continue
             focus = focus_of(case, reader.masks) if reader.why == "slice" else None
@@ -122,13 +122,13 @@ def _vague_inputs(
     precision, though another one explains them: the engine may have gone on from better ones."""
     held = {item.key: item for item in items}
     vague = {}
-    for name in suspect.item.row.inputs:
+    for name in suspect.item.stage.inputs:
         if name == TOKENS:
             continue
         key = replay.arch.stored_as(name, suspect.key[1], replay.config.num_hidden_layers)
         item = held.get(key)
         if item and key not in suspects and item.level < verdict.NOMINAL[replay.dtype.name] - VAGUE:
-            case = StageReplay(replay, item.row, key[1], formats=formats)
+            case = StageReplay(replay, item.stage, key[1], formats=formats)
             if case.replayable:
                 vague[key] = case.exact
     return vague

@@ -130,4 +130,4 @@ def _operands(case: StageReplay, unit: float) -> Array:
 
 def unit_of(item: LocalError, level: float) -> float:
     """The unit roundoff of the arithmetic that leaves so many bits at a stage."""
-    return UNITS[verdict.class_of(level, item.row, item.segment) or "lower"]
+    return UNITS[verdict.class_of(level, item.stage, item.segment) or "lower"]

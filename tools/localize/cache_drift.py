@@ -37,7 +37,7 @@ def _finding(trace: Trace, stage: str, layer: int, changes: Sequence[Changed]) -
     rows[[each.row for each in changes]] = True
     bits = min(each.bits for each in changes)
     item = LocalError(
-        row=ARCHITECTURES[trace.arch.name].cached.stage[stage],
+        stage=ARCHITECTURES[trace.arch.name].cached.stage[stage],
         layer=layer,
         skipped_rows=0,
         bits=bits,
@@ -63,5 +63,5 @@ def _follows(suspect: Suspect, trace: Trace, changes: Sequence[Changed]) -> bool
     positions = np.flatnonzero(suspect.masks.get("position", ())) + suspect.item.skipped_rows
     if not len(positions) or trace.step_of(positions[0]) < min(each.step for each in changes):
         return False
-    keys = np.flatnonzero(suspect.masks["channel"]) if suspect.item.row.heads_lead else ()
+    keys = np.flatnonzero(suspect.masks["channel"]) if suspect.item.stage.heads_lead else ()
     return {*map(int, keys)} <= {each.row for each in changes}

@@ -52,11 +52,11 @@ def skipped(trace: Trace, layers: int, items: list[LocalError]) -> list[dict[str
         elif (stage.name, layer) not in measured:
             why = "what it is computed from has too few rows"
             rows.setdefault((stage.name, why), []).append(layer)
-    covered = {link: item.stage for item in items for link in item.segment}
+    covered = {link: item.name for item in items for link in item.segment}
     result = []
     for (name, why), found in rows.items():
         entry: dict[str, Any] = {"stage": name, "why": why}
-        if trace.row(name).scope == "layer" and len(found) < layers:
+        if trace.arch.stage[name].scope == "layer" and len(found) < layers:
             entry["layers"] = found
         through = {covered.get((name, layer)) for layer in found}
         if None not in through:

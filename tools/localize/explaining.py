@@ -26,7 +26,7 @@ def explain(evidence: Evidence, blame: Blame) -> list[Finding]:
     hints: dict[str, list[str]] = {}  # stage -> names that explained another layer
     result = []
     for suspect in blame.suspects:
-        stage = suspect.item.stage
+        stage = suspect.item.name
         finding = one(evidence, blame, suspect, hints.get(stage, []))
         if finding.diagnosis:
             hints.setdefault(stage, []).append(finding.diagnosis[0].name)

@@ -101,7 +101,7 @@ class Fault:
 
     def to_json(self) -> dict[str, Any]:
         """An element of ``faults``."""
-        here = [f for f in self.findings if f.suspect.item.stage == self.stage]
+        here = [f for f in self.findings if f.suspect.item.name == self.stage]
         suspect = min(here, key=lambda f: f.suspect.found).suspect
         entry: dict[str, Any] = {
             "layer": self.layer,
@@ -139,16 +139,16 @@ def faults(findings: list[Finding], items: Sequence[LocalError]) -> list[Fault]:
     measured: dict[str, set[int | None]] = {}
     order: dict[Key, int] = {}
     for item in items:
-        measured.setdefault(item.stage, set()).add(item.layer)
+        measured.setdefault(item.name, set()).add(item.layer)
         order[item.key] = len(order)
     for finding in findings:  # of a cache that is no stage of the trace
         every = set().union(*measured.values()) - {None}
-        measured.setdefault(finding.suspect.item.stage, every).add(finding.suspect.item.layer)
+        measured.setdefault(finding.suspect.item.name, every).add(finding.suspect.item.layer)
         order.setdefault(finding.suspect.key, len(order))
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         name = finding.diagnosis[0].name if finding.diagnosis else finding.suspect.why
-        groups.setdefault((finding.suspect.item.stage, name, _told(finding)), []).append(finding)
+        groups.setdefault((finding.suspect.item.name, name, _told(finding)), []).append(finding)
     found = [_fault(stage, group, measured) for (stage, *_), group in groups.items()]
     found = _other_layers(found, measured, order)
     result: list[Fault] = []
@@ -175,7 +175,7 @@ def _together(
     stages = dict.fromkeys(s for fault in found for s in (fault.stage, *fault.also))
     findings = [finding for fault in found for finding in fault.findings]
     here = [s for s in stages if measured[s] != {None}] or [first.stage]
-    layers = {f.suspect.item.layer for f in findings if f.suspect.item.stage in here}
+    layers = {f.suspect.item.layer for f in findings if f.suspect.item.name in here}
     layer = _layers(list(layers), set().union(*(measured[s] for s in here)))
     others = [s for s in stages if s != first.stage]
     return Fault(layer, first.stage, findings, others, joined or first.joined)

@@ -7,8 +7,10 @@ from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages import headroom
+from stages.files import numpy_dtype
 from stages.manifest import NAME
-from stages.trace import Trace, numpy_dtype, open_trace
+from stages.open import open_trace
+from stages.trace import Trace
 from stages.verdict import LocalError
 from tools.localize import coverage
 from tools.localize.cache_drift import with_changes

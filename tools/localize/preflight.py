@@ -7,7 +7,8 @@ import numpy as np
 
 from qwen_jax.weights.base import Weights
 from stages.errors import NotComparable
-from stages.trace import Trace, coarsest_dtype
+from stages.files import coarsest_dtype
+from stages.trace import Trace
 
 
 def trace_dtype(trace: Trace) -> str:
@@ -17,7 +18,7 @@ def trace_dtype(trace: Trace) -> str:
         return trace.dtype
     # not the embedding, which has the weights' format, nor scores, where a mask's fill may stand
     first = trace.arch.first.name
-    telling = [k for k in trace.entries if k[0] != first and not trace.row(k[0]).kind.masked]
+    telling = [k for k in trace.entries if k[0] != first and not trace.arch.stage[k[0]].kind.masked]
     values = [trace.read(*key).ravel()[:65536] for key in telling[:6]]
     return coarsest_dtype(np.concatenate(values)) if values else "float32"
 

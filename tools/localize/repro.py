@@ -34,7 +34,7 @@ from stages.architecture import (
     Kind,
 )
 from stages.errors import UserError
-from stages.trace import numpy_dtype
+from stages.files import numpy_dtype
 from stages.verdict import Suspect
 from stages.version import NAME, version
 from tools.localize.grouping import CHANGED, Fault
@@ -248,7 +248,7 @@ def write(
     with replay.numerics():
         suspect = fault.first.suspect
         item, formats = suspect.item, report.fitted.formats
-        case = StageReplay(replay, item.row, item.layer, formats=formats)
+        case = StageReplay(replay, item.stage, item.layer, formats=formats)
         found, needed = _smallest(case, min(suspect.expected, _usual(report, suspect), 24.0))
         values, code = _operands(found)
         data = values | {
@@ -279,8 +279,8 @@ def _usual(report: Localization, suspect: Suspect) -> float:
         return suspect.expected
     faulty = {finding.suspect.key for finding in report.findings}
     sound = [item for item in report.items if item.key not in faulty]
-    kin = [item for item in sound if item.row.kind is suspect.item.row.kind]
-    siblings = [item for item in kin if item.stage == suspect.item.stage] or kin
+    kin = [item for item in sound if item.stage.kind is suspect.item.stage.kind]
+    siblings = [item for item in kin if item.name == suspect.item.name] or kin
     return min((item.shown_bits for item in siblings), default=suspect.expected)
 
 

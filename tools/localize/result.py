@@ -8,7 +8,7 @@ import msgspec
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from stages import verdict
-from stages.architecture import LINEAR, LOOKUP, SCORES, WEIGHTED_SUM
+from stages.architecture import LINEAR, LOOKUP, SCORES, WEIGHTED_SUM, place_of
 from stages.trace import Trace
 from stages.verdict import LocalError
 from tools.localize import grouping
@@ -74,7 +74,7 @@ class Localization:
     @property
     def computed_in(self) -> list[str]:
         """The number formats that stages are computed in, for people."""
-        stages = dict.fromkeys(item.stage for item in self.items)
+        stages = dict.fromkeys(item.name for item in self.items)
         said = {part for s in stages for f in self.fitted.names(s) for part in f.says.split("; ")}
         return sorted(said - {"float32"})  # of one weight beside others that have a format
 
@@ -156,7 +156,7 @@ def _odd(finding: Finding) -> dict[str, Any]:
     suspect = finding.suspect
     return {
         "layer": suspect.item.layer,
-        "stage": suspect.item.stage,
+        "stage": suspect.item.name,
         "bits": round(suspect.found, 1),
         "expected_bits": round(suspect.expected, 1),
         "where": suspect.where,
@@ -204,15 +204,17 @@ def _cost(report: Localization) -> str:
     change = report.harm.logprob_change
     shares = report.harm.shares.items()
     (stage, layer), share = max(shares, key=lambda pair: pair[1].logprob / change)
-    where = stage if layer is None else f"layer {layer} {stage}"
-    return f"and it costs {abs(change):.2g} nats, {share.logprob / change:.0%} of it at {where}"
+    return (
+        f"and it costs {abs(change):.2g} nats, {share.logprob / change:.0%} of it at "
+        f"{place_of(stage, layer)}"
+    )
 
 
 def _through(items: list[LocalError]) -> dict[str, set[str]]:
     """Stage -> the missing stages that it was computed through."""
     through: dict[str, set[str]] = {}
     for item in items:
-        through.setdefault(item.stage, set()).update(stage for stage, _ in item.segment)
+        through.setdefault(item.name, set()).update(stage for stage, _ in item.segment)
     return through
 
 

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from qwen_jax import cli
 from stages import verdict
+from stages.architecture import place_of
 from stages.verdict import LocalError
 from tools.localize.cost.show import show_harm
 from tools.localize.result import COLOURS, Fault, Finding, Localization, faults, place, sentence
@@ -42,7 +43,7 @@ def _cell(item: LocalError | None, faulty: bool) -> Text:
     number = "exact" if item.bits >= verdict.EXACT_BITS else f"{item.bits:.1f}"
     if faulty:
         return Text(number + "*", style="bold red")
-    found = verdict.class_of(item.level, item.row, item.segment) or "lower"
+    found = verdict.class_of(item.level, item.stage, item.segment) or "lower"
     return Text(number, style=COLOURS[found])
 
 
@@ -73,7 +74,7 @@ def show_localization(show: Console, report: Localization) -> None:
     show_harm(show, report)
     over = [row for row in report.headroom if row.overflows]
     for row in over[:OVER]:
-        place = row.stage if row.layer is None else f"layer {row.layer} {row.stage}"
+        place = place_of(row.stage, row.layer)
         what = "" if row.what == "value" else f" {row.what}"
         show.print(f"in float16 overflows {place}: {row.largest:,.0f}{what}, channel {row.channel}")
     if len(over) > OVER:
@@ -125,11 +126,10 @@ def fault_lines(fault: Fault) -> list[str]:
 def odd_line(finding: Finding) -> str:
     """What is said of a stage that is lower than its like, within what rounding can do."""
     suspect = finding.suspect
-    stage, layer = suspect.key
     where = ", ".join(f"{axis} {which}" for axis, which in suspect.where.items())
-    of = stage if layer is None else f"layer {layer} {stage}"
     return (
-        f"odd, no fault: {of}, {where}: {suspect.found:.1f} bits, {suspect.expected:.1f} usual; "
+        f"odd, no fault: {place_of(*suspect.key)}, {where}: "
+        f"{suspect.found:.1f} bits, {suspect.expected:.1f} usual; "
         f"{finding.excess:.2g} of what rounding can do at most"
     )
 

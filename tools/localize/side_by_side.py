@@ -9,11 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from stages import verdict
+from stages.architecture import place_of
 from stages.architectures import ALL_NAMES, any_stage
 from stages.trace import Trace
 from tools.localize.cost.attribution import LARGEST, SEEN
 from tools.localize.cost.query import Question
-from tools.localize.cost.show import named, placed
+from tools.localize.cost.show import named
 from tools.localize.result import COLOURS, Localization
 
 MADE_BY = ("made by, in nats", "A", "B", "A - B")  # columns of the rows of ``margins``
@@ -28,7 +29,7 @@ def judgements(a: Localization, b: Localization) -> list[dict[str, Any]]:
     """
     rows = []
     for name in ALL_NAMES:
-        levels = [[item.level for item in r.items if item.stage == name] for r in (a, b)]
+        levels = [[item.level for item in r.items if item.name == name] for r in (a, b)]
         if not all(levels):
             continue
         worst = [min(each) for each in levels]
@@ -54,12 +55,12 @@ def judgements(a: Localization, b: Localization) -> list[dict[str, Any]]:
 
 
 def _faulty_layers(report: Localization, stage: str) -> list[int | None]:
-    return [f.suspect.item.layer for f in report.findings if f.suspect.item.stage == stage]
+    return [f.suspect.item.layer for f in report.findings if f.suspect.item.name == stage]
 
 
 def _bits(report: Localization, stage: str) -> list[float]:
     """[lowest, highest] over the layers."""
-    found = [round(item.bits, 1) for item in report.items if item.stage == stage]
+    found = [round(item.bits, 1) for item in report.items if item.name == stage]
     return [min(found), max(found)]
 
 
@@ -162,7 +163,7 @@ def margins(a: Localization, b: Localization) -> tuple[str, list[list[str]]] | N
     rows = [row for row in found["shares"] if abs(row["difference"]) >= SEEN][:LARGEST]
     sides = ("a", "b", "difference")
     return sentence, [
-        [placed((row["stage"], row["layer"])), *(f"{row[side]:+.2g}" for side in sides)]
+        [place_of(row["stage"], row["layer"]), *(f"{row[side]:+.2g}" for side in sides)]
         for row in rows
     ]
 

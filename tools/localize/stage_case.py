@@ -86,13 +86,13 @@ class StageReplay:
         """The number format that the stage is computed in; None is float64."""
         return self.formats.get(self.key)
 
-    def other(self, stage: str, layer: int | None = None) -> "StageReplay":
-        """Another stage, of this layer or another."""
-        row = self.arch.stage[stage]
-        return self._at(row, row.layer_of(self.layer) if layer is None else layer)
+    def other(self, name: str, layer: int | None = None) -> "StageReplay":
+        """Another name, of this layer or another."""
+        stage = self.arch.stage[name]
+        return self._at(stage, stage.layer_of(self.layer) if layer is None else layer)
 
-    def _at(self, row: Stage, layer: int | None) -> "StageReplay":
-        return replace(self, stage=row, layer=layer, most=None)
+    def _at(self, stage: Stage, layer: int | None) -> "StageReplay":
+        return replace(self, stage=stage, layer=layer, most=None)
 
     def last(self, rows: int | None) -> "StageReplay":
         """The same stage, of the last rows alone; None is all of them."""
@@ -160,7 +160,7 @@ class StageReplay:
     @property
     def has_calls(self) -> bool:
         """Whether the engine has a cache to make mistakes with."""
-        stored = any(row.kind is CACHE for row in self.arch.stages)
+        stored = any(stage.kind is CACHE for stage in self.arch.stages)
         return stored or len(self.replay.trace.steps) > 1
 
     @cached_property
@@ -172,9 +172,9 @@ class StageReplay:
 
     def parameter(self, name: str, layer: int | None = None) -> Weight:
         """A parameter of this layer, or of another; vectors in float64, matrices as stored."""
-        row = self.arch.parameter[name]
+        stage = self.arch.parameter[name]
         number = self.layer if layer is None else layer
-        tensor = self.config.tensor_names(row.scope, number)[name]
+        tensor = self.config.tensor_names(stage.scope, number)[name]
         found = self.model.read(tensor)
         return _exact(found) if found.ndim == 1 else found
 

@@ -12,7 +12,7 @@ import numpy as np
 from qwen_jax.replay import Replay
 from stages import verdict
 from stages.architecture import CACHE, TOKENS, Key
-from stages.trace import coarsest_dtype
+from stages.files import coarsest_dtype
 from stages.verdict import LocalError, Suspect
 from tools.localize.formats.fit import Fitted
 from tools.localize.formats.registry import GRIDS
@@ -56,7 +56,7 @@ def low_bits(evidence: Evidence, known: set[Key]) -> Iterator[Suspect]:
 
 def _all_rows(suspect: Suspect) -> Suspect:
     """Of a cache, rows that hold nothing are seldom the only wrong ones."""
-    if suspect.why != "zero" or suspect.item.row.kind is not CACHE:
+    if suspect.why != "zero" or suspect.item.stage.kind is not CACHE:
         return suspect
     bad = verdict.bad_slices(suspect.item, suspect.expected)
     masks = {axis: mask | suspect.masks.get(axis, False) for axis, mask in bad.items()}
@@ -75,14 +75,14 @@ def near_matches(evidence: Evidence, known: set[Key]) -> Iterator[Suspect]:
     usual = verdict.usual_levels(items, dtype)
     for name, expected in usual.items():
         near = [entry for entry in CATALOGUE if entry.near and name in entry.stages]
-        mine = [i for i in items if i.stage == name and i.key not in known]
+        mine = [i for i in items if i.name == name and i.key not in known]
         if not mine:
             continue
         floor = min(verdict.NOMINAL[_format(replay, mine[0])], 23.5)
         if expected > floor - 1.5:
             continue
         for item in mine:
-            case = StageReplay(replay, item.row, item.layer, formats=fitted.formats)
+            case = StageReplay(replay, item.stage, item.layer, formats=fitted.formats)
             if not case.replayable:
                 continue
             cases = [case, *map(case.under, fitted.hints(item, replay.config))]
@@ -117,7 +117,9 @@ def off_grid(evidence: Evidence, known: set[Key]) -> Iterator[Suspect]:
         if not coarse or item.segment or item.key in known or item.key in fitted.by_item:
             continue
         count = replay.config.num_hidden_layers
-        keys = [replay.arch.stored_as(n, item.layer, count) for n in item.row.inputs if n != TOKENS]
+        keys = [
+            replay.arch.stored_as(n, item.layer, count) for n in item.stage.inputs if n != TOKENS
+        ]
         if not any(_grid(replay, key) for key in [item.key, *keys] if key in replay.trace.entries):
             expected = verdict.NOMINAL[dtype]
             masks = verdict.bad_slices(item, expected)
@@ -136,15 +138,15 @@ def below_alike(evidence: Evidence, known: set[Key]) -> Iterator[Suspect]:
     weights than they were given, if they are coarser or no rounding of their inputs can be it."""
     replay, items, fitted = evidence.replay, evidence.items, evidence.fitted
     dtype = evidence.dtype
-    linear = [i for i in items if i.row.linear and not i.segment and i.key not in known]
+    linear = [i for i in items if i.stage.linear and not i.segment and i.key not in known]
     alike = [i for i in linear if i.key in fitted.by_item]
-    if dtype != "float32" or len({item.stage for item in alike}) < 3:
+    if dtype != "float32" or len({item.name for item in alike}) < 3:
         return
     lowest, expected = min(i.shown_bits for i in alike), min(i.level for i in alike)
     for item in linear:
         if item.key in fitted.by_item or item.level >= verdict.CLASSES[2][1]:
             continue
-        case = StageReplay(replay, item.row, item.layer, formats=fitted.formats)
+        case = StageReplay(replay, item.stage, item.layer, formats=fitted.formats)
         if item.bits < lowest - BELOW_ALIKE or (case.replayable and not _of_the_inputs(case)):
             masks = verdict.bad_slices(item, expected)
             yield Suspect(item=item, expected=expected, why="kin", masks=masks)
@@ -168,7 +170,7 @@ def _of_the_inputs(case: StageReplay) -> bool:
 
 def _format(replay: Replay, item: LocalError) -> str:
     """The coarsest format that holds a stage's dump exactly."""
-    return coarsest_dtype(replay.trace.read(item.stage, item.layer).ravel()[:65536])
+    return coarsest_dtype(replay.trace.read(item.name, item.layer).ravel()[:65536])
 
 
 DETECTORS: tuple[Detector, ...] = (low_bits, near_matches, off_grid, below_alike)

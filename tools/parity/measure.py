@@ -11,7 +11,8 @@ from qwen_jax.weights.base import Weights
 from stages import verdict
 from stages.architecture import Key, Stage
 from stages.compare import Difference, LogitsDifference
-from stages.trace import MemoryTrace, Trace, numpy_dtype, tensor_hash
+from stages.files import numpy_dtype, tensor_hash
+from stages.trace import MemoryTrace, Trace
 from stages.verdict import LocalError
 from tools.diff import TOLERANCE, compare_traces
 from tools.parity.grid import Point
@@ -120,7 +121,7 @@ class Local:
             "local_bits": {
                 "worst": round(worst.level, 2),
                 "unadjusted": round(worst.bits, 2),
-                "stage": worst.stage,
+                "stage": worst.name,
                 "layer": worst.layer,
             },
             "classes": self.classes(),
@@ -131,14 +132,14 @@ class Local:
         """Kind of stage -> the coarsest precision class found in it."""
         found: dict[str, str] = {}
         for item in self.items:
-            kind, name = item.row.kind.name, class_of(item)
+            kind, name = item.stage.kind.name, class_of(item)
             held = found.get(kind, name)
             found[kind] = max(held, name, key=_coarseness)
         return found
 
 
 def class_of(item: LocalError) -> str:
-    return verdict.class_of(item.level, item.row, item.segment) or "lower"
+    return verdict.class_of(item.level, item.stage, item.segment) or "lower"
 
 
 def _coarseness(name: str) -> int:
@@ -161,12 +162,12 @@ def local(traces: Iterable[MemoryTrace], model: Weights, point: Point, device: s
         result.items += items
         odd = {suspect.key: suspect.why for suspect in verdict.suspects(items, dtype)}
         for item in items:
-            key = item.stage, item.layer
-            expected = expected_class(point, item.row, device)
+            key = item.name, item.layer
+            expected = expected_class(point, item.stage, device)
             why = "bits" if _coarseness(class_of(item)) > _coarseness(expected) else odd.get(key)
             if why and item.level < worst.get(key, {"bits": np.inf})["bits"]:
                 worst[key] = {
-                    "stage": item.stage,
+                    "stage": item.name,
                     "layer": item.layer,
                     "bits": round(item.level, 2),
                     "class": class_of(item),
@@ -178,11 +179,11 @@ def local(traces: Iterable[MemoryTrace], model: Weights, point: Point, device: s
     return result
 
 
-def expected_class(point: Point, row: Stage, device: str) -> str:
+def expected_class(point: Point, stage: Stage, device: str) -> str:
     """The coarsest arithmetic that the point asked for: a fault is what lies below."""
     lower = point.products in ("tf32", "bf16x3") or (
         point.precision != "highest" and device == "gpu"
     )
-    if row.kind.sums_products and point.dtype == "float32" and lower:
+    if stage.kind.sums_products and point.dtype == "float32" and lower:
         return "tf32/f16"
     return CLASS[point.dtype]

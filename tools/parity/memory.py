@@ -31,7 +31,7 @@ def sequences(
 def compared(trace: Trace, key: Key) -> np.ndarray:
     """A stage with zeros where no part of the computation stands: scores that the mask removes."""
     value = trace.read(*key)
-    if not trace.row(key[0]).kind.masked or key[1] is None:
+    if not trace.arch.stage[key[0]].kind.masked or key[1] is None:
         return value
     mask = layer_mask(trace.config, key[1], trace.positions)
     return np.where(mask, value, value.dtype.type(0))

@@ -15,14 +15,14 @@ from jax.tree_util import tree_leaves_with_path
 
 from qwen_jax import runtime
 from qwen_jax.config import Config
-from qwen_jax.engine import JaxEngine, Want
+from qwen_jax.engine import JaxEngine
 from qwen_jax.forward import Params, forward, load, run_stages
 from qwen_jax.models import FUNCTIONS
 from qwen_jax.models.ops import positional_by_layer
-from qwen_jax.padded import Padded
+from qwen_jax.padded import Padded, Want
 from qwen_jax.weights.base import Weights
 from stages.architecture import LAYER_INPUT, TOKENS, Key, Scope, Stage
-from stages.trace import numpy_dtype
+from stages.files import numpy_dtype
 from tools.parity.variants import Variant
 
 Values = dict[Key, np.ndarray]
@@ -81,14 +81,14 @@ class Layers(JaxEngine):
         super().__init__(model, dtype, backend, device, precision=None)
 
     def _compiled(
-        self, rows: tuple[Stage, ...], how: Callable[..., Any] = run_stages
+        self, stages: tuple[Stage, ...], how: Callable[..., Any] = run_stages
     ) -> Callable[..., Any]:
         functions, usual = self.variant.functions, FUNCTIONS[self.arch.name]
-        if rows == self.arch.layer_stages:
-            rows = self.variant.rows
-        elif all(functions.get(row.name) is usual.get(row.name) for row in rows):
-            return super()._compiled(rows, how)
-        own = partial(run_stages, rows, self.model.config, dtype=self.dtype, functions=functions)
+        if stages == self.arch.layer_stages:
+            stages = self.variant.stages
+        elif all(functions.get(row.name) is usual.get(row.name) for row in stages):
+            return super()._compiled(stages, how)
+        own = partial(run_stages, stages, self.model.config, dtype=self.dtype, functions=functions)
         if self.backend == "eager":
             return own
         return jax.jit(own, compiler_options=runtime.compiler_options())
@@ -101,8 +101,8 @@ class Layers(JaxEngine):
         weights = partial(stored, self.model)
         x = struct((rows, length, config.hidden_size), self.dtype)
 
-        def part(name: str, function: Any, *arguments: Any, rows: tuple[Stage, ...]) -> Part:
-            return Part(name, function, arguments, tuple(stage.name for stage in rows))
+        def part(name: str, function: Any, *arguments: Any, stages: tuple[Stage, ...]) -> Part:
+            return Part(name, function, arguments, tuple(stage.name for stage in stages))
 
         table = weights("start")
         used = struct(
@@ -115,7 +115,7 @@ class Layers(JaxEngine):
             {arch.embedding.name: used},
             pos[False],
             ids,
-            rows=arch.start_stages,
+            stages=arch.start_stages,
         )
         for sliding in sorted(pos):
             layer = config.sliding_layers.index(sliding)
@@ -125,7 +125,7 @@ class Layers(JaxEngine):
                 weights("layer", layer),
                 pos[sliding],
                 {LAYER_INPUT: x},
-                rows=self.variant.rows,
+                stages=self.variant.stages,
             )
         end = weights("end")
         norm, head = arch.end_stages[:-1], arch.head
@@ -135,7 +135,7 @@ class Layers(JaxEngine):
             {p: end[p] for stage in norm for p in stage.parameters},
             pos[False],
             {arch.layer_output.name: x},
-            rows=norm,
+            stages=norm,
         )
         yield part(
             "head",
@@ -143,7 +143,7 @@ class Layers(JaxEngine):
             {p: end[p] for p in head.parameters},
             pos[False],
             {head.inputs[0]: x},
-            rows=(head,),
+            stages=(head,),
         )
 
     def values(self, batch: Padded, want: Want = lambda stage, layer: True) -> Values:

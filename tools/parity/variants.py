@@ -19,7 +19,7 @@ from stages.architecture import Architecture, Stage
 class Variant:
     """Which stages a layer computes, and how: arguments of ``forward.run_stages``."""
 
-    rows: tuple[Stage, ...]
+    stages: tuple[Stage, ...]
     functions: Mapping[str, StageFunction]
 
 
@@ -126,9 +126,9 @@ PLANTS: dict[str, tuple[str, Callable[..., Array]]] = {
 
 def variant(arch: Architecture, attention: str, plant: str, products: str = "") -> Variant:
     """The stages of a point's candidate."""
-    rows, functions = arch.layer_stages, dict(FUNCTIONS[arch.name])
+    stages, functions = arch.layer_stages, dict(FUNCTIONS[arch.name])
     if attention in ATTENTION:
-        rows = _fused(arch)
+        stages = _fused(arch)
         functions["attention"] = ATTENTION[attention]
     if products:
         summed = [stage.name for stage in arch.stages if stage.kind.sums_products]
@@ -136,7 +136,7 @@ def variant(arch: Architecture, attention: str, plant: str, products: str = "") 
     if plant:
         stage, function = PLANTS[plant]
         functions[stage] = function
-    return Variant(rows, functions)
+    return Variant(stages, functions)
 
 
 def _fused(arch: Architecture) -> tuple[Stage, ...]:
@@ -147,5 +147,5 @@ def _fused(arch: Architecture) -> tuple[Stage, ...]:
     scores = arch.stage[softmax.inputs[0]]
     inputs = (*scores.inputs, *last.inputs[1:])
     one = replace(last, inputs=inputs, keys=(*scores.keys, *last.keys))
-    rows = (one if row is last else row for row in arch.layer_stages)
-    return tuple(row for row in rows if row not in (scores, softmax))
+    stages = (one if stage is last else stage for stage in arch.layer_stages)
+    return tuple(stage for stage in stages if stage not in (scores, softmax))

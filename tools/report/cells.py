@@ -13,7 +13,7 @@ from qwen_jax.replay import Replay
 from qwen_jax.weights.base import Weights
 from stages import verdict
 from stages.architecture import SOFTMAX, Key
-from stages.trace import numpy_dtype
+from stages.files import numpy_dtype
 from stages.verdict import LocalError
 from tools.localize.result import Localization
 from tools.localize.stage_case import StageReplay
@@ -56,7 +56,7 @@ def measured(item: LocalError) -> dict[str, Any]:
     for axis, (levels, _) in item.slices.items():
         kept, step = lowest(np.asarray(levels), BARS)
         first = item.skipped_rows if axis == "position" else 0
-        name = "key" if axis == "channel" and item.row.heads_lead else axis
+        name = "key" if axis == "channel" and item.stage.heads_lead else axis
         found[name] = {"levels": packed(kept), "step": step, "first": first, "size": levels.size}
     return found
 
@@ -75,15 +75,15 @@ def details(report: Localization, weights: Weights) -> Iterator[tuple[Key, dict[
     faulty = {finding.suspect.key for finding in report.findings}
     lowest_of: dict[str, float] = {}
     for item in report.items:
-        lowest_of[item.stage] = min(item.level, lowest_of.get(item.stage, item.level))
+        lowest_of[item.name] = min(item.level, lowest_of.get(item.name, item.level))
 
     def wanted(item: LocalError) -> tuple[bool, bool]:
-        return item.key not in faulty, item.level > lowest_of[item.stage]
+        return item.key not in faulty, item.level > lowest_of[item.name]
 
     spent = 0.0
     for item in sorted(report.items, key=wanted):
         with replay.numerics():
-            case = StageReplay(replay, item.row, item.layer, formats=report.fitted.formats)
+            case = StageReplay(replay, item.stage, item.layer, formats=report.fitted.formats)
             if not case.replayable:
                 continue
             spent += _work(case)
@@ -131,10 +131,10 @@ def detail(case: StageReplay) -> dict[str, Any]:
 
 def _grid(case: StageReplay, error: np.ndarray, scale: np.ndarray, before: int) -> dict[str, Any]:
     """Bits of heads (or else of neighbouring channels) x positions."""
-    heads, row = case.heads, case.stage
+    heads, stage = case.heads, case.stage
     sums = []
     for values in (np.square(error), scale):
-        by_head = np.asarray(row.by_head(heads or 1, values))
+        by_head = np.asarray(stage.by_head(heads or 1, values))
         grid = by_head.sum(-1) if heads else by_head[0].T
         grid, height = binned(grid, ROWS, 0)
         grid, width = binned(grid, COLUMNS, 1)

@@ -43,39 +43,39 @@ def graph(arch: Architecture, layers: int, dims: dict[str, int]) -> Data:
     """
     # what its types give a default, its pages do not
     nodes: list[Data] = [{"id": TOKENS, "label": TOKENS, "namespace": "", "incomingEdges": []}]
-    for row, layer in arch.computation_order(layers):
+    for stage, layer in arch.computation_order(layers):
         sources = [
             TOKENS if name == TOKENS else node(arch.stored_as(name, layer, layers))
-            for name in row.inputs
+            for name in stage.inputs
         ]
         nodes.append(
             {
-                "id": node((row.name, layer)),
-                "label": row.name,
-                "namespace": f"layer-{layer}" if row.scope == "layer" else "",
-                "attrs": [{"key": k, "value": v} for k, v in _attributes(arch, row, layer)],
+                "id": node((stage.name, layer)),
+                "label": stage.name,
+                "namespace": f"layer-{layer}" if stage.scope == "layer" else "",
+                "attrs": [{"key": k, "value": v} for k, v in _attributes(arch, stage, layer)],
                 "incomingEdges": [
                     {"sourceNodeId": source, "sourceNodeOutputId": "0", "targetNodeInputId": str(i)}
                     for i, source in enumerate(sources)
                 ],
                 "outputsMetadata": [
-                    {"id": "0", "attrs": [{"key": "shape", "value": _shape(row, dims)}]}
+                    {"id": "0", "attrs": [{"key": "shape", "value": _shape(stage, dims)}]}
                 ],
             }
         )
     return {"label": arch.name, "graphs": [{"id": arch.name, "nodes": nodes}]}
 
 
-def _attributes(arch: Architecture, row: Stage, layer: int | None) -> Iterator[tuple[str, str]]:
-    yield "value", row.value
-    yield "arithmetic", row.kind.name
-    yield "axes", " x ".join(row.axes)
-    for name in row.parameters:
+def _attributes(arch: Architecture, stage: Stage, layer: int | None) -> Iterator[tuple[str, str]]:
+    yield "value", stage.value
+    yield "arithmetic", stage.kind.name
+    yield "axes", " x ".join(stage.axes)
+    for name in stage.parameters:
         yield f"parameter {name}", arch.parameter[name].tensor_name(layer)
 
 
-def _shape(row: Stage, dims: dict[str, int]) -> str:
-    return " x ".join(str(axis_size(axis, dims)) for axis in row.axes)
+def _shape(stage: Stage, dims: dict[str, int]) -> str:
+    return " x ".join(str(axis_size(axis, dims)) for axis in stage.axes)
 
 
 def node_data(report: Localization) -> dict[str, Data]:
@@ -85,7 +85,7 @@ def node_data(report: Localization) -> dict[str, Data]:
         for view in views.of_localizations({"A": report}, {"A": {}})
     }
     classes = {
-        node(item.key): {"value": verdict.class_of(item.level, item.row, item.segment) or "lower"}
+        node(item.key): {"value": verdict.class_of(item.level, item.stage, item.segment) or "lower"}
         for item in report.items
     }
     found["class"] = {report.trace.arch.name: {"name": "precision class", "results": classes}}

@@ -38,14 +38,14 @@ def _whole(title: str, parts: Iterable[str], view: View) -> str:
 
 def _map(trace: Trace, view: View, faulty: set[Key]) -> str:
     values = view.cells["A"]
-    shown = [row for row in trace.arch.stages if any(key[0] == row.name for key in values)]
+    shown = [stage for stage in trace.arch.stages if any(key[0] == stage.name for key in values)]
     turned = "writing-mode:vertical-rl;transform:rotate(180deg)"
     head = "".join(f'<th scope="col"><span style="{turned}">{r.name}</span></th>' for r in shown)
     lines = []
     for layer in [*range(trace.config["num_hidden_layers"]), None]:
         cells = []
-        for row in shown:
-            key = (row.name, layer)
+        for stage in shown:
+            key = (stage.name, layer)
             if key not in values:
                 cells.append("<td></td>")
                 continue

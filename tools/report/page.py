@@ -16,10 +16,10 @@ import numpy as np
 
 from qwen_jax.weights.base import Weights
 from stages import verdict
-from stages.architecture import Key
+from stages.architecture import Key, place_of
 from stages.trace import Trace
 from stages.version import NAME, version
-from tools.diff import TraceDifference, where
+from tools.diff import TraceDifference
 from tools.localize import side_by_side
 from tools.localize.cost.show import summary
 from tools.localize.decode_steps import wrong_calls
@@ -117,7 +117,7 @@ def said(found: TraceDifference) -> str:
         return f"agree: every stage within relative L2 {found.tolerance:g}"
     row = found.rows[parting]
     return (
-        f"differ: the traces part at {where(*parting)}: relative L2 {row.relative_l2:.1e}, "
+        f"differ: the traces part at {place_of(*parting)}: relative L2 {row.relative_l2:.1e}, "
         f"tolerance {found.tolerance:g}"
     )
 
@@ -175,14 +175,14 @@ def _heat_map(side: str, trace: Trace, view: View, faulty: set[Key], caption: st
     count = trace.config["num_hidden_layers"]
     values = view.cells[side]
     there = set(trace.entries)
-    shown = [row for row in trace.arch.stages if any(key[0] == row.name for key in there)]
-    head = "".join(f'<th scope="col"><span>{row.name}</span></th>' for row in shown)
+    shown = [stage for stage in trace.arch.stages if any(key[0] == stage.name for key in there)]
+    head = "".join(f'<th scope="col"><span>{stage.name}</span></th>' for stage in shown)
     lines = []
     for layer in [*range(count), None]:
         line = []
-        for row in shown:
-            key = (row.name, layer)
-            exists = row.scope == "end" if layer is None else row.layer_of(layer) == layer
+        for stage in shown:
+            key = (stage.name, layer)
+            exists = stage.scope == "end" if layer is None else stage.layer_of(layer) == layer
             line.append(_cell(side, key, view, values, key in faulty) if exists else "<td></td>")
         name = "end" if layer is None else str(layer)
         lines.append(f'<tr><th scope="row">{name}</th>{"".join(line)}</tr>')
@@ -314,7 +314,7 @@ def listed(value: Any) -> str:
 
 def _digest(hashes: Sequence[str]) -> str:
     """One hash of many."""
-    from stages.trace import tensor_hash
+    from stages.files import tensor_hash
 
     return "XXH3 " + tensor_hash(np.frombuffer("".join(hashes).encode(), np.uint8))
 
@@ -336,13 +336,13 @@ def _behind(
     ends = np.cumsum(steps) if len(steps) > 1 else None
     for item in report.items:
         more = details.get(item.key, {})
-        number_class = verdict.class_of(item.level, item.row, item.segment) or "lower"
+        number_class = verdict.class_of(item.level, item.stage, item.segment) or "lower"
         facts = [["significant bits", "NaN" if item.born else f"{item.bits:.1f}"]]
         if item.exact_bits is not None:
             facts.append(["against exact arithmetic", f"{item.exact_bits:.1f} bits"])
         if not item.born:
             facts.append(["precision class", number_class])
-        if format := precision.get(item.stage, {}).get("format"):
+        if format := precision.get(item.name, {}).get("format"):
             facts.append(["number format", format])
         if item.segment:
             facts.append(["computed through", ", ".join(dict.fromkeys(s for s, _ in item.segment))])

@@ -1,6 +1,6 @@
 """What error costs the next token: each stage's share of a change of log-probability or margin.
 
-The stage table is a tape. With lambda = d(quantity)/d(stage), all of them from one backward pass
+The list of stages is a tape. With lambda = d(quantity)/d(stage), all of them from one backward pass
 over the dumped values, <lambda, dump - y*> is what the error created at that stage does to the
 quantity, to first order; the shares add up to the change against exact arithmetic. Two quantities
 go together, in nats both: the margin of the chosen token over a rival, and its log-probability.
@@ -296,10 +296,10 @@ class _Measuring:
 
     # Computing
 
-    def _program(self, function: Callable[..., Any], rows: tuple[Stage, ...]) -> Any:
+    def _program(self, function: Callable[..., Any], stages: tuple[Stage, ...]) -> Any:
         """Waits for what it computes: or layers would be read faster than they are worked on, and
         all be in memory."""
-        program = autodiff.compiled(function, rows, self.config, self.dtype)
+        program = autodiff.compiled(function, stages, self.config, self.dtype)
         return lambda *arguments: jax.block_until_ready(program(*arguments))
 
     def _pos(self, layer: int | None) -> Any:
@@ -434,26 +434,26 @@ class _Measuring:
 
     def _back(
         self,
-        rows: tuple[Stage, ...],
+        stages: tuple[Stage, ...],
         layer: int | None,
         parameters: Mapping[str, Any],
         dumps: Mapping[str, Any],
         given: Mapping[str, Any],
         slopes: Mapping[str, Array],
     ) -> Mapping[str, Array]:
-        """Carry slopes back through some rows, and keep the shares; what is left are the slopes of
-        what came before."""
+        """Carry slopes back through some stages, and keep the shares. Returns the slopes of what
+        came before."""
         right: dict[str, Array] = {}
-        if self.right and rows is not self.arch.start_stages:
+        if self.right and stages is not self.arch.start_stages:
             before = self.arch.layer_output.name if layer is None else LAYER_INPUT
             right = {before: self.right[self.layers if layer is None else layer]}
-        needed = {name: parameters[name] for row in rows for name in row.parameters}
+        needed = {name: parameters[name] for stage in stages for name in stage.parameters}
         if right:
             # by itself, or every weight of a layer would be in memory in float32 or float64 at once
-            right = self._program(autodiff.values, rows)(needed, self._pos(layer), {}, right)
-        program = self._program(autodiff.backward, rows)
+            right = self._program(autodiff.values, stages)(needed, self._pos(layer), {}, right)
+        program = self._program(autodiff.backward, stages)
         found, left, lost = program(needed, self._pos(layer), dumps, given, slopes, right)
-        for stage in reversed(rows):
+        for stage in reversed(stages):
             if stage.name in found:
                 self._keep(stage, layer, found[stage.name], len(self.replay.trace.tokens))
             elif stage.name in lost and self.lost is None:
@@ -489,23 +489,23 @@ class _Measuring:
             return found
         count = len(tried)
 
-        def keep(rows: tuple[Stage, ...], layer: int | None) -> dict[str, np.ndarray]:
+        def keep(stages: tuple[Stage, ...], layer: int | None) -> dict[str, np.ndarray]:
             return {
                 s.name: np.array([(s.name, layer) != key for key in tried], self.dtype)
-                for s in rows
+                for s in stages
             }
 
         def moved(value: Any) -> Array:
             return jnp.broadcast_to(value, (count, *value.shape[1:])).astype(self.dtype)
 
-        rows, (table, dumps) = self.arch.start_stages, self._start()
-        program = self._program(autodiff.forward, rows)
-        x = moved(program(table, self._pos(None), dumps, {}, {}, keep(rows, 0)))
-        rows = self.arch.layer_stages
-        program = self._program(autodiff.forward, rows)
+        stages, (table, dumps) = self.arch.start_stages, self._start()
+        program = self._program(autodiff.forward, stages)
+        x = moved(program(table, self._pos(None), dumps, {}, {}, keep(stages, 0)))
+        stages = self.arch.layer_stages
+        program = self._program(autodiff.forward, stages)
         for layer, parameters, dumps, given in self._each(range(self.layers)):
             pos, before = self._pos(layer), {LAYER_INPUT: x}
-            x = program(parameters, pos, dumps, given, before, keep(rows, layer))
+            x = program(parameters, pos, dumps, given, before, keep(stages, layer))
         parameters, dumps, given = self._end()
         program = self._program(autodiff.forward, self.middle)
         before = {self.arch.layer_output.name: x}

@@ -1,4 +1,4 @@
-"""The stage table as a tape: slopes carried back through some of its rows, changes carried forward.
+"""The stages as a tape: slopes carried back through some of them, changes carried forward.
 
 All values are in one precision, float64 where nothing else is said, with a batch axis in front, of
 1 where nothing else is said. Stages that are not dumped are computed from what is.
@@ -39,11 +39,11 @@ def _floats(stage: Stage) -> list[str]:
 
 
 class Layer:
-    """The values of some rows of the table: dumps, and what is missing computed."""
+    """The values of some stages: dumps, and what is missing computed."""
 
     def __init__(
         self,
-        rows: Sequence[Stage],
+        stages: Sequence[Stage],
         config: Config,
         parameters: Parameters,
         pos: Positional,
@@ -56,7 +56,7 @@ class Layer:
         self.weights = {name: weight.astype(dtype) for name, weight in parameters.items()}
         as_float = {n: x if n == TOKENS else x.astype(dtype) for n, x in dumps.items()}
         self.values: dict[str, Array | None] = {**given, **as_float}
-        for stage in rows:
+        for stage in stages:
             if stage.name not in self.values:
                 ready = self.ready(stage)
                 self.values[stage.name] = None if ready is None else self.run(stage, *ready)
@@ -96,7 +96,7 @@ class Layer:
 
     def rows_of(self, stage: Stage, count: int) -> int:
         """How many of its last rows both the value and what it is computed from have."""
-        return min(count, self.value(stage).shape[1 + stage.axes.index(stage.row_axis)])
+        return min(count, self.value(stage).shape[1 + stage.positions_at])
 
     def pulled(
         self, stage: Stage, count: int, points: Sequence[Point], slope: Array
@@ -171,7 +171,7 @@ def _sum(x: Array, axes: int | tuple[int, ...]) -> Array:
 
 
 def backward(
-    rows: Sequence[Stage],
+    stages: Sequence[Stage],
     config: Config,
     dtype: Any,
     parameters: Parameters,
@@ -181,7 +181,7 @@ def backward(
     slopes: Mapping[str, Array],
     right: Values,
 ) -> tuple[dict[str, Any], dict[str, Array], dict[str, Array]]:
-    """Carry slopes back through some rows of the table, and measure the dumped stages' shares.
+    """Carry slopes back through some stages, and measure the dumped stages' shares.
 
     With exact arithmetic beside the dump a stage's slope is the mean of those on the way from one
     to the other, which is what it changes, divided by what its inputs change: but for what three
@@ -190,20 +190,20 @@ def backward(
 
     Arguments:
         dumps: stage name -> dump.
-        given: values from before ``rows`` that are not in ``dumps``.
+        given: values from before ``stages`` that are not in ``dumps``.
         slopes: of the values that later stages read: [Q, 1, ...] each.
-        right: what exact arithmetic has for all that ``rows`` read; empty where that is not
+        right: what exact arithmetic has for all that ``stages`` read; empty where that is not
             known, and slopes are those at the dump.
 
     Returns:
         (shares by stage: (rows [Q, rows], columns [Q, columns], or None where those would take a
         product of their own, [Q] of each parameter where there are several), the slopes of the
-        values from before ``rows``, those of the values that cannot be computed from others).
+        values from before ``stages``, those of the values that cannot be computed from others).
     """
-    here = Layer(rows, config, parameters, pos, dumps, given, dtype)
+    here = Layer(stages, config, parameters, pos, dumps, given, dtype)
     arch = here.arch
     slopes, shares, lost = dict(slopes), {}, {}
-    for stage in reversed(rows):
+    for stage in reversed(stages):
         if stage.name not in slopes:
             continue
         slope = slopes.pop(stage.name)
@@ -253,7 +253,7 @@ def backward(
 
 
 def forward(
-    rows: Sequence[Stage],
+    stages: Sequence[Stage],
     config: Config,
     dtype: Any,
     parameters: Parameters,
@@ -263,17 +263,17 @@ def forward(
     moved: Values,
     keep: Mapping[str, Array],
 ) -> Array | None:
-    """The last of ``rows`` where values from before, or some stages, are other than in the dump.
+    """The last of ``stages`` where values from before, or some stages, are other than in the dump.
 
     Every stage is computed anew, and keeps the error that it created in the dump.
 
     Arguments:
-        moved: the changed values from before ``rows``, [P, ...] each.
+        moved: the changed values from before ``stages``, [P, ...] each.
         keep: stage name -> [P], how much of its error it keeps: 0 is exact.
     """
-    here = Layer(rows, config, parameters, pos, dumps, given, dtype)
+    here = Layer(stages, config, parameters, pos, dumps, given, dtype)
     values = dict(here.values) | dict(moved)
-    for stage in rows:
+    for stage in stages:
         value, ready = here.values[stage.name], here.ready(stage)
         if value is None or ready is None:
             continue
@@ -294,11 +294,11 @@ def forward(
         before = jax.lax.slice_in_dim(value, 0, value.shape[axis] - common, axis=axis)
         before = jnp.broadcast_to(before, (now.shape[0], *before.shape[1:]))
         values[stage.name] = jnp.concatenate([before, now], axis)
-    return values[rows[-1].name]
+    return values[stages[-1].name]
 
 
 def values(
-    rows: Sequence[Stage],
+    stages: Sequence[Stage],
     config: Config,
     dtype: Any,
     parameters: Parameters,
@@ -306,24 +306,24 @@ def values(
     dumps: Mapping[str, Array],
     given: Values,
 ) -> dict[str, Array | None]:
-    """Every value of ``rows``, what is missing computed from what is there."""
-    return Layer(rows, config, parameters, pos, dumps, given, dtype).values
+    """Every value of ``stages``, what is missing computed from what is there."""
+    return Layer(stages, config, parameters, pos, dumps, given, dtype).values
 
 
-def complete(rows: Sequence[Stage], *rest: Any) -> Array | None:
+def complete(stages: Sequence[Stage], *rest: Any) -> Array | None:
     """The last of ``values``."""
-    return values(rows, *rest)[rows[-1].name]
+    return values(stages, *rest)[stages[-1].name]
 
 
 @cache
 def compiled(
-    function: Callable[..., Any], rows: tuple[Stage, ...], config: Config, dtype: Any
+    function: Callable[..., Any], stages: tuple[Stage, ...], config: Config, dtype: Any
 ) -> Any:
     """One of the above under jit: called with what follows ``dtype``. Always optimised: without,
     XLA's exponential made NaN of the lowest float64, which stands for a masked score."""
 
     def program(*arguments: Any) -> Any:
-        return function(rows, config, dtype, *arguments)
+        return function(stages, config, dtype, *arguments)
 
     return jax.jit(program, compiler_options=runtime.compiler_options() | FRUGAL)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from qwen_jax.replay import Replay
 from qwen_jax.weights.base import Weights
 from stages.architecture import SCORES
-from stages.trace import numpy_dtype
+from stages.files import numpy_dtype
 from stages.verdict import LocalError
 from tools.localize.cost import attribution, softmax_error
 from tools.localize.cost.query import Question
@@ -17,7 +17,7 @@ from tools.localize.result import Localization
 
 def of_scores(replay: Replay, items: Sequence[LocalError]) -> list[Nats]:
     """The error of each layer's scores, in nats; a sample of those that are plainly sound."""
-    sound = {item.layer for item in items if item.row.kind is SCORES and item.estimated}
+    sound = {item.layer for item in items if item.stage.kind is SCORES and item.estimated}
     return softmax_error.measure(replay, sound)
 
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stages.architecture import Key
+from stages.architecture import place_of
 from tools.localize.cost.attribution import PATCHED, SEEN, Harm, Share
 from tools.localize.result import Localization
 
@@ -33,7 +33,7 @@ def _show(show: Console, report: Localization, harm: Harm, against: str) -> None
     else:
         show.print("\nshares of that margin")
     for key, share in largest[:PATCHED]:
-        show.print(f"{placed(key)} {_told(share)}{_where(share)}")
+        show.print(f"{place_of(*key)} {_told(share)}{_where(share)}")
 
 
 def summary(harm: Harm) -> str:
@@ -41,7 +41,7 @@ def summary(harm: Harm) -> str:
     token, rival = named(harm.token, harm.text), named(harm.against, harm.against_text)
     told = "" if harm.truth else "as far as its shares tell "
     fate = "exact arithmetic puts the other one first" if harm.flips else "the token stands"
-    lost = f"; nothing is known of what comes before {placed(harm.lost)}" if harm.lost else ""
+    lost = f"; nothing is known of what comes before {place_of(*harm.lost)}" if harm.lost else ""
     change = harm.margin - harm.exact_margin
     sum = f" (sum of shares {harm.sum:+.2g})" if harm.truth and abs(change) >= SEEN else ""
     return (
@@ -64,11 +64,6 @@ def named(token: int, text: str | None) -> str:
     return str(token) if text is None else repr(text)
 
 
-def placed(key: Key) -> str:
-    """A stage of a layer, for people."""
-    return key[0] if key[1] is None else f"layer {key[1]} {key[0]}"
-
-
 def _where(share: Share) -> str:
     """The one tensor, head, position and channel that have most of a share, where they have half of
     it."""
@@ -85,7 +80,7 @@ def _where(share: Share) -> str:
 def _table(report: Localization, harm: Harm, unit: float) -> Table:
     """Layers down, stages across, whole units in the cells; without what is zero throughout."""
     seen = {key for key, share in harm.shares.items() if round(share.margin / unit)}
-    shown = [row.name for row in report.trace.arch.layer_stages if row.name in dict(seen)]
+    shown = [stage.name for stage in report.trace.arch.layer_stages if stage.name in dict(seen)]
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", justify="right")
     for name in shown:

@@ -78,7 +78,7 @@ def measure(replay: Replay, sound: Collection[int | None] = ()) -> list[Nats]:
     """Every layer whose scores are dumped and finite, and whose inputs are there or can be
     computed. sound: layers whose scores are plainly sound as a stage."""
     found = []
-    # the row of the table without a cache: what a cache rounds is to be seen
+    # the stage of the architecture without a cache: what a cache rounds is to be seen
     scores = next(s for s in replay.config.arch.layer_stages if s.kind is SCORES)
     with replay.numerics():
         for layer in range(replay.config.num_hidden_layers):

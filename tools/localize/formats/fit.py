@@ -18,7 +18,7 @@ from qwen_jax.replay import Measured, Replay
 from stages import verdict
 from stages.architecture import ACTIVATION, CACHE, ROTATION, SCORES, WEIGHTED_SUM, Key
 from stages.architectures import any_stage
-from stages.trace import coarsest_dtype
+from stages.files import coarsest_dtype
 from stages.verdict import LocalError
 from tools.localize.formats.registry import (
     GRIDS,
@@ -94,10 +94,10 @@ class Fitted:
             return []
         found: list[Formats] = []
         for key in (item.key, *item.segment):
-            row = any_stage(key[0])
-            near = [f for other, f in self.formats.items() if other[0] == row.name]
-            near += [f for other, f in self.formats.items() if any_stage(other[0]).kind is row.kind]
-            fitting = choices(row, config)
+            stage, formats = any_stage(key[0]), self.formats.items()
+            near = [f for other, f in formats if other[0] == stage.name]
+            near += [f for other, f in formats if any_stage(other[0]).kind is stage.kind]
+            fitting = choices(stage, config)
             unique = [f for f in {id(f): f for f in near}.values() if f in fitting]
             found += [{key: f} for f in unique[:HINTS]]
         return found
@@ -117,9 +117,9 @@ def fit(
     by_stage: dict[str, list[LocalError]] = {}
     for item in items:
         if not item.born and item.key not in fitted.by_item and _low(item, dtype):
-            by_stage.setdefault(item.stage, []).append(item)
+            by_stage.setdefault(item.name, []).append(item)
     for low in by_stage.values():
-        stage = low[0].stage
+        stage = low[0].name
         known: list[dict[str, Format]] = []  # by the names of stages
         for key in fitted.by_item:
             if key[0] == stage and (of := {stage: fitted.formats[key]}) not in known:
@@ -145,7 +145,7 @@ def fit(
             fitted.by_item[item.key] = list(found.values())
             if any(_changes(f) for f in found.values()):
                 judged[item.key] = trial.judged(found)
-    for stage in {item.stage: None for item in items}:
+    for stage in {item.name: None for item in items}:
         _give_up_lone(replay, stage, items, judged, fitted, dtype)
     _give_up_some_weights(replay, items, judged, fitted, dtype)
     return [judged[item.key] for item in items]
@@ -164,7 +164,7 @@ def _give_up_lone(
 ) -> None:
     """A coarser format in one layer alone, while all others have float32, is no arithmetic of an
     engine's: that layer is judged as if nothing were known of it."""
-    mine = [item for item in items if item.stage == stage]
+    mine = [item for item in items if item.name == stage]
     found = [item for item in mine if item.key in fitted.by_item]
     plain = [i for i in mine if not i.born and i.exact_bits is None and not _low(i, dtype)]
     if len(plain) < LONE or len(found) != 1:
@@ -186,7 +186,7 @@ def _give_up_some_weights(
     """An engine that quantises weights does so in most of its linear layers: in fewer it is those
     tensors that are wrong, and they are judged as if nothing were known of them."""
     other = [k for k, found in fitted.by_item.items() if any(f.requantised for f in found)]
-    if 2 * len(other) >= sum(item.row.linear for item in items):
+    if 2 * len(other) >= sum(item.stage.linear for item in items):
         return
     for item in items:
         if item.key in other:
@@ -207,12 +207,12 @@ def _as_it_is(replay: Replay, item: LocalError, dtype: str) -> LocalError:
 
 def _low(item: LocalError, dtype: str) -> bool:
     """Whether a stage has fewer bits than its trace's precision leaves; of a cache any at all."""
-    if item.row.kind is CACHE:
+    if item.stage.kind is CACHE:
         return item.bits < PUT_AWAY
-    if item.row.kind is ROTATION and dtype == "float32":
+    if item.stage.kind is ROTATION and dtype == "float32":
         return item.bits < PLAIN_ROTATION
     if dtype == "float32":
-        if item.row.kind is ACTIVATION and any(
+        if item.stage.kind is ACTIVATION and any(
             mask.any() for mask in verdict.bad_slices(item, verdict.NOMINAL[dtype]).values()
         ):
             return True  # approximations differ where the function is small
@@ -225,7 +225,7 @@ def may_have_formats(item: LocalError, dtype: str) -> bool:
     """Whether ``fit`` may look for a format of an item that is estimated."""
     unsure = verdict.UNSURE_STAGE
     least = replace(item, level=item.level - unsure, bits=item.bits - unsure)
-    return item.row.kind.sums_products and _low(least, dtype)
+    return item.stage.kind.sums_products and _low(least, dtype)
 
 
 def _changes(format: Format) -> bool:
@@ -266,7 +266,7 @@ class _Trial:
         self._before = {frozenset[Any](): self.small}
         self._scores: dict[Any, np.ndarray] = {}
         grid = coarsest_dtype(np.asarray(self.small.dump, np.float32).ravel()[:65536])
-        put_away = item.row.kind is CACHE and dtype == "float32"  # the format is the cache's own
+        put_away = item.stage.kind is CACHE and dtype == "float32"  # the format is the cache's own
         self.grid = grid if grid in GRIDS and not put_away else None
         self.base = self._score(self.small)
 
@@ -277,13 +277,13 @@ class _Trial:
         members = {self.item.key, *self.item.segment}
         others = {key: f for key, f in self.elsewhere.items() if key not in members}
         formats = others | dict(own)
-        where = self.replay, self.item.row, self.item.layer
+        where = self.replay, self.item.stage, self.item.layer
         return StageReplay(*where, formats=formats, narrow=narrow, nudge=nudge)
 
     def _small(self, case: StageReplay) -> StageReplay:
         """The part of the stage that formats are tried on. The last rows are like all, unless the
         first call was computed in another way than the others."""
-        if self.item.row.kind in (SCORES, WEIGHTED_SUM) and case.rows > ROWS:
+        if self.item.stage.kind in (SCORES, WEIGHTED_SUM) and case.rows > ROWS:
             return case if self._first_call_differs() else case.last(ROWS)
         return case.sampled(CHANNELS)
 
@@ -323,7 +323,7 @@ class _Trial:
 
     def _believed(self, scores: np.ndarray, formats: Iterable[Format]) -> bool:
         clear = CLEAR if self.item.sums_products else CLEAR_OTHERS
-        if self.item.row.kind is ROTATION and not self.item.segment:
+        if self.item.stage.kind is ROTATION and not self.item.segment:
             clear = CLEAR_ROTATION
         needed = np.maximum(self._needed(formats), self.base[: len(scores)] + clear)
         return bool((scores >= needed).any())
@@ -390,13 +390,13 @@ class _Trial:
         if not members or len(members) > MEMBERS:
             return None
         best = self._found(members, FINE) or self._found(members)
-        several = self.item.row.linear and len(self.case.weights) > 1 and not self.item.segment
+        several = self.item.stage.linear and len(self.case.weights) > 1 and not self.item.segment
         if several and (best is None or not self.whole(best)):
             best = self.better(best, self._by_weight())
         if best:
             return best
         loose = {self.item.key: ROPE_BY_PRODUCTS}
-        lacks = self.item.row.kind is ROTATION and self.item.bits < PLAIN_OTHERS
+        lacks = self.item.stage.kind is ROTATION and self.item.bits < PLAIN_OTHERS
         if lacks and not self.grid:
             level = self.judged(loose).level
             if level >= REACHED_OTHERS:
@@ -436,9 +436,9 @@ class _Trial:
     def _kept_v(self) -> Format | None:
         """Where a row attends to one key alone it is v as the cache holds it, and lies on a grid
         that no result is rounded to."""
-        if self.item.row.kind is not WEIGHTED_SUM:
+        if self.item.stage.kind is not WEIGHTED_SUM:
             return None
-        for format in choices(self.item.row, self.replay.config):
+        for format in choices(self.item.stage, self.replay.config):
             value = None if format.whole else self.small.in_format(format).exact
             if value is not None and bool((value == self.small.dump).all()):
                 return format
@@ -447,7 +447,7 @@ class _Trial:
     def _by_weight(self) -> Formats | None:
         """A format for each of the weights that stand side by side: their types may differ."""
         small = self.small
-        options = [PLAIN_FORMAT, *choices(self.item.row, self.replay.config)]
+        options = [PLAIN_FORMAT, *choices(self.item.stage, self.replay.config)]
         values = [small.in_format(format).exact for format in options]
         ends = np.cumsum([len(w) for w in small.weights.values()])[:-1]
         dumps = jnp.split(small.dump, ends, -1)

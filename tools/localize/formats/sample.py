@@ -17,7 +17,7 @@ from qwen_jax.probes import Reading
 from qwen_jax.replay import Measured, Replay
 from stages import verdict
 from stages.architecture import Stage
-from stages.trace import coarsest_dtype
+from stages.files import coarsest_dtype
 from stages.verdict import LocalError
 from tools.localize.formats.registry import (
     GRIDS,

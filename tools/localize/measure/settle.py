@@ -27,8 +27,8 @@ def doubtful(items: list[LocalError], dtype: str) -> set[Key]:
     found |= verdict.doubtful(items, dtype)
     if found:
         return found
-    wrong = {suspect.item.stage for suspect in verdict.suspects(items, dtype)}
-    return {item.key for item in estimated if item.stage in wrong}
+    wrong = {suspect.item.name for suspect in verdict.suspects(items, dtype)}
+    return {item.key for item in estimated if item.name in wrong}
 
 
 def settle(

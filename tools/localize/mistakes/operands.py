@@ -45,8 +45,8 @@ def mean_square(case: StageReplay, x: Array) -> Array:
 def head_norm(case: StageReplay) -> Stage | None:
     """The norm over H of the heads that a norm or a rotated stage is made of, if it has one."""
     stage = case.stage
-    row = stage if stage.kind is NORM else case.arch.stage[stage.inputs[0]]
-    return row if row.kind is NORM and row.axes[-1] == "H" else None
+    norm = stage if stage.kind is NORM else case.arch.stage[stage.inputs[0]]
+    return norm if norm.kind is NORM and norm.axes[-1] == "H" else None
 
 
 def biases(case: StageReplay) -> tuple[Array, ...]:
@@ -73,12 +73,12 @@ def rotated(case: StageReplay, x: Array) -> Array:
 
 def before_rope(case: StageReplay, rope: str, keys: bool = False) -> Array | None:
     """The heads that a rotated stage of this layer was made of, [1, T, N or K, H]."""
-    row = case.arch.stage[rope]
-    value = case.at_keys(row.inputs[0]) if keys else case.value(row.inputs[0])
+    stage = case.arch.stage[rope]
+    value = case.at_keys(stage.inputs[0]) if keys else case.value(stage.inputs[0])
     if value is None or value.ndim == 4:
         return value
     q, k, _ = split_heads(case.config, value)
-    return q if row.axes[1] == "N" else k
+    return q if stage.axes[1] == "N" else k
 
 
 def unrotated(case: StageReplay) -> Array:

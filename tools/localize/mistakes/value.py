@@ -86,7 +86,7 @@ def input_not_normed(case: StageReplay) -> Candidates:
 
 @mistake("dumped after the bias was added", "qkv_matmul", dump_only=None, near=True)
 def bias_already_added(case: StageReplay) -> Candidates:
-    if biased := next((row for row in case.arch.stages if row.name in BIASES.split()), None):
+    if biased := next((stage for stage in case.arch.stages if stage.name in BIASES.split()), None):
         yield "", case.exact + jnp.concatenate([case.parameter(p) for p in biased.parameters])
 
 
@@ -199,13 +199,13 @@ def layer_off_by_one(case: StageReplay) -> Candidates:
 
 @mistake("the dump of {}", ALL, dump_only=True, priority=1)
 def stage_swapped(case: StageReplay) -> Candidates:
-    for row in case.arch.layer_stages if case.layer is not None else ():
-        if row is not case.stage and row.axes == case.stage.axes:
+    for stage in case.arch.layer_stages if case.layer is not None else ():
+        if stage is not case.stage and stage.axes == case.stage.axes:
             # of the right value of this stage, which the other may be made of
             right = {**case.overrides, (case.stage.name, case.layer): case.exact}
-            other = StageReplay(case.replay, row, case.layer, right, case.formats)
+            other = StageReplay(case.replay, stage, case.layer, right, case.formats)
             if other.replayable:
-                yield row.name, other.exact
+                yield stage.name, other.exact
 
 
 @mistake(

@@ -61,16 +61,16 @@ def norm_weight_swapped(case: StageReplay) -> Candidates:
 
 def _norms_like(stage: Stage) -> list[Stage]:
     """The norms of any architecture over the same axis."""
-    rows = [any_stage(name) for name in NORMS.split()]
-    return [row for row in rows if row.axes[-1] == stage.axes[-1]]
+    norms = [any_stage(name) for name in NORMS.split()]
+    return [norm for norm in norms if norm.axes[-1] == stage.axes[-1]]
 
 
 @mistake("norm weight of layer {}", NORMS, joined="moved")
 def norm_weight_other_layer(case: StageReplay) -> Candidates:
     names = case.stage.parameters
     if case.layer is None:
-        rows = [row for row in _norms_like(case.stage) if row.scope == "layer"]
-        names = tuple(name for row in rows for name in row.parameters)
+        rows = [stage for stage in _norms_like(case.stage) if stage.scope == "layer"]
+        names = tuple(name for stage in rows for name in stage.parameters)
     for layer in _other_layers(case):
         for name in names:
             yield str(layer), with_norm(case, case.parameter(name, layer))
