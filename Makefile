@@ -8,12 +8,14 @@ PIP_INSTALL := -m pip install --disable-pip-version-check
 # The versions that the tests were green with, for everybody; `make newest` tries newer ones.
 INSTALL := $(PY) $(PIP_INSTALL) -c requirements.lock
 
-.PHONY: help trace test field fuzz kill matrix newest lock clean
+.PHONY: help trace check test whole field fuzz kill matrix newest lock clean
 
 help:
 	@echo "make trace   trace the embedded demo model into demo-trace/"
+	@echo "make check   lint, check types, run the tests that take seconds: in under a minute"
 	@echo "make test    lint, check types, run all tests; among them, as a gate, the quick parity sweep"
 	@echo "             (installs PyTorch)"
+	@echo "make whole   all tests, and of those over a grid of parameters all combinations"
 	@echo "make field   run every engine that is installed, healthy and broken, and write docs/field.md"
 	@echo "make fuzz    20,000 damaged inputs, and what the commands make of them: docs/campaign-fuzz.md"
 	@echo "make kill    200 commands killed at random moments: docs/campaign-kill.md"
@@ -28,11 +30,23 @@ trace: $(VENV)/core.stamp
 # A file of tests at a time in each process: what it makes once is made once. A process grows to 6 GB.
 AT_ONCE := -n auto --maxprocesses=2 --dist loadfile
 
+# What a change breaks first: tables, configurations, files, comparison. They compile little.
+CORE := architecture manifest config aprt rows steps diff weights
+
+check: $(VENV)/test.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q $(CORE:%=tests/test_%.py)
+
 test: $(VENV)/test.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m pytest $(AT_ONCE) --durations=15 # tests/test_gate.py: python -m tools.parity --sweep quick must exit with 0
+
+whole: $(VENV)/test.stamp
+	$(PY) -m pytest $(AT_ONCE) --whole
 
 # Goes on where it was stopped. Engines that `make test` does not install, where they are to be had:
 # pip install openvino mlx mlx-lm google-tunix

@@ -15,6 +15,7 @@ import pytest
 from qwen_jax import cli
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
+from tests import grids
 
 ROOT = Path(__file__).resolve().parent.parent
 USER_ENVIRONMENT = dict(os.environ)  # a command that a user starts knows nothing of ours
@@ -63,6 +64,18 @@ def with_mount(mount: str, script: str) -> list[str]:
 def stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that ends in the tests' own process must leave that process's garbage to it."""
     monkeypatch.setattr(cli, "leave", sys.exit)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="all combinations of each grid of tests")
+
+
+@pytest.hookimpl(trylast=True)  # of what -k has left: one that is asked for by name is run
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--whole"):
+        left_out = grids.thin(items)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_sessionstart() -> None:

@@ -116,6 +116,7 @@ def test_there_are_mistakes_enough() -> None:
     assert set(ASIDE) < set(CACHE_FAULTS) and len(DECODING) >= 6
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cache", NAMES)
 @pytest.mark.parametrize("chunks", CHUNKS)
 def test_a_cache_of_any_format_is_read_off_and_not_accused(

@@ -49,6 +49,7 @@ def worst(found, true: tuple[float, float], floor: float = 0.0) -> float:
     return max(abs(s - t) for s, t in zip(sums, true, strict=True)) / scale
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["small", "small-qwen3"])
 def test_shares_add_up_to_the_true_change(directory: Path, name: str, mode: str) -> None:

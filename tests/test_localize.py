@@ -150,6 +150,7 @@ OMITTED = {  # in which models, which stages are missing
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("omit", OMITTED)
 @pytest.mark.parametrize("mode", engine.ARITHMETIC)
 def test_precision_is_never_called_a_fault(directory, mode, omit):
@@ -162,6 +163,7 @@ def test_precision_is_never_called_a_fault(directory, mode, omit):
             assert report.verdict == "clean", (name, sentence(report))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("length", [1, 2, 64, 600])
 @pytest.mark.parametrize("mode", ["f32", "bf16", "f16", "f16_kv", "act8"])
 def test_prompts_of_any_length(directory, mode, length):

@@ -4,8 +4,9 @@ The blocks share one temporary directory. What each kind means:
 
 - ``console``: each line that starts with ``$ `` runs, by itself (a final backslash continues it).
   If lines follow, the output must be those lines. Every number, with its unit of time or memory,
-  counts as equal to every other, runs of blanks and of rules as one, and a line ``...`` stands for
-  any lines or none.
+  counts as equal to every other, runs of blanks and of rules as one, a line ``...`` stands for any
+  lines or none, and ``...`` at the end of a line for the rest of it. In a verdict whole numbers are
+  what they are: which layer, which position, how many stages.
 - ``sh``: a script that must succeed. ``python``: a program that must.
 - After the language, ``no-run: REASON`` skips a block, and ``exit=1`` says that the last command
   of a console block ends with that code, instead of with 0.
@@ -24,6 +25,7 @@ from tests.conftest import ROOT, user_environment
 
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d+(?:[.,]\d+)*(?:[eE][-+]?\d+)?(?: (?:[kMGT]?B|m?s|min)\b)?")
+VERDICT = re.compile(r"\bfault\b|\bmatches\b|\b(?:agree|differ|identical):")
 RULE = re.compile(r"([-─━═])\1+")
 EXECUTED = ("console", "sh", "python")
 SHOWN = ("", "text", "json", "rust", "c", "cpp")  # anything else could be code that nobody runs
@@ -68,15 +70,28 @@ def commands(code: str) -> list[tuple[str, list[str]]]:
 
 
 def normal(line: str) -> str:
-    """A line without what changes from run to run."""
-    return RULE.sub(r"\1", NUMBER.sub("#", " ".join(line.split())))
+    """A line without what changes from run to run, or from processor to processor."""
+    verdict = VERDICT.search(line) is not None
+
+    def number(match: re.Match[str]) -> str:
+        return match[0] if verdict and match[0].lstrip("+-").isdigit() else "#"
+
+    return RULE.sub(r"\1", NUMBER.sub(number, " ".join(line.split())))
+
+
+def pattern(shown: str) -> str:
+    """What matches the normal form of the lines that a line of the README stands for."""
+    if shown == "...":
+        return r"(?:.*\n)*"
+    if shown.endswith("..."):
+        return re.escape(normal(shown.removesuffix("..."))) + r".*\n"
+    return re.escape(normal(shown)) + r"\n"
 
 
 def matches(shown: list[str], output: str) -> bool:
     """Whether the output is what is shown."""
-    lines = (r"(?:.*\n)*" if line == "..." else re.escape(normal(line)) + r"\n" for line in shown)
     actual = "".join(normal(line) + "\n" for line in output.rstrip().splitlines())
-    return re.fullmatch("".join(lines), actual) is not None
+    return re.fullmatch("".join(map(pattern, shown)), actual) is not None
 
 
 def run(block: Block, directory: Path) -> None:
@@ -139,6 +154,8 @@ def planted(text: str) -> Block:
 GOOD = [
     "```console\n$ echo 'took 1.5e-3 s,   1.3 GB of 7'\ntook 99 ms, 3 MB of 12,000\n```\n",
     "```console\n$ printf 'a\\nb\\nc\\nd\\n'\na\n...\nd\n```\n",
+    "```console\n$ echo 'fault: layer 3, 22.5 bits, -199'\nfault: layer 3, 21.1 bits, -199\n```\n",
+    "```console\n$ echo 'agree: to 1e-05; at layer 3'\nagree: to 2e-06; ...\n```\n",
     "```console\n$ echo one \\\n>   two\none two\n$ echo 3 > kept; cat kept\n4\n```\n",
     "```console exit=3\n$ true\n$ echo last; exit 3\nlast\n```\n",
     "```sh\ntrue\necho anything\n```\n",
@@ -149,6 +166,10 @@ BAD = [
     "```console\n$ echo one; echo two\none\n```\n",
     "```console\n$ echo one\none\n...\ntwo\n```\n",
     "```console\n$ echo 3 files\n4 tokens\n```\n",
+    "```console\n$ echo 'fault: layer 3'\nfault: layer 0\n```\n",
+    "```console\n$ echo 'fault: off by -199'\nfault: off by -198\n```\n",
+    "```console\n$ echo 'identical: all 88 stages'\nidentical: all 87 stages\n```\n",
+    "```console\n$ echo 'agree: to 1e-05'\ndiffer: ...\n```\n",
     "```console\n$ echo loss inf\nloss 3.5\n```\n",
     "```console\n$ exit 1\n```\n",
     "```console exit=1\n$ exit 1\n$ exit 1\n```\n",
