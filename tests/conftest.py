@@ -120,7 +120,7 @@ def run_cli(tmp_path: Path) -> Callable[..., Result]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
-            timeout=300,
+            timeout=1800,  # a guard against hanging, on the busiest machine
         )
         return Result(done.returncode, done.stdout, done.stderr)
 

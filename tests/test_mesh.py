@@ -325,7 +325,7 @@ def together(
     ]
     try:
         for process in started:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=1800)
             yield process.returncode, out, err
     finally:
         for process in started:
@@ -459,7 +459,7 @@ def alone(cwd: Path, where: str, number: int) -> tuple[int, str, str]:
         env=user_environment(),
         capture_output=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=1800,
     )
     return done.returncode, done.stdout, done.stderr
 

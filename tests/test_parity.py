@@ -279,7 +279,7 @@ def test_interrupted_it_says_how_to_go_on(tiny: Path, tmp_path: Path) -> None:
         )
     first = child.stderr.readline()
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=1800)
     assert first.startswith("[1/8] ") and child.returncode == 130 and out == ""
     *_, says, last = err.splitlines()
     assert says.endswith(f"are in {tmp_path / 'out'}; the same command goes on from there")

@@ -65,7 +65,7 @@ def test_a_disk_that_may_only_be_read(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     for command, (code, said) in zip(tried, json.loads(done.stdout), strict=True):

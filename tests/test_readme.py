@@ -114,7 +114,7 @@ def run(block: Block, directory: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
-            timeout=600,
+            timeout=1800,
         )
         says = f"README.md, line {block.line}: {text}\n"
         assert done.returncode == code, f"{says}exit code {done.returncode}\n{done.stdout}"

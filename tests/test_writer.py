@@ -574,7 +574,7 @@ FILLS = """
 
 def test_a_file_that_cannot_be_written_to_its_end(tmp_path):
     with child(FILLS, tmp_path, 5000, 10_000) as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=1800)
     assert (process.returncode, out) == (2, "")
     assert len(err.splitlines()) == 1 and os.strerror(errno.EFBIG) in err and "incomplete" in err
     assert "interrupted" in refusal(open_trace, tmp_path)
@@ -583,7 +583,7 @@ def test_a_file_that_cannot_be_written_to_its_end(tmp_path):
 
 def test_a_manifest_that_cannot_be_written_to_its_end(tmp_path):
     with child(FILLS, tmp_path, 5, 5000) as process:  # less than 40 entries take
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=1800)
     assert (process.returncode, out) == (2, "")
     assert len(err.splitlines()) == 1 and "incomplete" in err
     assert sum(name.endswith("ffn_up.bin") for name in files(tmp_path)) == 40
@@ -596,7 +596,7 @@ def test_a_full_disk(tmp_path):
     look = f"find {tmp_path} -name 'manifest*' -size +0; find {tmp_path} -name '*.bin' | wc -l"
     inside = f'"$0" "$@"; code=$?; {look}; exit $code'
     with child(FILLS, tmp_path, 1000, prefix=with_mount(mount, inside)) as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=1800)
     assert process.returncode == 2
     assert len(err.splitlines()) == 1 and os.strerror(errno.ENOSPC) in err and "incomplete" in err
     marks, count = out.split()
