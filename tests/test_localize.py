@@ -44,7 +44,7 @@ def check(found: list[Row], at_least: int) -> None:
     print(markdown(found))
     assert len(due) >= at_least
     assert all(row.placed for row in due), markdown([row for row in due if not row.placed])
-    unnamed = [row for row in due if not row.named]
+    unnamed = [row for row in due if row.named is False]
     assert len(unnamed) <= len(due) / 10, markdown(unnamed)
 
 

@@ -143,6 +143,31 @@ _add(
     "rope_factor_twice",
     yarn=True,
 )
+
+
+def _magnitude(part: int, c: Context, squared: bool) -> Array:
+    """Scaled RoPE whose magnitude is applied twice, or to which nothing is scaled."""
+    s, store = c.shape, c.engine.arithmetic.store
+    assert s.yarn is not None
+    cos, sin = rope_table(c.positions, s.head, s.theta, yarn=s.yarn if squared else None)
+    size = np.float32(0.1 * np.log(s.yarn["factor"]) + 1 if squared else 1)
+    return rotate(c.attended()[part], store(cos), store(sin)) * size
+
+
+_everywhere(
+    "magnitude_twice",
+    {f"{x}_post_rope": partial(_magnitude, n, squared=True) for n, x in enumerate("qk")},
+    "the magnitude of scaled RoPE is applied twice",
+    "rope_mscale_twice",
+    yarn=True,
+)
+_everywhere(
+    "scaling_ignored",
+    {f"{x}_post_rope": partial(_magnitude, n, squared=False) for n, x in enumerate("qk")},
+    "plain RoPE where it is scaled",
+    "rope_yarn_missing",
+    yarn=True,
+)
 _add(
     "factor_not_inverted",
     _both(lambda c: np.float32(4) * c.positions),
@@ -406,4 +431,18 @@ _everywhere(
     {"attn_softmax": _unfilled},
     "slots of the cache that are still empty are not masked",
     "mask_unfilled_slots",
+)
+
+
+def _all_before(c: Context) -> Array:
+    order = c.past + np.arange(len(c.positions))[:, None] - np.arange(c.keys)
+    return softmax(c["attn_scores"], order >= 0)
+
+
+_everywhere(
+    "window_ignored",
+    {"attn_softmax": _all_before},
+    "every earlier key is seen, not those of the sliding window alone",
+    "mask_window_missing",
+    window=True,
 )

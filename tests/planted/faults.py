@@ -679,6 +679,9 @@ for _what, _factors, _says in [
     ("bias_subtracted", (-1, -1, -1), "bias subtracted"),
     ("bias_k_missing", (1, 0, 1), "no bias on k"),
     ("bias_q_only", (1, 0, 0), "bias on q alone"),
+    ("bias_q_missing", (0, 1, 1), "no bias on q"),
+    ("bias_v_missing", (1, 1, 0), "no bias on v"),
+    ("bias_v_only", (0, 0, 1), "bias on v alone"),
 ]:
     _add("qkv_bias", _what, partial(_biased, factors=_factors), _says)
 _add(
@@ -720,6 +723,12 @@ def _rope_sign(c: Context, x: Array) -> Array:
     return rotate(x, cos, -sin)
 
 
+def _rope_angles_bf16(c: Context, x: Array) -> Array:
+    step = 2 * np.arange(c.shape.head // 2) / c.shape.head
+    angle = bf16(c.positions[:, None] * _f32(c.shape.theta) ** -step.astype(np.float32))
+    return rotate(x, np.cos(angle), np.sin(angle))
+
+
 def _rope_partial(c: Context, x: Array) -> Array:
     """The first H/2 channels rotated as a head of that size would be, the rest left alone."""
     half = c.shape.head // 2
@@ -756,6 +765,7 @@ ROPE_MISTAKES: list[tuple[str, RopeMistake, str]] = [
     ("rope_position_off_by_one", lambda c, x: rotate(x, *_table(c, c.positions + 1)),
      "positions count from one"),
     ("rope_sign", _rope_sign, "rotated the other way"),
+    ("rope_angles_rounded", _rope_angles_bf16, "angles in bfloat16"),
     ("rope_missing", lambda c, x: x, "not rotated"),
     ("rope_partial", _rope_partial, "only half of the channels, as a smaller head"),
     ("rope_partial_pairs", _rope_half_of_pairs, "only the faster half of the pairs"),
@@ -979,8 +989,14 @@ _add(
     "temperature",
     lambda c: _softmax_scaled(c, 1 / 1.01),
     "temperature 1.01",
-    None,
+    "softmax_temperature",
     shape="constant factor",
+)
+_add(
+    "attn_softmax",
+    "scale_twice",
+    lambda c: _softmax_scaled(c, c.shape.head**-0.5),
+    "scores scaled once more",
 )
 
 
@@ -1098,12 +1114,12 @@ for _stage, _residual, _branch, _normed in [
         ("residual_doubled", 2, _residual, "the residual stream counted twice"),
     ]:
         _add(_stage, _what, partial(_sum, _source, _factor, _branch, 1), _says)
-    _add(
-        _stage,
-        "residual_subtracted",
-        partial(_sum, _residual, 1, _branch, -1),
-        "the branch subtracted",
-    )
+    for _what, _factor, _says in [
+        ("residual_subtracted", -1, "the branch subtracted"),
+        ("branch_missing", 0, "the residual stream alone"),
+        ("branch_doubled", 2, "the branch added twice"),
+    ]:
+        _add(_stage, _what, partial(_sum, _residual, 1, _branch, _factor), _says)
 _add(
     "post_ffn_residual",
     "residual_layer_input",
@@ -1145,12 +1161,18 @@ for _what, _act, _says in [
     ("act_relu", lambda x: np.maximum(x, 0), "ReLU"),
     ("act_sigmoid", _sigmoid, "sigmoid without the factor x"),
     ("act_quick_gelu", lambda x: x * _sigmoid(_f32(1.702) * x), "x sigmoid(1.702 x)"),
+    ("act_missing", lambda x: x, "the gate as it is"),
+    ("act_tanh", np.tanh, "tanh"),
+    ("silu_hard", lambda x: x * np.clip(x / 6 + _f32(0.5), 0, 1), "hard SiLU"),
+    ("silu_tanh_form", lambda x: 1.702 * _gelu_tanh(x / _f32(1.702)), "GELU (tanh), narrower"),
+    ("silu_softsign", lambda x: x * (x / (1 + np.abs(x)) + 1) / 2, "x softsign's sigmoid"),
 ]:
     _add("ffn_silu", _what, partial(_activated, _act), _says)
 _add("ffn_silu", "silu_of_up", lambda c: _silu(c["ffn_up"]), "SiLU of up instead of gate")
 _add("ffn_swigl", "swigl_no_silu", lambda c: c["ffn_gate"] * c["ffn_up"], "gate times up")
 _add("ffn_swigl", "swigl_added", lambda c: c["ffn_silu"] + c["ffn_up"], "silu(gate) plus up")
 _add("ffn_swigl", "swigl_up_missing", lambda c: c["ffn_silu"], "silu(gate) alone")
+_add("ffn_swigl", "swigl_silu_of_up", lambda c: c["ffn_gate"] * _silu(c["ffn_up"]), "gate silu(up)")
 
 
 # --- lm_head ---------------------------------------------------------------------------------
@@ -1201,6 +1223,15 @@ def _heads_first(engine: Engine, values: Mapping[Key, Array], key: Key) -> Array
     return x.reshape(len(x), -1, engine.shape.head).transpose(1, 0, 2)
 
 
+def _channels_first(engine: Engine, values: Mapping[Key, Array], key: Key) -> Array:
+    x = values[key]
+    return x.reshape(len(x), -1, engine.shape.head).transpose(0, 2, 1)
+
+
+def _backwards(engine: Engine, values: Mapping[Key, Array], key: Key) -> Array:
+    return values[key][::-1]
+
+
 def _from_neighbour(engine: Engine, values: Mapping[Key, Array], key: Key) -> Array:
     layer, stage = key
     assert layer is not None
@@ -1219,6 +1250,9 @@ for _stage in (
     _add_dump(_stage, "layout_transposed", _move(1, 0), "dumped with its two axes exchanged")
 for _stage in (*HEAD_NORMS, "q_post_rope", "k_post_rope", "attention"):
     _add_dump(_stage, "layout_heads_first", _heads_first, "dumped with the heads in front")
+for _stage in ("k_post_rope", "attention"):
+    _add_dump(_stage, "layout_channels_first", _channels_first, "dumped as [T, H, heads]")
+_add_dump("ffn_up", "positions_permuted", _backwards, "dumped from the last position to the first")
 for _stage in ("attn_scores", "attn_softmax"):
     _add_dump(_stage, "layout_tokens_first", _move(1, 0, 2), "dumped as [T, N, S]")
     _add_dump(_stage, "layout_keys_first", _move(0, 2, 1), "dumped as [N, S, T]")
