@@ -252,13 +252,21 @@ class Suspect:
 
 
 def suspects(items: list[LocalError], dtype: str) -> list[Suspect]:
-    """The items where more error was created than precision explains, in computation order."""
+    """The items where more error was created than precision explains, in computation order.
+
+    Layers of one stage that lie on both sides of a class's lowest bits are of one class.
+    """
     found = []
     usual = usual_levels(items, dtype)
+    levels: dict[str, list[float]] = {}
+    for item in items:
+        levels.setdefault(item.name, []).append(item.level)
     lowered = _all_products_lowered(items)
     for item in items:
         expected = usual[item.name]
-        explained = class_of(item.level, item.stage, item.segment) is not None
+        most = item.level + sibling_gap(item)
+        best = max((level for level in levels[item.name] if level <= most), default=item.level)
+        explained = class_of(best, item.stage, item.segment) is not None
         if lowered and item.sums_products:
             explained = item.level >= LOWEST
         low = _low_slices(item, _cap(dtype))
@@ -331,7 +339,12 @@ def usual_levels(items: list[LocalError], dtype: str) -> dict[str, float]:
     medians = {stage: median(levels) for stage, levels in by_stage.items()}
     stages = {item.name: item.stage for item in items}
     segments = {item.name: item.segment for item in items}
-    sound = {s: m for s, m in medians.items() if class_of(m, stages[s], segments[s])}
+    gaps = {item.name: sibling_gap(item) for item in items}
+
+    def best(stage: str) -> float:
+        return max(level for level in by_stage[stage] if level <= medians[stage] + gaps[stage])
+
+    sound = {s: m for s, m in medians.items() if class_of(best(s), stages[s], segments[s])}
     overall = median(sound.values()) if sound else NOMINAL["float32"]
     usual = {}
     for stage in stages:
