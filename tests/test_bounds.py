@@ -84,7 +84,14 @@ def of_scores(layer: int, bits: float) -> LocalError:
     stage = any_stage("attn_scores")
     nothing = {"slices": {}, "born_slices": {}, "dead_slices": {}}
     return LocalError(
-        row=stage, layer=layer, skipped_rows=0, bits=bits, level=bits, segment=(), born=0, **nothing
+        stage=stage,
+        layer=layer,
+        skipped_rows=0,
+        bits=bits,
+        level=bits,
+        segment=(),
+        born=0,
+        **nothing,
     )
 
 
