@@ -3,6 +3,7 @@ called by what they do."""
 
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from qwen_jax.replay import Replay
 from stages.open import open_trace
 from tests.planted.matrix import Bench, make_bench
-from tools.localize.mistakes import CATALOGUE, orders
+from tools.localize.mistakes import CATALOGUE, column_groups, orders, scales
 from tools.localize.stage_case import StageReplay
 from tools.numpy_engine.engine import OPERATIONS, Array, Context, Engine
 
@@ -120,3 +121,54 @@ def test_every_order_is_called_what_makes_it(width: int, head: int) -> None:
 
 def test_an_order_in_short() -> None:
     assert orders.listed(np.array([0, 1, 2, 3, 5, 4, 6, 7])) == "0-3,5,4,6,7"
+
+
+@pytest.mark.parametrize("name", ["small", "small-qwen3"])
+def test_pairs_that_are_turned_and_written_as_halves(bench, tmp_path, name) -> None:
+    def wrong(c: Context) -> Array:
+        q, (cos, sin) = c.attended()[0], (t[:, None] for t in c.tables())
+        a, b = q[..., 0::2], q[..., 1::2]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    found = told(bench(name), tmp_path, {"q_post_rope": wrong}, "q_post_rope")
+    assert found["rope_interleaved"] == "RoPE pairs interleaved, the result written as halves"
+
+
+RIGHT = np.random.default_rng(2).normal(size=(20, 2, 64)) * np.linspace(0.5, 3, 20)[:, None, None]
+
+
+@pytest.mark.parametrize("slices", [s for s in scales.SLICES if s])
+@pytest.mark.parametrize("grid", ["int4", "int8", "float8_e4m3"])
+def test_codes_say_what_had_a_scale(slices: str, grid: str) -> None:
+    says, codes = next(
+        (says, codes) for says, codes in scales.codes(RIGHT) if says == f"{slices} ({grid})"
+    )
+    found = list(scales.lost(RIGHT, codes))
+    assert len(found) == 1 and found[0][0].startswith(slices) and grid in found[0][0]
+    assert (found[0][1] == codes).mean() > 0.99 and found[0][2] == 0
+
+
+def test_codes_of_one_scale_and_no_codes() -> None:
+    (found,) = scales.lost(RIGHT, np.rint(RIGHT * 9))
+    assert found[0] == "0.1111 (int8)" and found[2] == 1
+    assert not list(scales.lost(RIGHT, RIGHT))
+
+
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("few", [False, True])
+def test_groups_of_columns_off_by_a_zero_point(bench, tmp_path, size: int, few: bool) -> None:
+    """With more positions than groups, and with fewer."""
+    made = bench("small")
+    weight = made.model.read("model.layers.1.mlp.gate_proj.weight").astype(np.float64)
+    step = np.abs(weight).max() / 7
+    grid = np.rint(weight / step) * step
+    rng = np.random.default_rng(1)
+    off = np.where(rng.random((len(grid), grid.shape[1] // size)) < 0.02, -15 * step, 0)
+    x = rng.normal(size=(4 * off.shape[1] if not few else off.shape[1], grid.shape[1]))
+    case = SimpleNamespace(
+        inputs=[x[None]], exact=(x @ grid.T)[None], weights={"gate_proj": grid},
+        dump=(x @ (grid + np.repeat(off, size, 1)).T)[None],
+    )  # fmt: skip
+    (found,) = column_groups.zero_points(case)
+    assert found.detail == f"by -15 steps of its quantisation in groups of {size} columns"
+    assert np.allclose(found.value, case.dump) and found.free == 0

@@ -35,20 +35,12 @@ def zero_points(case: StageReplay) -> Iterator[Edit]:
             continue
         found = _solved(sums, error[:, wrong])
         steps = _steps(np.concatenate([np.asarray(w) for w in case.weights.values()])[wrong], size)
-        with np.errstate(all="ignore"):
-            counts = np.where(steps > 0, found / steps, 0)
-        whole = np.rint(counts)
-        on_grid = bool((steps > 0).any() and np.abs(counts - whole).max() < 0.25 and whole.any())
+        by = _count(found, steps)
         value = exact.copy()
-        value[:, wrong] += sums @ (whole * steps if on_grid else found).T
+        value[:, wrong] += sums @ (found if by is None else by[1]).T
         says, free = f"in groups of {size} columns", int((found != 0).sum())
-        if on_grid:
-            some = np.unique(whole[whole != 0]).astype(int)
-            most = int(some[np.abs(some).argmax()])
-            # codes of a group that are all multiples of one make its steps look wider
-            one = bool((most % some == 0).all() and (some * most > 0).all())
-            by = f"{most:+d}" if one else f"{some[0]:+d} to {some[-1]:+d}"
-            says, free = f"by {by} steps of its quantisation {says}", 0
+        if by is not None:
+            says, free = f"by {by[0]:+d} steps of its quantisation {says}", 0
         yield Edit(says, jnp.asarray(value)[None], free)
         return
 
@@ -75,6 +67,30 @@ def _solved(sums: np.ndarray, error: np.ndarray) -> np.ndarray:
         if chosen:
             found[channel, chosen] = np.linalg.lstsq(sums[:, chosen], its, rcond=None)[0]
     return found
+
+
+def _count(found: np.ndarray, steps: np.ndarray) -> tuple[int, np.ndarray] | None:
+    """By how many steps all groups are off, and what that makes of each; None where they differ.
+
+    Where all codes of a group are multiples of one, its step is smaller than its weights show.
+    """
+    with np.errstate(all="ignore"):
+        counts = np.where(steps > 0, found / steps, np.inf)
+    some = np.abs(counts) > 0.05
+    if not some.any() or not np.isfinite(counts[some]).all():
+        return None
+    whole = np.rint(counts[some])
+    values, times = np.unique(whole[np.abs(counts[some] - whole) < 0.05], return_counts=True)
+    if not times.size:
+        return None
+    most = values[times.argmax()]
+    wider = np.rint(most / counts[some])
+    exact = np.abs(most / counts[some] - wider) < 0.05 * np.maximum(wider, 1)
+    if not (exact & (wider >= 1)).all():
+        return None
+    made = np.zeros_like(found)
+    made[some] = most * steps[some] / wider
+    return int(most), made
 
 
 def _steps(weight: np.ndarray, size: int) -> np.ndarray:

@@ -65,11 +65,13 @@ def lost(right: np.ndarray, found: np.ndarray) -> Iterator[tuple[str, np.ndarray
             if (value == codes).mean() < SAME:
                 continue
             if np.abs(factor - 1).max() > 1e-3:
-                scale = 1 / factor
-                most = np.abs(x).max(axes, keepdims=True) * factor
-                by_size = bool(np.ptp(most[factor != 1]) < 0.02 * np.abs(most).max())
-                free = 0 if by_size and scale.size > 1 else scale.size
-                yield _says(name, slices, scale), value.reshape(right.shape), free
+                free, most = factor.size, np.abs(x).max(axes, keepdims=True)
+                top = np.rint(np.median(most * factor))
+                by_size = np.where(most == 0, 1, top / np.maximum(most, 1e-300))
+                again = _on(grid, x * by_size)
+                if free > 1 and (again == codes).mean() >= SAME:  # no number of it is fitted
+                    value, factor, free = again, by_size, 0
+                yield _says(name, slices, 1 / factor), value.reshape(right.shape), free
             return
 
 
