@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+import msgspec
 from rich.console import (
     Console,
     ConsoleOptions,
@@ -29,12 +30,14 @@ from rich.console import (
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from stages.errors import UserError, called
 from stages.version import NAME, version
 
 BUG = 4  # exit code
 MOST = 400  # characters of an error
+WIDTH = 120  # of a console that is no terminal
 
 
 class _Version(argparse.Action):
@@ -180,12 +183,37 @@ class _Console(Console):
 def console(to_stderr: bool = False) -> Console:
     """Where people read. Wide enough for our tables when piped; colour only in a terminal."""
     stream = sys.stderr if to_stderr else sys.stdout
-    width = None if stream.isatty() else 120
+    return _plain(stream, None if stream.isatty() else WIDTH)
+
+
+def _plain(stream: TextIO, width: int | None, **more: Any) -> Console:
+    """A console that takes nothing in a foreign name for markup, emoji or a control character."""
     made = _Console(
-        file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True
+        file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=True, **more
     )
     made.push_render_hook(_Printable())
     return made
+
+
+class Printed:
+    """What a function prints, for any console of rich, and as text. It is printed by a console of
+    ours first: a user's own takes ``[x]`` in the name of a file for markup, and leaves it out."""
+
+    def __init__(self, show: Callable[[Console], None]) -> None:
+        self.show = show
+
+    def __str__(self) -> str:
+        return self._text(WIDTH)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        colour = {"force_terminal": True, "color_system": console.color_system}
+        text = self._text(options.max_width, **colour if console.color_system else {})
+        yield Text.from_ansi(text, no_wrap=True, overflow="ignore", end="")
+
+    def _text(self, width: int, **more: Any) -> str:
+        text = io.StringIO()
+        self.show(_plain(text, width, **more))
+        return text.getvalue()
 
 
 def fold(show: Console, table: Table, keys: int = 1) -> None:
@@ -221,7 +249,7 @@ def fold(show: Console, table: Table, keys: int = 1) -> None:
 def progress(more: str = "") -> Progress:
     """A progress bar on stderr that a pipe or a log never sees; ``more`` is a column's format."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(more),
@@ -234,7 +262,7 @@ def progress(more: str = "") -> Progress:
 
 def add_report(parser: argparse.ArgumentParser) -> None:
     """--report, refused where FILE could not be written."""
-    help = "also write a page to look at, as HTML"
+    help = "also write a page to look at, as HTML, or a text to paste, as Markdown (FILE.md)"
     parser.add_argument("--report", type=page, metavar="FILE.html", help=help)
 
 
@@ -261,8 +289,8 @@ def writable(text: str) -> Path:
 
 def page(text: str) -> Path:
     """A page to write, for argparse: named as one, or a trace could be lost by a slip."""
-    if not text.endswith((".html", ".htm")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a name that ends with .html")
+    if not text.endswith((".html", ".htm", ".md")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a name that ends with .html or .md")
     return writable(text)
 
 
@@ -276,10 +304,10 @@ def writable_directory(text: str) -> Path:
     return path
 
 
-def report(target: str | None, data: dict[str, Any]) -> Console:
+def report(target: str | None, data: dict[str, Any] | msgspec.Struct) -> Console:
     """Write ``data`` where ``--json`` says, and return the console for people: stdout, or stderr
     when the JSON itself goes to stdout. What is not finite becomes null: JSON has no NaN."""
-    text = json.dumps(_finite(data), indent=1, allow_nan=False)
+    text = json.dumps(_finite(msgspec.to_builtins(data)), indent=1, allow_nan=False)
     if target == "-":
         print(text)
     elif target:

@@ -9,8 +9,8 @@ from typing import Any
 
 import ml_dtypes
 from rich.console import Console
-from rich.table import Table
 
+from qwen_jax.table import Table
 from stages.architecture import place_of
 from stages.errors import UserError
 from stages.files import numpy_dtype
@@ -76,7 +76,7 @@ class Forecast:
         least = sorted((row.part for row in told), reverse=True)[:SHOWN][-1:]
         shown = [row for row in told if row.part >= least[0]]
         if shown:
-            show.print(_table(shown))
+            show.print(_table(shown).terminal)
         if len(told) > len(shown):
             show.print(f"and {len(told) - len(shown)} more, see headroom of --json")
         sums = [row for row in self.rows if row.what == SUM and row.over]
@@ -115,14 +115,12 @@ def _number(value: float) -> str:
 
 
 def _table(rows: Sequence[Headroom]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("layer", "stage", "of", "largest", "of range", "head", "row", "channel"):
-        table.add_column(name, justify="left" if name in ("stage", "of") else "right")
+    cells = []
     for row in rows:
         layer, head = ("" if x is None else str(x) for x in (row.layer, row.head))
         part = f"{row.part:.0%}" if row.part < 10 else f"{row.part:,.0f} x"
-        table.add_row(
-            layer, row.stage, row.what, _number(row.largest), part, head, str(row.position),
-            str(row.channel), style="bold red" if row.overflows else "",
-        )  # fmt: skip
-    return table
+        largest, place = _number(row.largest), (str(row.position), str(row.channel))
+        cells.append((layer, row.stage, row.what, largest, part, head, *place))
+    names = ("layer", "stage", "of", "largest", "of range", "head", "row", "channel")
+    styles = ["bold red" if row.overflows else "" for row in rows]
+    return Table("", names, cells, left=("stage", "of"), styles=styles)

@@ -290,7 +290,7 @@ def _ratio(error: np.ndarray | float, size: np.ndarray | float) -> np.ndarray:
         return np.where(error == 0, 0.0, np.sqrt(error / size))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LogitsDifference:
     """What the difference of two sets of logits means for the next token.
 

@@ -1,17 +1,16 @@
 """Two generations of one prompt: the row at which their tokens part, and the traces until there."""
 
-from dataclasses import dataclass
 from itertools import takewhile
 
 import numpy as np
 
+from stages.entry import Entry
 from stages.files import new_entry
 from stages.manifest import FileEntry
 from stages.trace import Trace
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Entry, frozen=True):
     """What one of two generations went on with.
 
     Attributes:
@@ -28,8 +27,7 @@ class Choice:
     margin: float | None
 
 
-@dataclass(frozen=True)
-class Parted:
+class Parted(Entry, frozen=True):
     """Where two generations part: ``row`` is the first with other tokens."""
 
     row: int

@@ -8,13 +8,15 @@ trace in float32 forecasts where an engine in another format overflows.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
+from msgspec import UNSET, UnsetType
 
 from stages import numbers
 from stages.architecture import LINEAR, NORM, SIZES, Stage
+from stages.entry import Axes, Entry
 from stages.mask import layer_mask
 from stages.numbers import Keeps
 from stages.trace import Trace
@@ -51,6 +53,45 @@ FORMATS = {
     if f.dtype is not None and (name := f.offered or f.name)
 }
 FLOAT16 = FORMATS["float16"]
+
+
+class HeadroomRow(Entry, frozen=True):
+    """What of a stage takes more than a quarter of a format's range: the largest "value", product
+    "before the scale" of scores, "sum of squares" of a norm, or "sum of 32" of a Q8_1 block; and
+    where it is (of scores the channel is the key's row, of a block its first).
+
+    Attributes:
+        part: the largest as a part of the format's largest number; float16: the same of 65504, in
+            what localize says.
+        where: what of it rounds to no number of the format.
+    """
+
+    layer: int | None
+    stage: str
+    of: Literal["value", "before the scale", "sum of squares", "sum of 32"]
+    largest: float
+    position: int
+    channel: int | None
+    head: int | None = None
+    part: float | UnsetType = UNSET
+    float16: float | UnsetType = UNSET
+    where: Axes | UnsetType = UNSET
+
+
+class HeadroomEntry(Entry, frozen=True):
+    """Where an engine in a number format would overflow, as ``--headroom`` forecasts it.
+
+    Attributes:
+        most: the largest number of the format.
+        overflows: something other than the sum of squares of a norm is beyond it.
+        missing: stages that would have to be looked at and are not in the trace.
+    """
+
+    format: str
+    most: float
+    overflows: bool
+    rows: list[HeadroomRow]
+    missing: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,11 @@
 import jsonschema
 import msgspec
 
-from stages.results import RESULTS
 from tests.maintain import schemas
 
 
 def as_described(name: str, content: bytes) -> None:
     """Raises if the JSON of the command ``name`` is not."""
     schema = msgspec.json.decode(schemas.render()[f"{name}.json"])
-    msgspec.json.decode(content, type=RESULTS[name])
+    msgspec.json.decode(content, type=schemas.RESULTS[name])
     jsonschema.validate(msgspec.json.decode(content), schema)

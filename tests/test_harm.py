@@ -19,7 +19,7 @@ from tests.planted.matrix import Bench, make_bench
 from tests.planted.shares import exact_logits, log_softmax, measured, replay_of, true_changes
 from tests.traces import torch_trace
 from tools.localize import __main__
-from tools.localize.cost import attribution, autodiff, softmax_error
+from tools.localize.cost import attribution, autodiff, result, softmax_error
 from tools.localize.cost.query import Question
 from tools.numpy_engine import engine
 
@@ -100,7 +100,7 @@ def test_a_large_model_is_checked_in_float32(
     assert all(a == pytest.approx(b, abs=NARROW) for a, b in patched if a is not None)
 
 
-def furthest(found: attribution.Harm, wide: attribution.Harm) -> float:
+def furthest(found: result.Harm, wide: result.Harm) -> float:
     """By how much the shares of one differ at most."""
     return max(abs(found.shares[key].margin - share.margin) for key, share in wide.shares.items())
 
@@ -255,7 +255,7 @@ def test_the_command(directory: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["sum_of_shares"] == pytest.approx(total)
     assert found["exact_margin"] == pytest.approx(found["margin"] - total, rel=1e-4)
     tried = [share for share in found["shares"] if "patched" in share]
-    assert [share["linear"] for share in tried] == [True] * attribution.PATCHED
+    assert [share["linear"] for share in tried] == [True] * result.PATCHED
     moved = abs(found["logprob_change"])
     assert __main__.main([*argv, "--harm", "shares", "--max-nats", str(moved / 2)]) == 1
     assert "as far as its shares tell" in capsys.readouterr().out

@@ -299,12 +299,27 @@ def test_two_engines_side_by_side(broken, directory, capsys):
     bench = make_bench("small", "f32", directory, length=24)
     right = faults.plant(bench.loaded, bench.tokens).dump(directory / "right")
     argv = [str(dump), "--model", str(model), "--tokens", tokens, "--against", str(right)]
-    assert __main__.main([*argv, "--json", str(directory / "r.json")]) == 1
+    files = ["--json", str(directory / "r.json"), "--report", str(directory / "r.md")]
+    assert __main__.main([*argv, *files]) == 1
     data = json.loads((directory / "r.json").read_text())
     sides = {row["stage"]: row["right"] for row in data["right"]}
     assert sides["attn_norm"] == "B"
     assert sides["ffn_norm"] == "both"
-    assert "B (the other has a fault)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "B (the other has a fault)" in out
+    # what comes before the fault is equal; what a LayerNorm makes of it differs
+    counts = {(each["stage"], each["layer"]): each for each in data["equality"]["operations"]}
+    assert counts["embedding", 0]["equal"] == counts["embedding", 0]["of"]
+    wrong = data["faults"][0]["layer"]
+    assert counts["attn_norm", wrong]["equal"] < counts["attn_norm", wrong]["of"]
+    first = data["equality"]["parts_first"]
+    assert (first["stage"], first["layer"]) == ("attn_norm", wrong) and len(first["rows"]) == 24
+    said = (
+        f"first to make unequal values of equal ones is layer {wrong} attn_norm, in 24 of 24 rows"
+    )
+    text = (directory / "r.md").read_text()
+    assert said in out and said in text
+    assert "equal to the last bit" in text and "| attn_norm |" in text
 
 
 def test_bad_input_is_one_line(broken, directory, run_cli):

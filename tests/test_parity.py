@@ -195,7 +195,7 @@ def test_the_table_says_what_is_required_and_what_fails() -> None:
         ("compiled against compiled; required: every byte the same", 1),
         ("not run: needs --device gpu", 1),
     ]
-    last = [cells[-1] for section in found[:4] for cells, _ in section.rows]
+    last = [cells[-1] for section in found[:4] for cells in section.text]
     assert last == ["precision: fails", "identical", "precision: fails", "precision", "identical"]
     assert "second run" in found[3].names and "second run" not in found[0].names
     assert found[4].names == ["dtype", "T", "B", "program", "flags"]

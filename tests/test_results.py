@@ -23,6 +23,12 @@ def test_schemas_are_those_of_the_code() -> None:
     assert written == schemas.render(), "run python -m tests.maintain.schemas"
 
 
+def test_schemas_are_the_same_with_every_msgspec() -> None:
+    """Keys of a dict that are a Literal are in the schema from 0.23 on, and not before."""
+    written = {path.name: path.read_bytes() for path in schemas.FOLDER.iterdir()}
+    assert not [name for name, text in written.items() if b"propertyNames" in text]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """JSON of every command, of sound and of broken traces."""

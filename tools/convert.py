@@ -15,14 +15,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from qwen_jax import cli
 from qwen_jax.weights import UNFINISHED, huggingface, open_model, orbax
 from qwen_jax.weights.base import Weights
+from stages.entry import Entry
 from stages.errors import UserError
 from stages.lock import lock
 
 FORMATS = {"hf": "Hugging Face safetensors", "orbax": "orbax"}
+
+
+class ConvertResult(Entry, frozen=True):
+    """``tools.convert --json``; ``bytes`` are those of the tensors."""
+
+    schema: Literal[1]
+    source: str
+    destination: str
+    format: Literal["hf", "orbax"]
+    tensors: int
+    bytes: int
+    seconds: float
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +55,9 @@ def main(argv: list[str]) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax's, with a stack for a full disk
     refuse_existing(args.destination)
     model = open_model(args.source)
-    to = args.to or ("orbax" if isinstance(model, huggingface.HuggingFaceWeights) else "hf")
+    to: Literal["hf", "orbax"] = args.to or (
+        "orbax" if isinstance(model, huggingface.HuggingFaceWeights) else "hf"
+    )
     size = sum(math.prod(s) * model.dtype(name).itemsize for name, s in model.shapes.items())
     check_space(args.destination, size)
     with unfinished(args.destination) as directory, cli.progress("MB") as bar:
@@ -50,15 +66,15 @@ def main(argv: list[str]) -> int:
         bar.update(task, description="reading back")
         read_back(model, to, directory, lambda count: bar.advance(task, count / 1e6))
     seconds = time.perf_counter() - began
-    data = {
-        "schema": 1,
-        "source": args.source,
-        "destination": str(args.destination),
-        "format": to,
-        "tensors": len(model.shapes),
-        "bytes": size,
-        "seconds": round(seconds, 3),
-    }
+    data = ConvertResult(
+        schema=1,
+        source=args.source,
+        destination=str(args.destination),
+        format=to,
+        tensors=len(model.shapes),
+        bytes=size,
+        seconds=round(seconds, 3),
+    )
     cli.report(args.json, data).print(
         f"{args.destination}/: {FORMATS[to]}, {len(model.shapes)} tensors, {cli.size(size)}, "
         f"read back and compared, in {seconds:.1f} s"

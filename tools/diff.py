@@ -5,24 +5,20 @@ This is *accumulated* error: what arrived at a stage together with what was crea
 """
 
 import argparse
-import io
 import math
 import os
 import shlex
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+from rich.console import Console
 
 from qwen_jax import arguments, cli
 from qwen_jax.config import Config
 from qwen_jax.prompt import Prompt
+from qwen_jax.table import Table
 from qwen_jax.weights import open_model
 from stages import generations, preflight
 from stages.architecture import Key, Stage, place_of
@@ -32,135 +28,18 @@ from stages.generations import Choice, Parted, Prefix, shared_rows
 from stages.manifest import NAME
 from stages.mask import layer_mask
 from stages.open import open_trace
-from stages.preflight import Preflight
 from stages.selection import parse_layers, parse_stages
 from stages.trace import Layout, Trace
-
-SCHEMA = 2
+from tools import shown
+from tools.difference import SCHEMA, TraceDifference
+from tools.report import notebook as notebook  # how a difference is drawn there
+from tools.report import write
 
 # Relative L2 that correct engines of one precision stay below, end to end. Measured on the demo
 # model (5 layers, 207 tokens), worst stage, ours against the oracle: 1.1e-6 (float32), 2.2e-3
 # (float16), 1.4e-2 (bfloat16; 1.8e-2 against float32). The rest is for depth, which the demo does
 # not have. --tolerance sets another.
 TOLERANCE = {"float64": 1e-6, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
-
-
-@dataclass(frozen=True)
-class StepDifference:
-    """What one call computed: its first and last row, and the largest relative L2 of any of them
-    in any stage, at ``row`` of ``stage``."""
-
-    step: int
-    rows: tuple[int, int]
-    relative_l2: float
-    row: int
-    stage: str
-    layer: int | None
-
-
-@dataclass(frozen=True)
-class TraceDifference:
-    """How far trace ``a`` has come from ``b``, stage by stage. Prints as the command does.
-
-    Attributes:
-        ready: what was made sure of before anything was compared.
-        rows: every stage that was compared, in computation order.
-        logits: what the difference means for the next token; None where a side has no logits.
-        tolerance: the relative L2 that still agrees.
-        parted: where two generations part; the rows until there were compared.
-        every_layer: print a row for every layer.
-        given: what ``tools.localize`` must be told besides the first trace.
-    """
-
-    a: Trace
-    b: Trace
-    ready: Preflight
-    rows: dict[Key, Difference]
-    logits: LogitsDifference | None
-    tolerance: float
-    parted: Parted | None = None
-    every_layer: bool = False
-    given: tuple[str, ...] = ()
-
-    @property
-    def parting(self) -> Key | None:
-        """The first stage, in computation order, that is further apart than the tolerance."""
-        return next((k for k, row in self.rows.items() if not row.within(self.tolerance)), None)
-
-    @property
-    def agree(self) -> bool:
-        return self.parting is None and self.parted is None
-
-    @property
-    def stepped(self) -> Trace:
-        """The trace whose calls are told: A's, where it has several, or B's."""
-        return self.a if len(self.a.steps) > 1 else self.b
-
-    @cached_property
-    def by_row(self) -> np.ndarray:
-        """[stages, T] relative L2; 0 for rows that were not compared."""
-        length = len(self.a.tokens)
-        before = [length - len(row.rows) for row in self.rows.values()]
-        rows = zip(self.rows.values(), before, strict=True)
-        return np.stack([np.pad(row.rows, (n, 0)) for row, n in rows])
-
-    @property
-    def by_step(self) -> list[StepDifference]:
-        """The worst row of each call; empty where both sides computed all rows in one."""
-        ends = np.cumsum(self.stepped.steps).tolist()
-        if len(ends) == 1:
-            return []
-        keys, found = list(self.rows), []
-        for step, (begin, end) in enumerate(pairwise([0, *ends])):
-            stage, row = divmod(int(self.by_row[:, begin:end].argmax()), end - begin)
-            worst = float(self.by_row[stage, begin + row])
-            found.append(StepDifference(step, (begin, end - 1), worst, begin + row, *keys[stage]))
-        return found
-
-    @property
-    def smallest_tolerance(self) -> float | None:
-        """The smallest tolerance with which all would agree; None where none would do."""
-        if any(row.unmatched for row in self.rows.values()):
-            return None
-        return max(row.relative_l2 for row in self.rows.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """The object of ``--json``."""
-        parting, ready = self.parting, self.ready
-        return {
-            "schema": SCHEMA,
-            "verdict": "agree" if self.agree else "differ",
-            "a": str(self.a.path),
-            "b": str(self.b.path),
-            "notes": ready.notes,
-            "tolerance": self.tolerance,
-            "smallest_tolerance": self.smallest_tolerance,
-            "parting": parting and {"stage": parting[0], "layer": parting[1]},
-            "only_a": [{"stage": s, "layer": n} for s, n in ready.only_a],
-            "only_b": [{"stage": s, "layer": n} for s, n in ready.only_b],
-            "rows": [{"stage": s, "layer": n} | row.to_json() for (s, n), row in self.rows.items()],
-            "logits": self.logits and asdict(self.logits),
-            "steps": [asdict(step) for step in self.by_step],
-            "parted": self.parted and asdict(self.parted),
-        }
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        show_difference(console, self)
-        return ()
-
-    def _repr_html_(self) -> str:
-        from tools.report import notebook
-
-        return notebook.of_difference(self)
-
-    def __repr__(self) -> str:
-        said = "agree" if self.parting is None else f"differ from {place_of(*self.parting)} on"
-        return f"<TraceDifference of {self.a.path} and {self.b.path}: {said}>"
-
-    def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=120, highlight=False, emoji=False, soft_wrap=True).print(self)
-        return text.getvalue()
 
 
 def diff(
@@ -276,10 +155,15 @@ def compare_traces(
     return {key: found.get(key) or one(key) for key in keys}, logits[0] if logits else None
 
 
+@shown.for_terminal.register
+def _printed(found: TraceDifference) -> cli.Printed:
+    return cli.Printed(lambda show: show_difference(show, found))
+
+
 def show_difference(show: Console, found: TraceDifference) -> None:
     """Print what was compared, the table, what it means for the next token, and the verdict."""
     _print_preflight(show, found.a, found.b, found.ready)
-    cli.fold(show, _table(found), keys=2)
+    cli.fold(show, _table(found).terminal, keys=2)
     _print_logits(show, found.logits)
     _print_verdict(show, found)
 
@@ -308,6 +192,9 @@ def _about(trace: Trace) -> str:
     )
 
 
+COLUMNS = ("rel L2", "max |a-b|", "at", "1-cosine", "ULP=0", "ULP<=1", "NaN/Inf")
+
+
 def _table(found: TraceDifference) -> Table:
     """A row a stage with the layer where its relative L2 is largest, or a row a layer."""
     rows, parting, every_layer = found.rows, found.parting, found.every_layer
@@ -322,16 +209,12 @@ def _table(found: TraceDifference) -> Table:
         shown = list(worst.values())
         if parting and parting not in shown:
             shown.insert([key[0] for key in shown].index(parting[0]), parting)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("stage")
-    table.add_column("layer" if every_layer else "worst layer", justify="right")
-    for name in ("rel L2", "max |a-b|", "at", "1-cosine", "ULP=0", "ULP<=1", "NaN/Inf"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for key in shown:
-        row = rows[key]
-        style = "bold red" if key == parting else None
-        table.add_row(key[0], "" if key[1] is None else str(key[1]), *_cells(row), style=style)
-    return table
+    return Table(
+        title="",
+        names=("stage", "layer" if every_layer else "worst layer", *COLUMNS),
+        rows=[(s, "" if n is None else str(n), *_cells(rows[s, n])) for s, n in shown],
+        styles=["bold red" if key == parting else "" for key in shown],
+    )
 
 
 def _without_numbers(row: Difference) -> bool:
@@ -410,10 +293,10 @@ def _print_verdict(show: Console, found: TraceDifference) -> None:
 
 
 def _given(a: Trace, b: Trace, model: str | None) -> tuple[str, ...]:
-    """What ``tools.localize`` must be told to judge the first trace; ``model`` is what was told
-    here."""
-    told = a.manifest or b.manifest
-    name = model or (told.model.name if told else "demo")
+    """The arguments with which ``tools.localize`` judges the first trace; ``model`` is the
+    ``--model`` of this command."""
+    manifest = a.manifest or b.manifest
+    name = model or (manifest.model.name if manifest else "demo")
     demo = name == "demo"
     known = model or demo or name.startswith("synthetic:")
     words = () if demo else ("--model", name if known else f"DIR_OF_{name}")
@@ -430,14 +313,14 @@ def _print_steps(show: Console, found: TraceDifference) -> None:
         return
     largest, keys = found.by_row.max(0), list(found.rows)
 
-    def told(row: int, stage: int) -> str:
+    def place(row: int, stage: int) -> str:
         error = found.by_row[stage, row]
         return (
             f"row {row} (step {found.stepped.step_of(row)}), {place_of(*keys[stage])} {error:.1e}"
         )
 
     worst = int(largest.argmax())
-    most = told(worst, int(found.by_row[:, worst].argmax()))
+    most = place(worst, int(found.by_row[:, worst].argmax()))
     beyond = np.flatnonzero(~(largest <= found.tolerance))
     if not len(beyond):
         show.print(f"row by row: all within the tolerance, most {most}")
@@ -446,7 +329,7 @@ def _print_steps(show: Console, found: TraceDifference) -> None:
     stage = int(np.flatnonzero(~(found.by_row[:, row] <= found.tolerance))[0])
     show.print(
         f"row by row: {len(beyond)} of {len(largest)} beyond the tolerance; first "
-        f"{told(row, stage)}; most {most}"
+        f"{place(row, stage)}; most {most}"
     )
 
 
@@ -518,9 +401,7 @@ def main(argv: list[str]) -> int:
         raise
     show = cli.report(args.json, found.to_json())
     if args.report:  # before a word is printed: whoever reads may stop after ten lines
-        from tools.report import write
-
-        write.comparison(args.report, found)
+        write.comparison(args.report, found, _table(found))
     given = _given(found.a, found.b, args.model)
     show_difference(show, replace(found, every_layer=args.every_layer, given=given))
     return 0 if found.agree else 1

@@ -6,9 +6,28 @@ from pathlib import Path
 import msgspec
 
 from qwen_jax import cli
+from qwen_jax.trace_schema import BatchResult, TraceResult
+from stages.entry import Entry
 from stages.manifest import KIND, SCHEMA, Manifest
-from stages.results import RESULTS
+from tools.bench.measure import BenchResult
+from tools.collect.recorder import CollectResult
+from tools.convert import ConvertResult
+from tools.difference import DiffResult
+from tools.localize.schema import LocalizeResult
+from tools.parity.invariance import InvarianceResult
+from tools.parity.schema import ParityResult
 
+RESULTS: dict[str, type[Entry]] = {
+    "localize": LocalizeResult,
+    "diff": DiffResult,
+    "trace": TraceResult,
+    "batch": BatchResult,
+    "collect": CollectResult,
+    "convert": ConvertResult,
+    "parity": ParityResult,
+    "invariance": InvarianceResult,
+    "bench": BenchResult,
+}
 FOLDER = Path(__file__).parents[2] / "docs" / "schema"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

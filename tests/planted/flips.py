@@ -21,7 +21,7 @@ import numpy as np
 from tests.planted.matrix import Bench, make_bench
 from tests.planted.shares import measured
 from tools.localize.cost import attribution
-from tools.localize.cost.attribution import Share
+from tools.localize.cost.result import LINEAR, Share
 from tools.numpy_engine.engine import BLOCK, Engine, Run
 
 CHECKPOINTS = ("demo", "small", "small-qwen3", "hard", "hard-qwen3")
@@ -45,7 +45,7 @@ class Flip:
         """Whether patching gives what the share says, within a quarter."""
         assert self.share.patched is not None
         off = abs(self.share.margin - self.share.patched)
-        return off <= attribution.LINEAR * max(abs(self.share.margin), abs(self.share.patched))
+        return off <= LINEAR * max(abs(self.share.margin), abs(self.share.patched))
 
 
 class Trial:

@@ -19,6 +19,7 @@ from stages.files import numpy_dtype
 from stages.trace import MemoryTrace
 from tests.planted.matrix import Bench, make_bench
 from tools.localize.cost import attribution
+from tools.localize.cost.result import Harm
 from tools.localize.preflight import trace_dtype
 from tools.numpy_engine.engine import Run
 
@@ -40,7 +41,7 @@ def replay_of(bench: Bench, run: Run, omit: tuple[str, ...] = ()) -> Replay:
     return Replay(trace, bench.model, numpy_dtype(trace.dtype or "float32"), unoptimised=True)
 
 
-def measured(bench: Bench, run: Run, omit: tuple[str, ...] = (), **asked: int) -> attribution.Harm:
+def measured(bench: Bench, run: Run, omit: tuple[str, ...] = (), **asked: int) -> Harm:
     """What the error of a run costs, in the precision that a command takes for it."""
     clean = bench.mode == "f32" and run is bench.right
     found = attribution.measure(replay_of(bench, run, omit), attribution.Question(**asked), clean)
@@ -60,7 +61,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def true_changes(bench: Bench, run: Run, found: attribution.Harm) -> tuple[float, float]:
+def true_changes(bench: Bench, run: Run, found: Harm) -> tuple[float, float]:
     """By how much the engine's margin and log-probability differ from exact arithmetic's."""
     first = bench.layout.positions[0]
     exact = log_softmax(exact_logits(bench.model, tuple(bench.tokens), first)[found.row])

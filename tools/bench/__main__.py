@@ -13,10 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from qwen_jax import cli
 from stages.errors import UserError
 from tools.bench import floor, measure, report
-from tools.bench.measure import Figure
+from tools.bench.measure import BenchResult, Figure, FigureRow
 
 DEFAULT_MODELS = ("demo", "synthetic:0.5b")
 MEMORY = (("synthetic:7b", 64, 3 << 30), ("synthetic:72b:2", 8, 9 << 30))
@@ -75,9 +77,9 @@ def main(argv: list[str]) -> int:
             for model, length, most in MEMORY:
                 figures += measure.memory(model, length, most, scratch, doing)
     show = cli.report(args.json, to_json(figures, before, args.repeat))
-    for part, table in report.tables(figures):
-        show.print(f"\n{report.TITLES[part]}")
-        show.print(table)
+    for table in report.tables(figures):
+        show.print(f"\n{table.title}")
+        show.print(table.terminal)
     if args.markdown:
         args.markdown.write_text(report.markdown(figures, before, args.repeat), encoding="utf-8")
     return 0
@@ -85,8 +87,9 @@ def main(argv: list[str]) -> int:
 
 def to_json(figures: list[Figure], machine: dict[str, Any], repeat: int) -> dict[str, Any]:
     """The object of ``--json``."""
-    told = [asdict(each) | {"reached": each.reached} for each in figures]
-    return {"schema": 1, "machine": machine, "repeat": repeat, "figures": told}
+    rows = [FigureRow(**asdict(each), reached=each.reached) for each in figures]
+    result = BenchResult(schema=1, machine=machine, repeat=repeat, figures=rows)
+    return msgspec.to_builtins(result)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwen_jax.weights import open_model
+from stages.entry import Entry
 from stages.errors import UserError
 from stages.open import open_trace
 from tools.bench import floor
@@ -58,6 +59,31 @@ class Figure:
         if self.bar is None:
             return None
         return self.value <= self.bar if self.most else self.value >= self.bar
+
+
+class FigureRow(Entry, frozen=True):
+    """One figure; see ``tools.bench.measure.Figure``. ``reached`` is null without a bar."""
+
+    part: Literal["cold", "warm", "decode", "tools", "memory"]
+    of: str
+    what: str
+    value: float
+    unit: Literal["s", "x", "GB/s", "GiB"]
+    low: float | None
+    high: float | None
+    bar: float | None
+    most: bool
+    floor: float | None
+    reached: bool | None
+
+
+class BenchResult(Entry, frozen=True):
+    """``tools.bench --json``; ``repeat`` is of how many runs a figure is the median."""
+
+    schema: Literal[1]
+    machine: dict[str, Any]
+    repeat: int
+    figures: list[FigureRow]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from rich.table import Table
-
+from qwen_jax.table import Table
 from tools.bench.measure import Figure
 
 TITLES = {
@@ -28,20 +27,11 @@ def _cells(figure: Figure) -> tuple[str, ...]:
     return figure.of, figure.what, value, spread, least, wanted, reached
 
 
-def tables(figures: list[Figure]) -> Iterator[tuple[str, Table]]:
-    """(part, table) of every part that was measured."""
-    for part in TITLES:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for name in HEADINGS:
-            table.add_column(name, justify="left" if name in HEADINGS[:2] else "right")
-        last = None
-        for figure in figures:
-            if figure.part == part:
-                of, *cells = _cells(figure)
-                table.add_row("" if of == last else of, *cells)
-                last = of
-        if table.row_count:
-            yield part, table
+def tables(figures: list[Figure]) -> Iterator[Table]:
+    """The table of every part that was measured."""
+    for part, title in TITLES.items():
+        if rows := [_cells(figure) for figure in figures if figure.part == part]:
+            yield Table(title, HEADINGS, rows, left=HEADINGS[:2])
 
 
 def markdown(figures: list[Figure], machine: dict[str, Any], repeat: int) -> str:
@@ -58,15 +48,6 @@ def markdown(figures: list[Figure], machine: dict[str, Any], repeat: int) -> str
             f"products, {rates['memory'] / 1e9:.1f} GB/s of memory, {rates['disk'] / 1e9:.1f} GB/s "
             "into a file of the page cache.",
         ]
-    for part, title in TITLES.items():
-        rows = [_cells(figure) for figure in figures if figure.part == part]
-        if rows:
-            lines += [
-                "",
-                f"## {title}",
-                "",
-                "| " + " | ".join(HEADINGS) + " |",
-                "|---" * len(HEADINGS) + "|",
-            ]
-            lines += ["| " + " | ".join(row) + " |" for row in rows]
+    for table in tables(figures):
+        lines += ["", f"## {table.title}", "", table.markdown.rstrip()]
     return "\n".join(lines) + "\n"

@@ -6,47 +6,18 @@ command reads it as one of ours. What an engine cannot show is said there and on
 """
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from qwen_jax import arguments, cli
-from tools.collect import core, engines, options
-from tools.collect.recorder import Collected
+from tools.collect import core, engines, files, options
+from tools.collect.command import PROG, add_common, counts, show
 from tools.collect.session import Adapter
-
-PROG = "tools.collect"
-
-
-def counts(text: str) -> tuple[int, ...]:
-    """The numbers of rows of a list such as 16,16,1,1."""
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        found = (0,)
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected rows of each call, such as 16,16,1,1")
-    return found
 
 
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens")
     return int(text)
-
-
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """What every engine takes beside its own options."""
-    arguments.add_prompt_arguments(parser)
-    add = parser.add_argument
-    add("--stages", default="all", metavar="LIST", help="all, or names of stages")
-    add("--layers", default="all", metavar="LIST", help="all, or numbers and ranges: 0,3-5")
-    add("--out", type=Path, required=True, metavar="DIR", help="where the trace goes")
-    add("--overwrite", action="store_true", help="replace the trace that is in --out")
-    cli.add_json(parser)
 
 
 def overview() -> argparse.ArgumentParser:
@@ -94,8 +65,6 @@ def main(argv: list[str]) -> int:
     if name.startswith("-"):
         overview().parse_args(argv or ["--help"])
     if name == "files":
-        from tools.collect import files
-
         return files.main(rest)
     adapter = engines.adapter(name)
     args = parser(name, adapter).parse_args(rest)
@@ -116,26 +85,6 @@ def main(argv: list[str]) -> int:
     data = found.to_json()
     show(cli.report(args.json, data), data, found)
     return 0
-
-
-def show(console: Console, data: Mapping[str, Any], found: Collected) -> None:
-    """Print the summary ``data``, and a table of the collected stages."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("stage", "axes", "shape", "files"):
-        table.add_column(name, justify="right" if name == "files" else "left")
-    for row in data["stages"]:
-        shape = " x ".join(map(str, row["shape"]))
-        table.add_row(row["stage"], " ".join(row["axes"]), shape, str(len(row["layers"])))
-    console.print(table)
-    for stage, why in found.absent.items():
-        console.print(f"not there: {stage} ({why})")
-    for change in found.changed[:5]:
-        console.print(f"{change}: a row of a cache is written once")
-    made = data["producer"]
-    console.print(
-        f"{found.path}/: {data['files']} files, {cli.size(found.bytes)}, of {made['name']} "
-        f"{made['version']}, {data['dtype']}"
-    )
 
 
 if __name__ == "__main__":

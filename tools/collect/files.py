@@ -23,6 +23,7 @@ from stages.architecture import Architecture
 from stages.errors import UserError
 from stages.writer import replaceable
 from tools.collect import core
+from tools.collect.command import PROG, add_common, counts, show
 from tools.collect.recorder import Recorder, to_numpy
 
 MAPS = Path(__file__).parent / "maps"
@@ -243,8 +244,6 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    from tools.collect.__main__ import PROG, add_common, counts
-
     result = cli.Parser(prog=PROG, description=__doc__)
     result.prog += " files"
     add = result.add_argument
@@ -259,8 +258,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    from tools.collect.__main__ import show
-
     args = parser().parse_args(argv)
     replaceable(args.out, args.overwrite)
     how = read_map(args.map)

@@ -13,16 +13,17 @@ uses its memory again, and are all in memory until ``finish``.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import msgspec
 import numpy as np
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages import places
 from stages.architecture import Key, Stage, axis_size
+from stages.entry import Entry
 from stages.errors import UserError
 from stages.manifest import DTYPES, Cache, Changed, DType, Format, Manifest, Model, WeightEntry
 from stages.rows import put
@@ -31,8 +32,50 @@ from stages.steps import changed_rows
 from stages.version import NAME, version
 from stages.writer import TraceWriter
 
-SCHEMA = 1  # of ``--json``
+SCHEMA: Literal[1] = 1  # of ``--json``
 NOT_SEEN = "the engine did not show it"
+
+
+class StageOfLayers(Entry, frozen=True):
+    """What was recorded of a stage: in which layers, [null] of a whole-model stage."""
+
+    stage: str
+    axes: list[str]
+    shape: list[int]
+    layers: list[int | None]
+
+
+class CollectResult(Entry, frozen=True):
+    """``tools.collect --json``.
+
+    Attributes:
+        producer: what the manifest says of the engine.
+        steps: rows of each call.
+        absent: stages that the engine does not show, and why.
+        weights: what ``tools.localize --model`` should be; null where the engine has its own.
+        next_token: the likeliest after the last position. Of ``files`` neither is known.
+        passed_over: of ``files``, what the map has no use for.
+    """
+
+    schema: Literal[1]
+    engine: str
+    producer: dict[str, Any]
+    architecture: str
+    model: str
+    out: str
+    dtype: str
+    cache: str | None
+    tokens: list[int]
+    positions: list[int]
+    steps: list[int]
+    stages: list[StageOfLayers]
+    absent: dict[str, str]
+    cache_changed: list[Changed]
+    files: int
+    bytes: int
+    weights: str | UnsetType | None = UNSET
+    next_token: int | UnsetType = UNSET
+    passed_over: list[str] | UnsetType = UNSET
 
 
 @dataclass(frozen=True)
@@ -59,30 +102,34 @@ class Collected:
     def to_json(self) -> dict[str, Any]:
         """The object of ``--json``."""
         made = self.manifest
-        stages: dict[str, dict[str, Any]] = {}
+        stages: dict[str, StageOfLayers] = {}
         for entry in made.files:
-            row = stages.setdefault(entry.stage, {"stage": entry.stage, "axes": list(entry.axes)})
-            row.setdefault("layers", []).append(entry.layer)
-            row["shape"] = list(entry.shape)
-        ran = {"weights": self.judged_by, "next_token": self.next_token}
-        return {
-            "schema": SCHEMA,
-            "engine": made.producer["name"],
-            "producer": made.producer,
-            "architecture": made.architecture,
-            "model": made.model.name,
-            "out": str(self.path),
-            "dtype": made.dtype,
-            "cache": made.cache,
-            "tokens": list(made.tokens),
-            "positions": list(made.positions),
-            "steps": list(made.steps),
-            "stages": list(stages.values()),
-            "absent": self.absent,
-            "cache_changed": [msgspec.to_builtins(each) for each in self.changed],
-            "files": len(made.files),
-            "bytes": self.bytes,
-        } | (ran if self.next_token is not None else {})
+            layers = stages[entry.stage].layers if entry.stage in stages else []
+            stages[entry.stage] = StageOfLayers(
+                entry.stage, list(entry.axes), list(entry.shape), [*layers, entry.layer]
+            )
+        found = CollectResult(
+            schema=SCHEMA,
+            engine=made.producer["name"],
+            producer=made.producer,
+            architecture=made.architecture,
+            model=made.model.name,
+            out=str(self.path),
+            dtype=made.dtype,
+            cache=made.cache,
+            tokens=list(made.tokens),
+            positions=list(made.positions),
+            steps=list(made.steps),
+            stages=list(stages.values()),
+            absent=self.absent,
+            cache_changed=list(self.changed),
+            files=len(made.files),
+            bytes=self.bytes,
+        )
+        if self.next_token is not None:
+            ran = {"weights": self.judged_by, "next_token": self.next_token}
+            found = msgspec.structs.replace(found, **ran)
+        return msgspec.to_builtins(found)
 
 
 class Call(NamedTuple):

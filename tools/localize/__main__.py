@@ -13,12 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from qwen_jax import arguments, cli
 from qwen_jax.config import Config
 from qwen_jax.prompt import Prompt
 from qwen_jax.weights import open_model
 from qwen_jax.weights.base import Weights
 from stages.errors import NotComparable, UserError
+from stages.invariance import equality
 from tools.localize import bisect
 from tools.localize.cost.query import HOW, Question, affordable, usual
 from tools.localize.pipeline import localize
@@ -88,10 +91,10 @@ def _nats(text: str) -> float:
 
 
 def question_of(args: argparse.Namespace, config: Config, length: int) -> Question | None:
-    """Of which token the command line asks what the error of so many rows costs.
+    """The token for which the command line asks what the error costs it; None asks for none.
 
     Raises:
-        UserError: of one, and of none.
+        UserError: ``--harm none`` together with an option that asks for a token.
     """
     asked = {"row": args.position, "token": args.token, "against": args.rival}
     wanted = [*asked.values(), args.max_nats]
@@ -156,13 +159,13 @@ def _costly(reports: list[Localization], most: float) -> bool:
     """Whether the error of one of them moves the log-probability by more than ``most``.
 
     Raises:
-        NotComparable: that cannot be told.
+        NotComparable: a trace has no finite logits to tell by.
     """
     sound = [report for report in reports if not report.wrong]
     if untold := [report.trace.path for report in sound if report.harm is None]:
         raise NotComparable(
             f"not comparable: {untold[0]} has no finite logits, nor what they are computed from; "
-            "--max-nats cannot be told"
+            "--max-nats has nothing to measure"
         )
     return any(abs(report.harm.logprob_change) > most for report in sound if report.harm)
 
@@ -212,6 +215,8 @@ def _main(argv: list[str]) -> int:
         data["against"] = to_json(reports[1])
         data["right"] = side_by_side.judgements(*reports)
         data["same_weights"] = side_by_side.same_weights(*reports)
+        if same := equality(reports[0].trace, reports[1].trace):
+            data["equality"] = msgspec.to_builtins(same)
         if apart := side_by_side.apart(*reports):
             data["apart"] = apart
     show = cli.report(args.json, data)

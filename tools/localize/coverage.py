@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
+from stages.entry import Entry
 from stages.trace import Trace
 from stages.verdict import LocalError
 
 
-class Coverage(msgspec.Struct, frozen=True):
+class Coverage(Entry, frozen=True):
     """How many operations of a forward pass, stages of all layers, a dump shows.
 
     Attributes:

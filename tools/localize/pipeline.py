@@ -13,10 +13,12 @@ from stages.open import open_trace
 from stages.trace import Trace
 from stages.verdict import LocalError
 from tools.localize import coverage
+from tools.localize import show as show  # what is made here can then be printed,
 from tools.localize.cache_drift import with_changes
 from tools.localize.cost.query import Question
 from tools.localize.preflight import check_model, trace_dtype
 from tools.localize.result import Localization
+from tools.report import notebook as notebook  # and drawn
 
 SHORT = 64  # tokens of a trace whose measuring takes less time than compiling it well
 

@@ -1,24 +1,22 @@
 """What localize found out about a trace: as data, as JSON, and as a sentence."""
 
-import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from rich.console import Console, ConsoleOptions, RenderResult
 
 from stages import verdict
 from stages.architecture import LINEAR, LOOKUP, SCORES, WEIGHTED_SUM, place_of
 from stages.trace import Trace
 from stages.verdict import LocalError
 from tools.localize import grouping
+from tools.localize.cost.result import Harm, Nats
 from tools.localize.coverage import Coverage
 from tools.localize.grouping import Fault, Finding
+from tools.shown import Shown
 
 if TYPE_CHECKING:  # importing this loads no JAX
     from stages.headroom import Headroom
-    from tools.localize.cost.attribution import Harm
-    from tools.localize.cost.softmax_error import Nats
     from tools.localize.formats.fit import Fitted
 
 SCHEMA = 3
@@ -35,7 +33,7 @@ COLOURS = {
 
 
 @dataclass(frozen=True)
-class Localization:
+class Localization(Shown):
     """Everything localize found out about one trace. Prints as the command does.
 
     Attributes:
@@ -54,11 +52,11 @@ class Localization:
     findings: list[Finding]
     skipped: list[dict[str, Any]]
     fitted: "Fitted"
-    nats: "list[Nats]"
+    nats: list[Nats]
     odd: list[Finding]
     coverage: Coverage
-    harm: "Harm | None" = None
-    rounding: "tuple[str, Harm | None] | None" = None
+    harm: Harm | None = None
+    rounding: tuple[str, Harm | None] | None = None
     headroom: "list[Headroom]" = field(default_factory=list)
 
     @property
@@ -81,22 +79,6 @@ class Localization:
     def to_json(self) -> dict[str, Any]:
         """The object of ``--json``."""
         return to_json(self)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from tools.localize.show import show_localization
-
-        show_localization(console, self)
-        return ()
-
-    def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=120, highlight=False, soft_wrap=True).print(self)
-        return text.getvalue()
-
-    def _repr_html_(self) -> str:
-        from tools.report import notebook
-
-        return notebook.of_localization(self)
 
     def __repr__(self) -> str:
         return f"<Localization of {self.trace.path}: {sentence(self)}>"
@@ -140,7 +122,7 @@ def to_json(report: Localization) -> dict[str, Any]:
         "faults": [fault.to_json() for fault in faults(report)],
         "odd": [_odd(finding) for finding in report.odd],
         "precision": report.precision,
-        "nats": [layer.to_json() for layer in report.nats],
+        "nats": msgspec.to_builtins(report.nats),
         "headroom": [row.to_json("float16") for row in report.headroom],
         "skipped": report.skipped,
     }

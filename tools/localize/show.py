@@ -4,37 +4,34 @@ from collections.abc import Iterable
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from qwen_jax import cli
+from qwen_jax.table import Cell, Table
 from stages import verdict
 from stages.architecture import place_of
 from stages.verdict import LocalError
 from tools.localize.cost.show import show_harm
 from tools.localize.result import COLOURS, Fault, Finding, Localization, faults, place, sentence
+from tools.shown import for_terminal
 
-OVER = 5  # overflows that are told
+OVER = 5  # overflows that are printed
 
 
-def _table(report: Localization) -> Table:
+def bits(report: Localization) -> Table:
     """Layers down, stages across, significant bits in the cells; faults marked with ``*``."""
     held = {item.key: item for item in report.items}
     faulty = {finding.suspect.key for finding in report.findings}
-    rows = report.trace.arch.layer_stages
-    shown = [row.name for row in rows if any(key[0] == row.name for key in held)]
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("layer", justify="right")
-    for name in shown:
-        table.add_column(name.replace("_", "\n"), justify="right")
-    felt = {row.layer: row for row in report.nats}
-    if felt:
-        table.add_column("score\nerror,\nnats", justify="right")
+    stages = [stage.name for stage in report.trace.arch.layer_stages]
+    shown = [name for name in stages if any(key[0] == name for key in held)]
+    felt = {each.layer: f"{each.max:.1g}" for each in report.nats}
+    rows: list[list[Cell]] = []
     for layer in sorted({n for _, n in held if n is not None}):
         cells = [_cell(held.get((name, layer)), (name, layer) in faulty) for name in shown]
-        nats = [Text(f"{felt[layer].max:.1g}" if layer in felt else "-")] if felt else []
-        table.add_row(str(layer), *cells, *nats)
-    return table
+        rows.append([str(layer), *cells, *([felt.get(layer, "-")] if felt else [])])
+    names = ["layer", *shown, *(["score error, nats"] if felt else [])]
+    title = "significant bits of the error created at each stage"
+    return Table(title, names, rows, left=(), narrow=True, gap=1)
 
 
 def _cell(item: LocalError | None, faulty: bool) -> Text:
@@ -47,16 +44,25 @@ def _cell(item: LocalError | None, faulty: bool) -> Text:
     return Text(number, style=COLOURS[found])
 
 
+def about(report: Localization) -> str:
+    """What was judged, and by what weights."""
+    tokens = f"{len(report.trace.tokens)} tokens"
+    return f"{report.trace.path}: {report.dtype}, {tokens}, weights of {report.model}"
+
+
+@for_terminal.register
+def _printed(report: Localization) -> cli.Printed:
+    return cli.Printed(lambda show: show_localization(show, report))
+
+
 def show_localization(show: Console, report: Localization) -> None:
     """Print the verdict, the table, every fault, and what was not checked."""
     show.print(Text(sentence(report), style="bold"))
     held = {item.key: item for item in report.items}
     faulty = {finding.suspect.key for finding in report.findings}
-    show.print(
-        f"\n{report.trace.path}: {report.dtype}, {len(report.trace.tokens)} tokens, weights of "
-        f"{report.model}; significant bits of the error created at each stage\n"
-    )
-    cli.fold(show, _table(report))
+    table = bits(report)
+    show.print(f"\n{about(report)}; {table.title}\n")
+    cli.fold(show, table.terminal)
     whole = Text()
     ends = [row for row in report.trace.arch.stages if row.scope != "layer"]
     for key in [(row.name, row.layer_of(0)) for row in ends]:

@@ -5,19 +5,21 @@ from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from qwen_jax.table import Table
 from stages import verdict
 from stages.architecture import place_of
 from stages.architectures import ALL_NAMES, any_stage
+from stages.invariance import Equality, equality
 from stages.trace import Trace
-from tools.localize.cost.attribution import LARGEST, SEEN
 from tools.localize.cost.query import Question
+from tools.localize.cost.result import LARGEST, SEEN
 from tools.localize.cost.show import named
 from tools.localize.result import COLOURS, Localization
 
 MADE_BY = ("made by, in nats", "A", "B", "A - B")  # columns of the rows of ``margins``
+EQUAL = "equal to the last bit"
 CLEAR = 2.0  # bits by which one side must be better to be called the right one
 
 
@@ -117,21 +119,64 @@ def apart(a: Localization, b: Localization) -> dict[str, Any] | None:
     }
 
 
-def show(console: Console, a: Localization, b: Localization) -> None:
-    """Print the table, and first whether the two sides ran the same weights."""
+def tables(a: Localization, b: Localization) -> list[Table]:
+    """Who is right at each stage, and what of it is equal; and which stages make the difference of
+    the two margins, where both were asked about the same tokens."""
+    same = equality(a.trace, b.trace)
+    made = "Which of the two is right"
     if same_weights(a, b) is False:
-        console.print("the two sides have different weights; each is judged by its own")
+        made += "; they have different weights, and each is judged by its own"
     elif a.model != b.model:
-        console.print(f"A is judged by the weights of {a.model}, B by those of {b.model}")
-    table = Table(box=None, header_style="bold", pad_edge=False, title="A against B")
-    table.title_justify = "left"
-    for name in ("stage", "A bits", "B bits", "right"):
-        table.add_column(name, justify="right" if "bits" in name else "left")
-    for row in judgements(a, b):
-        cells = [_range(row[side], row["stage"]) for side in ("a", "b")]
-        table.add_row(row["stage"], *cells, said(row))
-    console.print(table)
-    _show_apart(console, a, b)
+        made += f"; A is judged by the weights of {a.model}, B by those of {b.model}"
+    rows = [
+        (row["stage"], *(_range(row[side], row["stage"]) for side in ("a", "b")), said(row),
+         *([] if same is None else [_equal(same, row["stage"])]))
+        for row in judgements(a, b)
+    ]  # fmt: skip
+    names = ("stage", "A bits", "B bits", "right", *([] if same is None else [EQUAL]))
+    found = [Table(made, names, rows, left=("stage", "right"))]
+    if (parts := margins(a, b)) and parts.rows:
+        found.append(parts)
+    return found
+
+
+def sentences(a: Localization, b: Localization) -> list[str]:
+    """Where two computations of one sequence part, and how far their margins are apart."""
+    found = []
+    if same := equality(a.trace, b.trace):
+        found.append(parting(same, len(a.trace.tokens)))
+    if parts := margins(a, b):
+        found.append(parts.title)
+    return found
+
+
+def _equal(same: Equality, stage: str) -> str:
+    """How many elements of a stage are equal, over all layers."""
+    found = [each for each in same.operations if each.stage == stage]
+    return f"{sum(each.equal for each in found):,} of {sum(each.of for each in found):,}"
+
+
+def parting(same: Equality, length: int) -> str:
+    """Which operation makes unequal values of equal ones first, of ``length`` rows."""
+    whole = sum(each.equal == each.of for each in same.operations)
+    counted = f"{whole} of {len(same.operations)} operations are equal to the last bit"
+    if (first := same.parts_first) is None:
+        return counted
+    return (
+        f"{counted}; the first to make unequal values of equal ones is {place_of(*first.key)}, in "
+        f"{len(first.rows)} of {length} rows"
+    )
+
+
+def show(console: Console, a: Localization, b: Localization) -> None:
+    """Print who is right at each stage, where the two part, and how far their margins are apart."""
+    first, *more = tables(a, b)
+    console.print(f"\n{first.title}\n")
+    console.print(first.terminal)
+    for sentence in sentences(a, b):
+        console.print(f"\n{sentence}", soft_wrap=True)
+    for table in more:
+        console.print(table.terminal)
 
 
 def said(row: dict[str, Any]) -> str:
@@ -144,9 +189,9 @@ def said(row: dict[str, Any]) -> str:
     return f"{row['right']} ({'the other has a fault' if faulty else 'more precise'})"
 
 
-def margins(a: Localization, b: Localization) -> tuple[str, list[list[str]]] | None:
-    """``apart`` for people: a sentence, and the stages that are seen in the difference, each with
-    its share in A, in B, and A - B. None as of that."""
+def margins(a: Localization, b: Localization) -> Table | None:
+    """How far the two margins are apart, as a sentence, and the stages that are seen in that, with
+    their shares in A, in B, and A - B; None where the two were not asked about the same tokens."""
     found = apart(a, b)
     if found is None or a.harm is None:
         return None
@@ -162,25 +207,11 @@ def margins(a: Localization, b: Localization) -> tuple[str, list[list[str]]] | N
     )
     rows = [row for row in found["shares"] if abs(row["difference"]) >= SEEN][:LARGEST]
     sides = ("a", "b", "difference")
-    return sentence, [
+    cells = [
         [place_of(row["stage"], row["layer"]), *(f"{row[side]:+.2g}" for side in sides)]
         for row in rows
     ]
-
-
-def _show_apart(console: Console, a: Localization, b: Localization) -> None:
-    found = margins(a, b)
-    if found is None:
-        return
-    sentence, rows = found
-    console.print(f"\n{sentence}", soft_wrap=True)
-    if rows:
-        table = Table(MADE_BY[0], box=None, header_style="bold", pad_edge=False)
-        for name in MADE_BY[1:]:
-            table.add_column(name, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    return Table(sentence, MADE_BY, cells)
 
 
 def _range(side: dict[str, Any], stage: str) -> Text:

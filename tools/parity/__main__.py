@@ -186,13 +186,13 @@ def _invariance(args: argparse.Namespace, model: Weights) -> int:
         found = bar.track(invariance.sweep(made, model, stream, "float32"), description="comparing")
         outcomes = list(found)
     same = all(not each.partings for each in outcomes)
-    data = {
-        "schema": SCHEMA,
-        "verdict": "identical" if same else "differ",
-        "model": model.name,
-        "device": args.device,
-        "outcomes": [each.to_json() for each in outcomes],
-    }
+    data = invariance.InvarianceResult(
+        schema=1,
+        verdict="identical" if same else "differ",
+        model=model.name,
+        device=args.device,
+        outcomes=outcomes,
+    )
     invariance.show(cli.report(args.json, data), outcomes)
     return 0 if same else 1
 

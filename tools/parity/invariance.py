@@ -5,14 +5,14 @@ The rule is *the first operation with bit-equal inputs and unequal outputs*: ``s
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 
+from qwen_jax.table import Table
 from qwen_jax.tracing import Engine, Plan, batch_to_memory, make_batch, make_plan, to_memory
 from qwen_jax.weights.base import Weights
+from stages.entry import Entry
 from stages.errors import NotComparable
 from stages.invariance import Parting, partings
 from stages.trace import Trace
@@ -26,8 +26,7 @@ PADDING = 9
 Tokens = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(Entry, frozen=True):
     """One way to compute a sequence of ``length`` tokens, and where it parts from alone, in one
     call and without a cache."""
 
@@ -46,12 +45,15 @@ class Outcome:
         more = f"; also at {', '.join(others)}" if others else ""
         return f"parts at {place}{first.stage}, in {len(first.rows)} of {self.length} rows{more}"
 
-    def to_json(self) -> dict[str, Any]:
-        found = [
-            {"stage": each.stage, "layer": each.layer, "rows": each.rows.tolist()}
-            for each in self.partings
-        ]
-        return {"length": self.length, "way": self.way, "partings": found}
+
+class InvarianceResult(Entry, frozen=True):
+    """``tools.parity --invariance --json``."""
+
+    schema: Literal[1]
+    verdict: Literal["identical", "differ"]
+    model: str
+    device: Literal["cpu", "gpu"]
+    outcomes: list[Outcome]
 
 
 def ways(
@@ -103,13 +105,9 @@ def sweep(
 
 
 def show(console: Console, outcomes: list[Outcome]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("tokens", justify="right")
-    table.add_column("computed", no_wrap=True)
-    table.add_column("against alone, in one call", overflow="fold")
-    for each in outcomes:
-        style = "green" if not each.partings else ""
-        table.add_row(str(each.length), each.way, each.says, style=style)
-    console.print(table)
+    names = ("tokens", "computed", "against alone, in one call")
+    rows = [(str(each.length), each.way, each.says) for each in outcomes]
+    styles = ["" if each.partings else "green" for each in outcomes]
+    console.print(Table("", names, rows, left=names[1:], styles=styles).terminal)
     same = sum(not each.partings for each in outcomes)
     console.print(f"{same} of {len(outcomes)} are identical, bit for bit, in every stage")

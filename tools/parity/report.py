@@ -1,13 +1,12 @@
 """The rows of a sweep for people: sections by what is required, in the terminal and in Markdown."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from qwen_jax.table import Cell, Table
 from tools.parity.grid import REQUIRE, Point
 
 Row = dict[str, Any]
@@ -15,6 +14,7 @@ Pair = tuple[Point, Row]
 
 POINT = ("dtype", "T", "B", "program", "flags", "second run")
 FOUND = ("differ", "first", "rel. L2", "local bits", "class", "arg-max", "KL", "verdict")
+NUMBERS = ("T", "B", "differ", "arg-max")
 SHORT = {"float64": "f64", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 COLOURS = {
     "identical": "green",
@@ -105,21 +105,7 @@ def fault_says(row: Row) -> str:
 # --- sections
 
 
-@dataclass(frozen=True)
-class Section:
-    """Rows of one requirement, or not run for one reason.
-
-    Attributes:
-        names: of the columns; those that would be empty throughout are left out.
-        rows: cells, and last the verdict without what else its cell says.
-    """
-
-    title: str
-    names: list[str]
-    rows: list[tuple[list[str], str]]
-
-
-def sections(pairs: list[Pair]) -> Iterator[Section]:
+def sections(pairs: list[Pair]) -> Iterator[Table]:
     """The whole sweep: compiled against un-jitted, compiled against compiled, and what was not run;
     the strictest requirement first."""
     held: dict[tuple[int, float, str], list[Pair]] = {}
@@ -134,13 +120,27 @@ def sections(pairs: list[Pair]) -> Iterator[Section]:
         held.setdefault(key, []).append((point, row))
     for key in sorted(held, key=lambda key: key[:2]):
         names = POINT if key[0] == 2 else POINT + FOUND
-        cells = [point_cells(point) + found_cells(point, row) for point, row in held[key]]
-        used = [n for n in range(len(names)) if any(row[n] for row in cells)]
-        rows = [
-            ([row[n] for n in used], pair[1]["verdict"])
-            for row, pair in zip(cells, held[key], strict=True)
-        ]
-        yield Section(key[2], [names[n] for n in used], rows)
+        yield section(
+            key[2],
+            names,
+            [
+                (point_cells(point) + found_cells(point, row), row["verdict"])
+                for point, row in held[key]
+            ],
+        )
+
+
+def section(title: str, names: Sequence[str], rows: Sequence[tuple[list[str], str]]) -> Table:
+    """The points of one requirement, or not run for one reason: (cells, verdict) of each. Columns
+    that would be empty throughout are left out."""
+    used = [n for n in range(len(rows[0][0])) if any(cells[n] for cells, _ in rows)]
+    shown: list[list[Cell]] = []
+    for cells, verdict in rows:
+        *first, last = (cells[n] for n in used)
+        style = "bold red" if last.endswith("fails") else COLOURS[verdict]
+        shown.append([*first, Text(last, style)])
+    kept = [names[n] for n in used]
+    return Table(title, kept, shown, left=[name for name in kept if name not in NUMBERS], gap=1)
 
 
 def _strictness(point: Point) -> float:
@@ -224,29 +224,15 @@ def _classes(found: dict[str, str]) -> str:
     return "; ".join([usual, *rest])
 
 
-def show(console: Console, sections: list[Section]) -> None:
+def show(console: Console, sections: list[Table]) -> None:
     """The sections, in a terminal. One that is narrower wraps lines; rich would cut words."""
     console.width = 200
     for section in sections:
-        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-        for name in section.names:
-            right = name in ("T", "B", "differ", "arg-max")
-            table.add_column(name, justify="right" if right else "left")
-        for row, verdict in section.rows:
-            style = "bold red" if row[-1].endswith("fails") else COLOURS[verdict]
-            table.add_row(*map(Text, row[:-1]), Text(row[-1], style))
         console.print(Text(section.title, "bold"))
-        console.print(table)
+        console.print(section.terminal)
         console.print()
 
 
-def markdown(sections: list[Section]) -> str:
-    """The same, a Markdown table for each section."""
-    parts = []
-    for section in sections:
-        title = section.title[0].upper() + section.title[1:]
-        lines = [section.names, ["---"] * len(section.names), *(row for row, _ in section.rows)]
-        cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
-        table = "\n".join("| " + " | ".join(line) + " |" for line in cells)
-        parts.append(f"### {title}\n\n{table}\n")
-    return "\n".join(parts)
+def markdown(sections: list[Table]) -> str:
+    """The sections as Markdown, a table each."""
+    return "\n".join(f"### {s.title[0].upper()}{s.title[1:]}\n\n{s.markdown}" for s in sections)

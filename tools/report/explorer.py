@@ -27,7 +27,7 @@ Data = dict[str, Any]
 
 
 def colours(shade: int) -> tuple[str, str]:
-    """Of the ground and of the text, where no style sheet can say it."""
+    """The colours of a cell's ground and of its text, where there is no style sheet."""
     return RAMP[shade], "#fff" if shade >= DARK_FROM else "#111"
 
 

@@ -7,25 +7,28 @@ with tables; with it, the cells open.
 import gzip
 import json
 from base64 import b64encode
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment
+from markupsafe import Markup
 
+from qwen_jax.table import Table
 from qwen_jax.weights.base import Weights
 from stages import verdict
-from stages.architecture import Key, place_of
+from stages.architecture import Key
 from stages.trace import Trace
 from stages.version import NAME, version
-from tools.diff import TraceDifference
+from tools import difference
+from tools.difference import TraceDifference
 from tools.localize import side_by_side
 from tools.localize.cost.show import summary
 from tools.localize.decode_steps import wrong_calls
 from tools.localize.preflight import trace_dtype
-from tools.localize.result import Fault, Localization, faults, place, sentence
-from tools.localize.show import elements, fault_lines
+from tools.localize.result import Localization, faults, place, sentence
+from tools.localize.show import about, elements, fault_lines
 from tools.report import cells, views
 from tools.report.views import View
 
@@ -36,13 +39,13 @@ VENDORED = ("d3.min.js", "plot.umd.min.js")
 def of_localizations(
     reports: Sequence[Localization],
     weights: Sequence[Weights],
-    difference: TraceDifference | None = None,
+    apart: TraceDifference | None = None,
 ) -> str:
     """The page of one trace, or of two side by side.
 
     Arguments:
         weights: of each.
-        difference: of the two, where they can be compared.
+        apart: how far the two are, where they can be compared.
     """
     sides = dict(zip("AB", reports, strict=False))
     behind: dict[str, dict[str, Any]] = {}
@@ -52,42 +55,46 @@ def of_localizations(
         created[side] = {key: each["relative_l2"] for key, each in details.items()}
         behind[side] = _behind(report, details)
     found = views.of_localizations(sides, created)
-    if difference:
-        found.append(views.of_difference(difference))
-    traces = {side: report.trace for side, report in sides.items()}
-    body = [
-        *(_verdict(side, report, len(sides) > 1) for side, report in sides.items()),
-        _difference(difference) if difference else "",
-        _map(traces, found, {side: _faulty(report) for side, report in sides.items()}),
-        _right(*reports) + _margins(*reports) if len(reports) == 2 else "",
-        *(_faults(side, report, len(sides) > 1) for side, report in sides.items()),
-        *(_unchecked(side, report, len(sides) > 1) for side, report in sides.items()),
-        _provenance(traces, {side: report.model for side, report in sides.items()}),
-    ]
-    worst = next((r for r in reports if r.wrong), reports[0])
-    return _document(sentence(worst), body, _script_data(found, behind, _calls(reports[0].trace)))
+    if apart:
+        found.append(views.of_difference(apart))
+    return _page(
+        sentence(next((r for r in reports if r.wrong), reports[0])),
+        several=len(sides) > 1,
+        heads=[_head(side, report) for side, report in sides.items()],
+        said=[f"A against B: {difference.sentence(apart)}", _logits(apart)] if apart else [],
+        views=found,
+        maps=[
+            _map(side, report.trace, found[0], _faulty(report), f"{side}: {report.trace.name}")
+            for side, report in sides.items()
+        ],
+        right=side_by_side.tables(*reports) if len(reports) == 2 else [],
+        parting=side_by_side.sentences(*reports) if len(reports) == 2 else [],
+        faults=[(side, _faults(side, report)) for side, report in sides.items() if faults(report)],
+        unchecked=[(side, _unchecked(report)) for side, report in sides.items()],
+        tables=[_provenance({side: (r.trace, r.model) for side, r in sides.items()})],
+        scripts=_script_data(found, behind, _calls(reports[0].trace)),
+    )
 
 
 def of_difference(found: TraceDifference) -> str:
     """The page of two traces that were compared."""
     view = views.of_difference(found)
     behind = {"A": {_id(key): {"facts": _apart(row)} for key, row in found.rows.items()}}
-    body = [
-        f"<header><h1>{escape(said(found))}</h1></header>",
-        _logits(found),
-        _map({"A": found.a}, [view], {"A": set()}, f"{found.a.name} against {found.b.name}"),
-        _provenance({"A": found.a, "B": found.b}, {}),
-    ]
-    return _document(said(found), body, _script_data([view], behind, []))
+    title = difference.sentence(found)
+    return _page(
+        title,
+        heads=[{"sentence": title}],
+        said=[_logits(found)],
+        views=[view],
+        maps=[_map("A", found.a, view, set(), f"{found.a.name} against {found.b.name}")],
+        tables=[_provenance({"A": (found.a, None), "B": (found.b, None)})],
+        scripts=_script_data([view], behind, []),
+    )
 
 
-def of_tables(
-    title: str, legend: str, tables: Iterable[tuple[str, Sequence[str], Sequence[Sequence[str]]]]
-) -> str:
-    """A page of tables alone: (caption, names of the columns, rows), and what they mean."""
-    made = [_table(caption, names, rows) for caption, names, rows in tables]
-    head = f"<header><h1>{escape(title)}</h1></header>"
-    return _document(title, [head, *made, f"<pre>{escape(legend)}</pre>"], "")
+def of_tables(title: str, legend: str, tables: Iterable[Table]) -> str:
+    """A page of tables alone, and what their columns mean."""
+    return _page(title, heads=[{"sentence": title}], tables=tables, legend=legend)
 
 
 # --- parts
@@ -97,42 +104,23 @@ def _id(key: Key) -> str:
     return f"{'end' if key[1] is None else key[1]}-{key[0]}"
 
 
-def _verdict(side: str, report: Localization, several: bool) -> str:
-    name = f'<span class="side">{side}</span> ' if several else ""
-    about = (
-        f"{report.trace.path}: {report.trace.arch.name}, {report.dtype}, "
-        f"{len(report.trace.tokens)} tokens, weights of {report.model}"
-    )
-    tag = "h1" if side == "A" else "p"
-    cost = f"<p>{escape(summary(report.harm))}</p>" if report.harm else ""
-    return (
-        f'<header class="{report.verdict}"><{tag} class="verdict">{name}'
-        f"{escape(sentence(report))}</{tag}>{cost}<p>{escape(about)}</p></header>"
-    )
-
-
-def said(found: TraceDifference) -> str:
-    parting = found.parting
-    if parting is None:
-        return f"agree: every stage within relative L2 {found.tolerance:g}"
-    row = found.rows[parting]
-    return (
-        f"differ: the traces part at {place_of(*parting)}: relative L2 {row.relative_l2:.1e}, "
-        f"tolerance {found.tolerance:g}"
-    )
-
-
-def _difference(found: TraceDifference) -> str:
-    return f"<p>A against B: {escape(said(found))}</p>{_logits(found)}"
+def _head(side: str, report: Localization) -> dict[str, Any]:
+    """The verdict of a trace, what it costs, and what was judged."""
+    architecture = report.trace.arch.name
+    lines = [summary(report.harm)] if report.harm else []
+    lines.append(f"{about(report)}; {architecture}")
+    return {
+        "side": side, "verdict": report.verdict, "sentence": sentence(report), "lines": lines,
+    }  # fmt: skip
 
 
 def _logits(found: TraceDifference) -> str:
     logits = found.logits
     if logits is None:
-        return "<p>Logits are not in both traces, so nothing is known of the next token.</p>"
+        return "Logits are not in both traces, so nothing is known of the next token."
     return (
-        f"<p>Next token: arg-max equal at {logits.argmax_equal} of {logits.positions} positions, "
-        f"KL mean {logits.kl_mean:.1e}, largest {logits.kl_max:.1e} nats.</p>"
+        f"Next token: arg-max equal at {logits.argmax_equal} of {logits.positions} positions, "
+        f"KL mean {logits.kl_mean:.1e}, largest {logits.kl_max:.1e} nats."
     )
 
 
@@ -140,129 +128,32 @@ def _faulty(report: Localization) -> set[Key]:
     return {finding.suspect.key for finding in report.findings}
 
 
-def _map(
-    traces: Mapping[str, Trace],
-    found: list[View],
-    faulty: Mapping[str, set[Key]],
-    caption: str = "",
-) -> str:
-    """The heat map: a table a side, with the first view in its cells."""
-    first = found[0]
-    tables = "".join(
-        _heat_map(side, trace, first, faulty[side], caption or f"{side}: {trace.name}")
-        for side, trace in traces.items()
-    )
-    choices = "".join(
-        f'<label><input type="radio" name="view" value="{view.name}"'
-        f"{' checked' if view is first else ''}> {escape(view.label)}</label>"
-        for view in found
-    )
-    legend = "".join(f'<li class="s{shade}">{escape(says)}</li>' for shade, says in first.legend())
-    return (
-        '<section id="map" aria-labelledby="map-title"><h2 id="map-title">Layers and stages</h2>'
-        f'<form id="controls" hidden><fieldset><legend>show</legend>{choices}</fieldset>'
-        '<label id="call" hidden>call of the engine <input type="range" min="-1" value="-1">'
-        " <output>all</output></label></form>"
-        f'<p id="says">{escape(first.says)}</p>'
-        f'<div class="sides">{tables}</div><ol id="legend" aria-label="shades">{legend}</ol>'
-        '<p id="hint" hidden>A click on a cell, or Enter, opens it; arrow keys move.</p>'
-        '</section><section id="detail" tabindex="-1" hidden aria-labelledby="detail-title">'
-        "</section>"
-    )
+def _map(side: str, trace: Trace, view: View, faulty: set[Key], caption: str) -> dict[str, Any]:
+    """The heat map of a side, with a view in its cells."""
+    stages, lines = views.grid(trace, view, side, faulty)
+    return {"side": side, "caption": caption, "stages": stages, "lines": lines}
 
 
-def _heat_map(side: str, trace: Trace, view: View, faulty: set[Key], caption: str) -> str:
-    count = trace.config["num_hidden_layers"]
-    values = view.cells[side]
-    there = set(trace.entries)
-    shown = [stage for stage in trace.arch.stages if any(key[0] == stage.name for key in there)]
-    head = "".join(f'<th scope="col"><span>{stage.name}</span></th>' for stage in shown)
-    lines = []
-    for layer in [*range(count), None]:
-        line = []
-        for stage in shown:
-            key = (stage.name, layer)
-            exists = stage.scope == "end" if layer is None else stage.layer_of(layer) == layer
-            line.append(_cell(side, key, view, values, key in faulty) if exists else "<td></td>")
-        name = "end" if layer is None else str(layer)
-        lines.append(f'<tr><th scope="row">{name}</th>{"".join(line)}</tr>')
-    return (
-        f'<div class="scroll"><table class="heat" data-side="{side}"><caption>'
-        f'{escape(caption)}</caption><thead><tr><th scope="col">layer</th>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
-def _cell(side: str, key: Key, view: View, values: Mapping[Key, float | None], faulty: bool) -> str:
-    name = f'id="{side}-{_id(key)}"'
-    if key not in values:
-        return f'<td {name} class="none">–</td>'
-    text, shade = view.text(values[key]), view.shade(values[key])
-    mark, more = ("*", " fault") if faulty else ("", "")
-    name += " data-fault" * faulty
-    return f'<td {name} class="s{shade}{more}">{text}{mark}</td>'
-
-
-def _faults(side: str, report: Localization, several: bool) -> str:
-    found = faults(report)
-    if not found:
-        return ""
+def _faults(side: str, report: Localization) -> list[dict[str, Any]]:
+    """What is said of each fault, and the cell that it links to where that is in the map."""
     stages = {stage for stage, _ in report.trace.entries}
-    entries = "".join(_fault(side, fault, stages) for fault in found)
-    of = f" of {side}" if several else ""
-    return f'<section class="faults"><h2>Faults{of}</h2><ol>{entries}</ol></section>'
+    entries = []
+    for fault in faults(report):
+        key = fault.first.suspect.key
+        cell = f"{side}-{_id(key)}" if key[0] in stages else None
+        entries.append({"cell": cell, "place": place(fault), "lines": fault_lines(fault)})
+    return entries
 
 
-def _fault(side: str, fault: Fault, stages: Collection[str]) -> str:
-    key = fault.first.suspect.key
-    link = f'<a href="#{side}-{_id(key)}">{escape(place(fault))}</a>'
-    link = link if key[0] in stages else escape(place(fault))
-    said = "".join(f"<li>{escape(line)}</li>" for line in fault_lines(fault))
-    return f"<li>{link}<ul>{said}</ul></li>"
-
-
-def _right(a: Localization, b: Localization) -> str:
-    rows = []
-    for row in side_by_side.judgements(a, b):
-        said = [" to ".join(dict.fromkeys(f"{x:.1f}" for x in row[s]["bits"])) for s in "ab"]
-        marked = [t + "*" * bool(row[s]["fault_layers"]) for s, t in zip("ab", said, strict=True)]
-        rows.append([row["stage"], *marked, side_by_side.said(row)])
-    other = side_by_side.same_weights(a, b) is False or a.model != b.model
-    note = " (each judged by its own weights)" if other else ""
-    names = ("stage", "A bits", "B bits", "right")
-    return _table(f"Which of the two is right{note}", names, rows)
-
-
-def _margins(a: Localization, b: Localization) -> str:
-    found = side_by_side.margins(a, b)
-    if found is None:
-        return ""
-    sentence, rows = found
-    return _table(sentence, side_by_side.MADE_BY, rows) if rows else f"<p>{escape(sentence)}</p>"
-
-
-def _table(caption: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td{_breaks(cell)}>{escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<section><div class="scroll"><table class="plain"><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
-    )
-
-
-def _breaks(cell: str) -> str:
+def _breaks(cell: str) -> Markup:
     """Where a cell of a narrow table may be broken: a path or a hash anywhere, a number nowhere,
     else between words."""
     longest = max(map(len, cell.split()), default=0)
-    return ' class="long"' if longest > 24 else ' class="short"' if len(cell) <= 24 else ""
+    name = "long" if longest > 24 else "short" if len(cell) <= 24 else ""
+    return Markup(f' class="{name}"' if name else "")
 
 
-def _unchecked(side: str, report: Localization, several: bool) -> str:
+def _unchecked(report: Localization) -> list[str]:
     entries = []
     for entry in report.skipped:
         layers = entry.get("layers")
@@ -270,19 +161,16 @@ def _unchecked(side: str, report: Localization, several: bool) -> str:
         through = entry.get("checked_through")
         then = f"checked together with {', '.join(through)}" if through else "not checked"
         entries.append(f"{entry['stage']}{of}: {entry['why']}; {then}")
-    entries = entries or ["nothing was left out: every stage was checked alone"]
-    of = f" of {side}" if several else ""
-    listed = "".join(f"<li>{escape(line)}</li>" for line in entries)
-    return f"<section><h2>What was not checked{of}</h2><ul>{listed}</ul></section>"
+    return entries or ["nothing was left out: every stage was checked alone"]
 
 
-def _provenance(traces: Mapping[str, Trace], models: Mapping[str, str]) -> str:
-    sides = list(traces)
-    made = [dict(_made(trace, models.get(side))) for side, trace in traces.items()]
+def _provenance(sides: Mapping[str, tuple[Trace, str | None]]) -> Table:
+    """Where each trace is from, and the model that it was judged by, if any."""
+    made = [dict(_made(trace, model)) for trace, model in sides.values()]
     names = list(dict.fromkeys(name for each in made for name in each))
     rows = [[name, *(each.get(name, "") for each in made)] for name in names]
     rows.append(["this report", *[f"{NAME} {version()}"] * len(sides)])
-    return _table("Where this is from", ("", *sides), rows)
+    return Table("Where this is from", ("", *sides), rows)
 
 
 def _made(trace: Trace, model: str | None) -> Iterator[tuple[str, str]]:
@@ -409,7 +297,7 @@ def _calls(trace: Trace) -> list[str]:
 
 def _script_data(
     found: list[View], behind: Mapping[str, Mapping[str, Any]], calls: list[str]
-) -> str:
+) -> Markup:
     """What the script reads: the views as JSON, and the cells compressed."""
     shown = [
         {
@@ -439,23 +327,18 @@ def _script_data(
     scripts = [(files("tools.report") / "vendor" / name).read_text("utf-8") for name in VENDORED]
     scripts.append((files("tools.report") / "report.js").read_text("utf-8"))
     text = text.replace("<", "\\u003c")  # or a name could end the script
-    return (
+    return Markup(
         f'<script type="application/json" id="views">{text}</script>'
         f'<script type="text/plain" id="cells">{packed}</script>'
         + "".join(f"<script>{script}</script>" for script in scripts)
     )
 
 
-def _document(title: str, body: Iterable[str], scripts: str) -> str:
-    style = (files("tools.report") / "report.css").read_text("utf-8")
-    policy = (
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{style}</style></head>"
-        f"<body><main>{''.join(body)}</main>{scripts}</body></html>\n"
-    )
+def _page(title: str, **parts: Any) -> str:
+    """``page.html`` with its parts; what is not given is left out."""
+    folder = files("tools.report")
+    environment = Environment(autoescape=True)
+    environment.filters |= {"breaks": _breaks, "id": _id}
+    template = environment.from_string((folder / "page.html").read_text("utf-8"))
+    style = Markup((folder / "report.css").read_text("utf-8"))
+    return template.render(title=title, style=style, **parts) + "\n"

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-from stages.architecture import Key
+from stages.architecture import Key, Stage
+from stages.trace import Trace
 from stages.verdict import EXACT_BITS
-from tools.diff import TraceDifference
+from tools.difference import TraceDifference
 from tools.localize.result import Localization, to_json
 
 SHADES = 9  # of the ramp in report.css: 0 is pale, all is well; the last is dark
@@ -66,6 +67,36 @@ BITS = (2.5, 5.5, 8.4, 11.0, 14.0, 18.0, 21.0, 24.0)
 L2 = tuple(10.0**-n for n in (7, 6, 5, 4, 3, 2, 1, 0))
 NATS = tuple(10.0**-n for n in (6, 5, 4, 3, 2, 1, 0, -1))
 RANGE = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 0.5, 1.0)
+
+
+class Cell(NamedTuple):
+    """One stage of one layer in a view; its shade is None where there is no number."""
+
+    key: Key
+    text: str
+    shade: int | None
+    fault: bool
+
+
+def grid(
+    trace: Trace, view: View, side: str, faulty: set[Key]
+) -> tuple[list[str], list[tuple[str, list[Cell | None]]]]:
+    """Stages, and for each layer and the end of the model its name and a cell for each stage; None
+    where there cannot be one."""
+    shown = [s for s in trace.arch.stages if any(name == s.name for name, _ in trace.entries)]
+    values = view.cells[side]
+
+    def cell(stage: Stage, layer: int | None) -> Cell | None:
+        key = stage.name, layer
+        if not (stage.scope == "end" if layer is None else stage.layer_of(layer) == layer):
+            return None
+        if key not in values:
+            return Cell(key, "–", None, False)
+        return Cell(key, view.text(values[key]), view.shade(values[key]), key in faulty)
+
+    layers = [*range(trace.config["num_hidden_layers"]), None]
+    lines = [("end" if n is None else str(n), [cell(s, n) for s in shown]) for n in layers]
+    return [stage.name for stage in shown], lines
 
 
 def of_localizations(

@@ -3,11 +3,11 @@
 import math
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from qwen_jax.table import Cell, Table
 from stages.architecture import place_of
-from tools.localize.cost.attribution import PATCHED, SEEN, Harm, Share
+from tools.localize.cost.result import PATCHED, SEEN, Harm, Share
 from tools.localize.result import Localization
 
 
@@ -27,9 +27,9 @@ def _show(show: Console, report: Localization, harm: Harm, against: str) -> None
         return
     unit = 10.0 ** (math.floor(math.log10(abs(largest[0][1].size))) - 1)
     table = _table(report, harm, unit)
-    if table.row_count:
-        show.print(f"\nshares of that margin, in {unit:g} nats\n")
-        show.print(table)
+    if table.rows:
+        show.print(f"\n{table.title}\n")
+        show.print(table.terminal)
     else:
         show.print("\nshares of that margin")
     for key, share in largest[:PATCHED]:
@@ -80,15 +80,14 @@ def _where(share: Share) -> str:
 def _table(report: Localization, harm: Harm, unit: float) -> Table:
     """Layers down, stages across, whole units in the cells; without what is zero throughout."""
     seen = {key for key, share in harm.shares.items() if round(share.margin / unit)}
-    shown = [stage.name for stage in report.trace.arch.layer_stages if stage.name in dict(seen)]
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("layer", justify="right")
-    for name in shown:
-        table.add_column(name.replace("_", "\n"), justify="right")
-    for layer in sorted({layer for name, layer in seen if name in shown and layer is not None}):
-        cells = [_cell(harm.shares.get((name, layer)), unit) for name in shown]
-        table.add_row(str(layer), *cells)
-    return table
+    shown = [row.name for row in report.trace.arch.layer_stages if row.name in dict(seen)]
+    layers = sorted({n for name, n in seen if name in shown and n is not None})
+    rows: list[list[Cell]] = []
+    for n in layers:
+        rows.append([str(n), *(_cell(harm.shares.get((name, n)), unit) for name in shown)])
+    return Table(
+        f"shares of that margin, in {unit:g} nats", ["layer", *shown], rows, (), (), True, 1
+    )
 
 
 def _cell(share: Share | None, unit: float) -> Text:

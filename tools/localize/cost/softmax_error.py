@@ -7,7 +7,6 @@ a query sees.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -22,30 +21,8 @@ from qwen_jax.local_error import FRUGAL, stage_value
 from qwen_jax.models.ops import Positional
 from qwen_jax.replay import Replay
 from stages.architecture import SCORES, Stage
+from tools.localize.cost.result import Nats
 from tools.localize.stage_case import StageReplay
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nats:
-    """The error of one layer's scores; of plainly sound ones, in ``SAMPLE`` rows of them.
-
-    Attributes:
-        rms, max: in nats.
-        head, position: where the largest one is; a position is a row of the sequence.
-        variation: total variation between the softmax of the dumped scores and of the right ones,
-            half the sum of |p - q|: mean over heads and positions. variation_max: the largest.
-    """
-
-    layer: int
-    rms: float
-    max: float
-    head: int
-    position: int
-    variation: float
-    variation_max: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def compare(

@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from qwen_jax.table import Table
 from tools.parity.grid import Point
-from tools.parity.report import Pair, Section, point_cells
+from tools.parity.report import Pair, point_cells, section
 
 Row = dict[str, Any]
 
@@ -43,7 +44,7 @@ def failure(point: Point, row: Row) -> str | None:
     return f"{first['rule']}: {place}: {first['instruction']}, {first['products']}{more}"
 
 
-def sections(pairs: list[Pair]) -> Iterator[Section]:
+def sections(pairs: list[Pair]) -> Iterator[Table]:
     """What was compiled and checked, and what was not run, by reason."""
     held: dict[str, list[tuple[list[str], str]]] = {}
     for point, row in pairs:
@@ -53,13 +54,7 @@ def sections(pairs: list[Pair]) -> Iterator[Section]:
             continue
         held.setdefault(CHECKED, []).append((_point(point) + _found(row), verdict))
     for title in sorted(held, key=lambda title: title != CHECKED):
-        names, rows = (*POINT, *FOUND) if title == CHECKED else POINT, held[title]
-        used = [n for n in range(len(rows[0][0])) if any(cells[n] for cells, _ in rows)]
-        yield Section(
-            title,
-            [names[n] for n in used],
-            [([cells[n] for n in used], verdict) for cells, verdict in rows],
-        )
+        yield section(title, (*POINT, *FOUND) if title == CHECKED else POINT, held[title])
 
 
 def _point(point: Point) -> list[str]:
