@@ -7,7 +7,7 @@ import pytest
 
 from stages import aprt, verdict
 from stages.architectures import any_stage
-from stages.trace import open_trace
+from stages.open import open_trace
 from stages.verdict import LocalError
 from tests.planted import faults
 from tests.planted.matrix import make_bench
