@@ -175,7 +175,7 @@ def described(
     width = len(order)
     step = int(-order[0] % width)
     rolled = (np.arange(width) - step) % width
-    if fits(rolled):
+    if 2 * step != width and fits(rolled):
         return f"rolled by {signed(step, width)}", rolled
     for says, known in patterns(width, head, groups, sizes, every=width <= 1 << 15):
         if fits(known):
