@@ -234,9 +234,11 @@ class StageReplay:
         values = [self._computed(name) for name in self.stage.inputs]
         ready = cut_inputs(self.arch, self.stage, values, len(self.replay.trace.tokens))
         dump = self._stored(self.stage.name)
-        if ready is None or dump is None:
-            return ready
-        held = dump.shape[1 + self.stage.axes.index(self.stage.row_axis)]
+        if ready is None:
+            return None
+        held = ready[0]
+        if dump is not None:
+            held = dump.shape[1 + self.stage.axes.index(self.stage.row_axis)]
         rows = min(ready[0], held, self.most or held)
         return rows, [
             value if name in self.stage.keys else last_rows(self.arch, name, value, rows)

@@ -243,7 +243,7 @@ def mask_unfilled_slots(case: StageReplay) -> Candidates:
         yield from _with_slots(case, found, counts)
     less = left.max() < 1 + CLEAR and left.min() < left.max() - CLEAR
     if case.stage.name == "attn_softmax" and less:
-        yield "with what memory held in them", case.exact * left
+        yield Edit("with what memory held in them", case.exact * left, 1)
 
 
 def _with_slots(case: StageReplay, found: Weighing, counts: np.ndarray) -> Candidates:
