@@ -170,6 +170,22 @@ def _costly(reports: list[Localization], most: float) -> bool:
     return any(abs(report.harm.logprob_change) > most for report in sound if report.harm)
 
 
+def _beside(first: Localization, second: Localization) -> dict[str, Any]:
+    """What ``--json`` says of two engines beside what it says of the first."""
+    from tools.localize import side_by_side
+
+    data: dict[str, Any] = {
+        "against": to_json(second),
+        "right": side_by_side.judgements(first, second),
+        "same_weights": side_by_side.same_weights(first, second),
+    }
+    if same := equality(first.trace, second.trace):
+        data["equality"] = msgspec.to_builtins(same)
+    if apart := side_by_side.apart(first, second):
+        data["apart"] = apart
+    return data
+
+
 def main(argv: list[str]) -> int:
     if any(word.startswith("--expect-") for word in argv):
         with bisect.unjudged():
@@ -209,17 +225,7 @@ def _main(argv: list[str]) -> int:
             cli.report(args.json, why | nothing)
         raise
     data = to_json(reports[0])
-    if args.against:
-        from tools.localize import side_by_side
-
-        data["against"] = to_json(reports[1])
-        data["right"] = side_by_side.judgements(*reports)
-        data["same_weights"] = side_by_side.same_weights(*reports)
-        if same := equality(reports[0].trace, reports[1].trace):
-            data["equality"] = msgspec.to_builtins(same)
-        if apart := side_by_side.apart(*reports):
-            data["apart"] = apart
-    show = cli.report(args.json, data)
+    show = cli.report(args.json, data | _beside(*reports) if args.against else data)
     # all files before a word is printed: whoever reads may stop after ten lines
     if args.report:
         from tools.report import write
@@ -237,6 +243,8 @@ def _main(argv: list[str]) -> int:
     if args.against:
         show.print()
         show_localization(show, reports[1])
+        from tools.localize import side_by_side
+
         side_by_side.show(show, *reports)
     if made:
         show.print(f"\n{made}")
