@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from stages.verdict import ranges
 from tools.localize.mistakes.cache_rows import kept
 from tools.localize.mistakes.operands import key_distance, masked_softmax
 from tools.localize.mistakes.registry import Candidates, Edit, mistake
@@ -256,14 +255,33 @@ def _with_slots(case: StageReplay, found: Weighing, counts: np.ndarray) -> Candi
     if some.any() and len(np.unique(in_all[some])) == 1:
         slots = int(in_all[some][0])
         tried.append((f"{slots} in all", np.maximum(slots - ends[:, 0], 0)))
-    first = len(case.replay.trace.tokens) - case.rows
-    several = ", ".join(f"{n:g}" for n in np.unique(counts[some])[:4])
-    tried.append((f"{several} at positions {ranges(some, first)}", counts))
-    total = found.weights.sum(-1, keepdims=True)
+    several = np.unique(counts[some])
+    tried.append((f"{', '.join(f'{n:g}' for n in several[:4])} of them", counts))
+    if len(several) == 1:  # rows that they are too little in to be counted, but not to be seen
+        same = np.full(case.rows, several[0])
+        value = _times(case, _less(found, same))
+        tried.append((f"{several[0]:g} of them", np.where(_nearer(case, value), same, 0)))
     for told, number in tried:
-        with np.errstate(over="ignore"):
-            factor = total / (total + number[None, :, None] * np.exp(-found.high))
-        yield told, _times(case, factor)
+        yield told, _times(case, _less(found, number))
+
+
+def _less(found: Weighing, number: np.ndarray) -> np.ndarray:
+    """[N, rows, 1] what so many empty slots [rows] leave of a row's weights."""
+    total = found.weights.sum(-1, keepdims=True)
+    with np.errstate(over="ignore"):
+        return np.asarray(total / (total + number[None, :, None] * np.exp(-found.high)))
+
+
+def _nearer(case: StageReplay, value: Array) -> np.ndarray:
+    """[rows] bool: which rows of a value are clearly nearer to the dump than they should be."""
+    axis = case.dump.ndim - 2
+    keep = np.asarray(case.finite)
+    others = tuple(n for n in range(case.dump.ndim) if n != axis)
+    with_it, without = (
+        np.square(np.where(keep, np.asarray(case.dump - x), 0)).sum(others)
+        for x in (value, case.exact)
+    )
+    return np.asarray(with_it < without / 4)
 
 
 def _times(case: StageReplay, factor: np.ndarray) -> Array:
