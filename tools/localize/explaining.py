@@ -14,7 +14,7 @@ from tools.localize.blaming import Blame
 from tools.localize.decode_steps import when
 from tools.localize.formats.registry import Format
 from tools.localize.grouping import Explanation, Finding
-from tools.localize.mistakes import CATALOGUE, Mistake, shapes
+from tools.localize.mistakes import CATALOGUE, Edit, Mistake, shapes
 from tools.localize.stage_case import SLACK, StageReplay, confine, focus_of, smooth_needed
 from tools.localize.suspecting import Evidence
 
@@ -95,72 +95,108 @@ def _lone_format(case: StageReplay, formats: list[Format]) -> Explanation:
 
 def _explain(case: StageReplay, finding: Finding, hints: list[str]) -> None:
     """Try the catalogue and the general shapes; fill in ``diagnosis`` and ``shape``."""
-    suspect = finding.suspect
-    if suspect.why == "nan":
+    suspect, finite = finding.suspect, finding.suspect.why != "nan"
+    if not finite:
         finding.shape = _nonfinite(case, suspect)
     if not case.replayable:
         return
-    sound = min(suspect.expected, 24.0) - SLACK
-    if suspect.why != "nan":
+    if finite:
+        sound = min(suspect.expected, 24.0) - SLACK
         suspect = finding.suspect = replace(suspect, masks=confine(case, suspect.masks, sound))
-    focus = focus_of(case, suspect.masks) if suspect.why == "slice" else None
-    base = case.scored(case.exact, focus)
-    needed = max(sound, base + SLACK)
-    found: list[tuple[int, Explanation]] = []
-    # a mistake that was made before the weights were quantised comes out with their rounding
-    near: list[tuple[int, Explanation]] = []
-    enough = max(ANEW, base + SLACK) if _quantised(case) else np.inf
-
-    def consider(
-        rank: int, value: Array, name: str, says: str, entry: Mistake | None, lenient: bool,
-        detail: str = "", free: int = 0,
-    ) -> None:  # fmt: skip
-        score = case.scored(value, focus, entry is not None and entry.rotated)
-        least = smooth_needed(base, suspect.expected) if lenient else needed
-        if suspect.why == "nan" and _infinite_alike(case, value):
-            least = sound  # what is finite was right before
-        if score >= least:
-            found.append((rank, Explanation(name, score, says, detail, free, entry)))
-        elif score >= enough:
-            says += ", before it was quantised"
-            near.append((rank, Explanation(name, score, says, detail, free, entry)))
-
-    entries = _entries(case, finding.dump_only)
     rounding = finding.excess <= 1  # may be: then a name without a number of its own is wanted
-    if rounding:
-        entries = [entry for entry in entries if entry.near and not entry.fitted]
-    entries.sort(key=lambda entry: entry.name not in hints)
-    for rank, entry in enumerate(entries):
-        for detail, value, free in entry.edits(case):
-            says = entry.says.replace("{}", detail)
-            consider(rank, value, entry.name, says, entry, entry.lenient, detail, free)
-        if found and entry.name in hints:
-            break
-    exact = any(explanation.free == 0 for _, explanation in found)
-    if not exact and not rounding and suspect.why != "nan":
-        for entry, edit, says in behind.edits(case, suspect.item.segment):
-            count = len(found)
-            consider(0, edit.value, entry.name, says, entry, False, edit.detail, edit.free)
-            if len(found) > count:
-                break
-    if not found and suspect.why != "nan" and not rounding:
-        local = focus_of(case, suspect.masks)
-        for fit in shapes.fits(case, suspect.masks, local):
-            consider(len(entries), fit.value, fit.name, fit.says, None, fit.smooth, "", fit.free)
-    if not (found or rounding) and suspect.why != "nan" and case.stage.kind is ACTIVATION:
-        fit = shapes.smooth_function(case)
-        consider(len(entries), fit.value, fit.name, fit.says, None, fit.smooth, "", fit.free)
-    if not (found or rounding) and suspect.why != "nan":
-        _confined(case, finding, found)
-    if not found and near:
-        found = [min(near, key=lambda pair: order(pair[1], pair[0]))]
-    found.sort(key=lambda pair: order(pair[1], pair[0]))
-    seen: dict[str, Explanation] = {}
-    for _, explanation in found:
-        seen.setdefault(explanation.name, explanation)
-    finding.diagnosis = list(seen.values())[:SHOWN]
+    trial = _Trial(case, suspect)
+    trial.of_the_stage(_entries(case, finding.dump_only, rounding), hints)
+    if finite and not rounding:
+        if all(explanation.free for _, explanation in trial.found):
+            trial.of_missing_stages()
+        if not trial.found:
+            trial.of_any_shape()
+        if not trial.found and not finding.dump_only:
+            trial.of_some_rows()
+    finding.diagnosis = trial.best()
     if not finding.diagnosis and not finding.shape:
-        finding.shape = shapes.describe(case, suspect.masks, focus)
+        finding.shape = shapes.describe(case, suspect.masks, trial.focus)
+
+
+class _Trial:
+    """One suspect against candidates for its dump.
+
+    Attributes:
+        focus: where the error is, as a mask of the dump's shape; None is everywhere.
+        found: what brings the bits back, each with its rank: the lower, the more specific.
+        anew: what brings back as much as is left of a mistake by the rounding of weights that were
+            quantised after it.
+    """
+
+    def __init__(self, case: StageReplay, suspect: Suspect) -> None:
+        self.case, self.suspect = case, suspect
+        self.focus = focus_of(case, suspect.masks) if suspect.why == "slice" else None
+        self.base = case.scored(case.exact, self.focus)
+        self.sound = min(suspect.expected, 24.0) - SLACK
+        self.enough = max(ANEW, self.base + SLACK) if _quantised(case) else np.inf
+        self.found: list[tuple[int, Explanation]] = []
+        self.anew: list[tuple[int, Explanation]] = []
+
+    def of_the_stage(self, entries: list[Mistake], hints: list[str]) -> None:
+        """The mistakes of the stage itself, those first that explained it in another layer."""
+        entries = sorted(entries, key=lambda entry: entry.name not in hints)
+        for rank, entry in enumerate(entries):
+            for edit in entry.edits(self.case):
+                says = entry.says.replace("{}", edit.detail)
+                self._consider(rank, edit, entry.name, says, entry, entry.lenient)
+            if self.found and entry.name in hints:
+                break
+
+    def of_missing_stages(self) -> None:
+        """The mistakes of stages that were not dumped before it, until one fits."""
+        count = len(self.found)
+        for entry, edit, says in behind.edits(self.case, self.suspect.item.segment):
+            self._consider(0, edit, entry.name, says, entry, False)
+            if len(self.found) > count:
+                break
+
+    def of_any_shape(self) -> None:
+        """What any stage can have: a factor, an offset, zeros, a limit, a coarser format."""
+        case, masks = self.case, self.suspect.masks
+        for fit in shapes.fits(case, masks, focus_of(case, masks)):
+            self._of_shape(fit)
+        if not self.found and case.stage.kind is ACTIVATION:
+            self._of_shape(shapes.smooth_function(case))
+
+    def of_some_rows(self) -> None:
+        """Wrong rows of the weight."""
+        if explanation := _confined(self.case, self.suspect, self.sound):
+            self.found.append((0, explanation))
+
+    def best(self) -> list[Explanation]:
+        """The best explanations, one of each name."""
+        found = sorted(self.found or self.anew, key=lambda pair: order(pair[1], pair[0]))
+        if not self.found:
+            found = found[:1]
+        seen: dict[str, Explanation] = {}
+        for _, explanation in found:
+            seen.setdefault(explanation.name, explanation)
+        return list(seen.values())[:SHOWN]
+
+    def _of_shape(self, fit: shapes.Fit) -> None:
+        edit = Edit("", fit.value, fit.free)
+        self._consider(len(CATALOGUE), edit, fit.name, fit.says, None, fit.smooth)
+
+    def _consider(
+        self, rank: int, edit: Edit, name: str, says: str, entry: Mistake | None, lenient: bool
+    ) -> None:
+        score = self.case.scored(edit.value, self.focus, entry is not None and entry.rotated)
+        least = max(self.sound, self.base + SLACK)
+        if lenient:
+            least = smooth_needed(self.base, self.suspect.expected)
+        if self.suspect.why == "nan" and _infinite_alike(self.case, edit.value):
+            least = self.sound  # what is finite was right before
+        explanation = Explanation(name, score, says, edit.detail, edit.free, entry)
+        if score >= least:
+            self.found.append((rank, explanation))
+        elif score >= self.enough:
+            explanation = replace(explanation, says=f"{says}, before it was quantised")
+            self.anew.append((rank, explanation))
 
 
 def _infinite_alike(case: StageReplay, value: Array) -> bool:
@@ -196,31 +232,34 @@ def _quantised(case: StageReplay) -> bool:
     return any(types.get(name, "F32") not in ("F32", "F16", "BF16") for name in names)
 
 
-def _entries(case: StageReplay, dump_only: bool) -> list[Mistake]:
+def _entries(case: StageReplay, dump_only: bool, rounding: bool) -> list[Mistake]:
+    """The mistakes that a stage can have; of an error that rounding may be, those that lie so
+    near, and have no number for every row."""
     return [
         entry
         for entry in CATALOGUE
-        if case.stage.name in entry.stages and entry.dump_only in (None, dump_only)
+        if case.stage.name in entry.stages
+        and entry.dump_only in (None, dump_only)
+        and (not rounding or (entry.near and not entry.fitted))
     ]
 
 
-def _confined(case: StageReplay, finding: Finding, found: list[tuple[int, Explanation]]) -> None:
+def _confined(case: StageReplay, suspect: Suspect, needed: float) -> Explanation | None:
     """A linear layer whose error lies in a few output channels has that many wrong rows of its
     weight: nothing else of it can confine an error so."""
-    masks = finding.suspect.masks
-    mask, positions = masks.get("channel"), masks.get("position", np.ones(1, bool))
-    if finding.dump_only or positions.mean() < 0.5:  # a wrong row is wrong at most positions
-        return
+    mask, positions = suspect.masks.get("channel"), suspect.masks.get("position", np.ones(1, bool))
+    if positions.mean() < 0.5:  # a wrong row is wrong at most positions
+        return None
     if not case.stage.linear or mask is None or not 0 < mask.sum() <= max(4, mask.size // 50):
-        return
+        return None
     focus = focus_of(case, {"channel": mask})
     if focus is None:
-        return
+        return None
     rest = case.scored(jnp.where(focus, case.dump, case.exact))
-    if rest >= min(finding.suspect.expected, 24.0) - SLACK:
-        rows = verdict.ranges(mask)
-        says = f"row {rows} of the weight differs: every other channel is right"
-        found.append((0, Explanation("row_corrupted", rest, says, free=1)))
+    if rest < needed:
+        return None
+    says = f"row {verdict.ranges(mask)} of the weight differs: every other channel is right"
+    return Explanation("row_corrupted", rest, says, free=1)
 
 
 def _nonfinite(case: StageReplay, suspect: Suspect) -> str:
