@@ -342,7 +342,8 @@ def usual_levels(items: list[LocalError], dtype: str) -> dict[str, float]:
     gaps = {item.name: sibling_gap(item) for item in items}
 
     def best(stage: str) -> float:
-        return max(level for level in by_stage[stage] if level <= medians[stage] + gaps[stage])
+        most = medians[stage] + gaps[stage]
+        return max((each for each in by_stage[stage] if each <= most), default=medians[stage])
 
     sound = {s: m for s, m in medians.items() if class_of(best(s), stages[s], segments[s])}
     overall = median(sound.values()) if sound else NOMINAL["float32"]
