@@ -54,7 +54,7 @@ def localize(
         UserError: no such trace or model, or a file is damaged.
     """
     from qwen_jax.replay import Replay
-    from tools.localize import blaming, explaining, suspecting
+    from tools.localize import blaming, explaining, layout, suspecting
     from tools.localize.cost import measure as cost
     from tools.localize.formats import fit
     from tools.localize.measure import whole
@@ -76,7 +76,8 @@ def localize(
 
         # what is wrong, whose fault it is, and what the mistake is
         evidence = suspecting.Evidence(replay, items, dtype, measured.fitted)
-        blame = blaming.clear(evidence, suspecting.suspects(evidence))
+        suspects, layouts = layout.take_out(evidence, suspecting.suspects(evidence))
+        blame = blaming.clear(evidence, suspects)
         explained = explaining.explain(evidence, blame)
 
     result = Localization(
@@ -85,6 +86,7 @@ def localize(
         dtype=dtype,
         items=items,
         findings=with_changes(trace, [finding for finding in explained if not finding.odd]),
+        layouts=layouts,
         odd=[finding for finding in explained if finding.odd],
         skipped=coverage.skipped(trace, weights.config.num_hidden_layers, items),
         coverage=coverage.of(trace, items),

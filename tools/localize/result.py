@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stages import verdict
-from stages.architecture import LINEAR, LOOKUP, SCORES, WEIGHTED_SUM, place_of
+from stages.architecture import LINEAR, LOOKUP, SCORES, WEIGHTED_SUM, Key, place_of
 from stages.trace import Trace
 from stages.verdict import LocalError
 from tools.localize import grouping
 from tools.localize.cost.result import Harm, Nats
 from tools.localize.coverage import Coverage
 from tools.localize.grouping import Fault, Finding
+from tools.localize.schema import LayoutEntry
 from tools.shown import Shown
 
 if TYPE_CHECKING:  # importing this loads no JAX
@@ -38,6 +39,7 @@ class Localization(Shown):
 
     Attributes:
         nats: the error of each layer's scores.
+        layouts: how layers hold q and k, where that is not the usual way and is undone.
         odd: what has fewer bits than its like, but no fewer than arithmetic can leave.
         coverage: how many of the operations were judged.
         harm: what the error costs a token; None where that was not asked for, or NaN is about.
@@ -53,6 +55,7 @@ class Localization(Shown):
     skipped: list[dict[str, Any]]
     fitted: "Fitted"
     nats: list[Nats]
+    layouts: tuple[LayoutEntry, ...]
     odd: list[Finding]
     coverage: Coverage
     harm: Harm | None = None
@@ -61,13 +64,19 @@ class Localization(Shown):
 
     @property
     def precision(self) -> dict[str, dict[str, Any]]:
-        table = verdict.precision(self.items, {f.suspect.key for f in self.findings})
+        faulty = {finding.suspect.key for finding in self.findings}
+        table = verdict.precision(self.items, faulty | self.in_a_layout)
         for stage, entry in table.items():
             found = self.fitted.names(stage)
             if found:
                 entry["class"] = verdict.coarsest(f.level for f in found)
                 entry["format"] = ", ".join(dict.fromkeys(f.name for f in found))
         return table
+
+    @property
+    def in_a_layout(self) -> set[Key]:
+        """The stages that hold their values in another order."""
+        return {(name, layout.layer) for layout in self.layouts for name in layout.stages}
 
     @property
     def computed_in(self) -> list[str]:
@@ -120,6 +129,7 @@ def to_json(report: Localization) -> dict[str, Any]:
         "model": report.model,
         "dtype": report.dtype,
         "faults": [fault.to_json() for fault in faults(report)],
+        "layouts": msgspec.to_builtins(report.layouts),
         "odd": [_odd(finding) for finding in report.odd],
         "precision": report.precision,
         "nats": msgspec.to_builtins(report.nats),

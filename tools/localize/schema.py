@@ -74,6 +74,15 @@ class OddEntry(Entry, frozen=True):
     exceeds_bound: float
 
 
+class LayoutEntry(Entry, frozen=True):
+    """An order in which one layer holds the channels of each head of q and k, and that scores undo:
+    no fault. ``stages`` are those that are in it."""
+
+    layer: int
+    says: str
+    stages: tuple[str, ...]
+
+
 class PrecisionEntry(Entry, frozen=True, rename={"klass": "class"}):
     """What a stage really ran at: a precision class, [lowest, highest] significant bits over its
     layers, and the number format that explains them."""
@@ -207,6 +216,7 @@ class LocalizeResult(Entry, frozen=True):
     dtype: str | UnsetType = UNSET
     costs: bool | UnsetType = UNSET
     coverage: Coverage | UnsetType = UNSET
+    layouts: list[LayoutEntry] | UnsetType = UNSET
     odd: list[OddEntry] | UnsetType = UNSET
     nats: list[Nats] | UnsetType = UNSET
     headroom: list[HeadroomRow] | UnsetType = UNSET

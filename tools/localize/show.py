@@ -74,6 +74,8 @@ def show_localization(show: Console, report: Localization) -> None:
         show.print(whole)
     for number, fault in enumerate(faults(report), 1):
         _print_fault(show, number, fault)
+    for line in layout_lines(report):
+        show.print(line)
     for finding in report.odd:
         show.print(odd_line(finding))
     show.print(f"{report.coverage}")
@@ -127,6 +129,18 @@ def fault_lines(fault: Fault) -> list[str]:
     if "dump_only" in entry:
         lines.append("only the dump is wrong: later stages used the right value")
     return lines
+
+
+def layout_lines(report: Localization) -> list[str]:
+    """What is said of the orders that q and k are held in, one line an order."""
+    layers: dict[str, list[int]] = {}
+    for layout in report.layouts:
+        layers.setdefault(layout.says, []).append(layout.layer)
+    return [
+        f"layout, no fault: q and k of layers {_short(held)} have the channels of each head in "
+        f"another order ({says}), which their scores undo"
+        for says, held in layers.items()
+    ]
 
 
 def odd_line(finding: Finding) -> str:
