@@ -1,5 +1,6 @@
 """Index maps of channels: which one a dump is in, by matching, and what that order is called."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -7,9 +8,11 @@ from typing import Any
 
 import numpy as np
 from jax import Array
-from scipy.spatial import KDTree
 
 from tools.localize.stage_case import StageReplay
+
+with warnings.catch_warnings():  # importing it adds filters to those of the whole process
+    from scipy.spatial import KDTree
 
 Candidates = Iterator[tuple[str, Array]]
 
