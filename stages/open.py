@@ -66,8 +66,8 @@ def _check_dtype(trace: Trace, dtype: str) -> None:
         if not trace.arch.stage[k[0]].kind.masked and k[0] != first
     ]
     wider = [e for e in telling if e.dtype == "float32" and dtype in ("bfloat16", "float16")]
-    holds = (holds(dtype, trace.read(e.stage, e.layer).ravel()[:65536]) for e in wider)
-    if telling and not any(holds):
+    fitting = (holds(dtype, trace.read(e.stage, e.layer).ravel()[:65536]) for e in wider)
+    if telling and not any(fitting):
         raise UserError(
             f"{trace.path}: computed in {dtype}, says {manifest.NAME}, but most stages are "
             f"{counted.most_common(1)[0][0]}"

@@ -180,7 +180,8 @@ def test_four_bit_weights_are_right_given_those_weights(directory):
     assert bench.localize(bench.right).verdict == "precision"
     other = Bench(source, list(range(24)), "act8")
     report = other.localize(bench.right)  # judged by the weights before quantisation
-    assert report.verdict == "fault"
+    assert report.verdict == "precision", sentence(report)
+    assert "weights" in sentence(report), sentence(report)
 
 
 PATTERNS = {

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_it_is_a_document_without_a_script(text: str, broken: Localization) -> N
 def test_what_is_foreign_is_text(bench: Bench, tmp_path: Path) -> None:
     name = "<script>alert(1)<_script>&'"
     report = localize(opened(bench, tmp_path / name, FAULT), bench.model)
-    report.model = "</script><b>"
+    report = replace(report, model="</script><b>")
     made = page.of_localizations([report], [bench.model])
     Reader(made)
     assert "<script>alert" not in made and "</script><b>" not in made

@@ -254,7 +254,7 @@ def test_changes_of_a_cache_that_is_no_stage_of_the_trace(whole):
             config={"num_hidden_layers": 3},
             tokens=TOKENS,
         )
-        items = [SimpleNamespace(stage="ffn_up", layer=n, key=("ffn_up", n)) for n in range(3)]
+        items = [SimpleNamespace(name="ffn_up", layer=n, key=("ffn_up", n)) for n in range(3)]
         found = faults(with_changes(given, []), [] if alone else items)
         assert [(f.layer, f.stage, f.diagnosis[0].says) for f in found] == [
             ("all" if alone else "0-1", "k_cache", "row 2 changed in step 3"),

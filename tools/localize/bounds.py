@@ -94,9 +94,10 @@ def _most(case: StageReplay, unit: float) -> Array:
         return (count * sums + operands + 2 * unit) * magnitudes + allowed
     of_value = partial(_times, y, unit)
     if kind is NORM:
-        return of_value(_likely(case.inputs[0].shape[-1]) + FEW) + allowed
+        return (_likely(case.inputs[0].shape[-1]) * sums + FEW * unit) * y + allowed
     if kind is SOFTMAX:
-        return of_value(_likely(case.pos.mask.shape[-1]) + FEW) + allowed * (unit / UNITS["f32"])
+        added = _likely(case.pos.mask.shape[-1]) * sums
+        return (added + FEW * unit) * y + allowed * (unit / UNITS["f32"])
     if kind is ROTATION:
         return FEW * unit * size + 4 * allowed
     if kind is ADD:

@@ -233,14 +233,14 @@ def _quantised(case: StageReplay) -> bool:
 
 
 def _entries(case: StageReplay, dump_only: bool, rounding: bool) -> list[Mistake]:
-    """The mistakes that a stage can have; of an error that rounding may be, those that lie so
-    near, and have no number for every row."""
+    """The mistakes that a stage can have; of an error that rounding may be, those that have no
+    number for every row."""
     return [
         entry
         for entry in CATALOGUE
         if case.stage.name in entry.stages
         and entry.dump_only in (None, dump_only)
-        and (not rounding or (entry.near and not entry.fitted))
+        and not (rounding and entry.fitted)
     ]
 
 

@@ -56,11 +56,13 @@ def _solved(sums: np.ndarray, error: np.ndarray) -> np.ndarray:
     if len(sums) >= 1.25 * sums.shape[1]:
         return np.asarray(np.linalg.lstsq(sums, error, rcond=None)[0].T)
     found = np.zeros((error.shape[1], sums.shape[1]))
+    if len(sums) < 2 * MOST:  # any group makes the error of one position
+        return found
     for channel, its in enumerate(error.T):
         chosen, rest, new = list[int](), its, sums  # ``new``: what a group adds to those chosen
         least = CLEAR * np.square(its).sum()
         while len(chosen) * MOST < len(its) and np.square(rest).sum() > least:
-            size = np.maximum(np.square(new).sum(0), 1e-9 * np.square(sums).sum(0))
+            size = np.maximum(np.square(new).sum(0), 1e-9 * np.square(sums).sum(0) + 1e-300)
             chosen.append(int((np.square(rest @ new) / size).argmax()))
             along = np.linalg.qr(sums[:, chosen])[0]
             rest, new = (v - along @ (along.T @ v) for v in (its, sums))

@@ -487,8 +487,9 @@ def _input_order(case: StageReplay, head: int, groups: int) -> Iterator[tuple[st
     given = np.linalg.lstsq(weight, dump.T, rcond=None)[0].T
     order = orders.match(given, x)
     if order is not None and len(set(order.tolist())) == len(order):
-        known = orders.described(order, head, groups)
-        yield known[0] if known else orders.moves(order), order.argsort()
+        columns = order.argsort()
+        known = orders.described(columns, head, groups)
+        yield known[0] if known else orders.moves(columns), columns
 
 
 @mistake("rows of {}", f"{LINEARS} {BIASES}", dump_only=None, priority=2, joined="layer")

@@ -182,7 +182,7 @@ def _shift(case: StageReplay) -> int | None:
 
 @mistake("RoPE positions off by {}", ROPES, room="constant", everywhere=True)
 def rope_position_off_by_one(case: StageReplay) -> Candidates:
-    first = int(case.positions[0, 0])  # some count from 0 wherever they begin
+    first = int(case.replay.positions[0, 0])  # some count from 0 wherever they begin
     shift = _shift(case)
     for step in (1, -1) if not case.dumped else (shift,) if shift in (1, -1, -first) else ():
         yield _at(case, case.positions[0] + step, f"{step:+d}")
