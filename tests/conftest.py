@@ -2,9 +2,11 @@
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,12 +80,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-def pytest_sessionstart() -> None:
-    from tests import programs  # which imports JAX
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """What this process compiles is kept on disk until it ends: a file of tests forgets what it
+    has of it in memory, and the next one needs much of the same. One process, one directory: JAX
+    writes its files in more than one step."""
+    import jax
 
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        programs.prune()
-    programs.keep()
+    from qwen_jax import compile_cache
+
+    folder = tempfile.mkdtemp(prefix="qwen-jax-programs-")
+    session.config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for name, value in {"jax_compilation_cache_dir": folder, **compile_cache.SETTINGS}.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -404,7 +404,7 @@ FILES = [
     File(_vocabulary_rolled, "embedding", 0, "vocabulary_rolled", "moved by +5", ("lm_head",)),
     File(_columns_by_place, "attn_out", 1, "columns_permuted", "heads by their place in a group"),
     File(_written_in_the_other_order, "ffn_out", 1, "weight_transposed", "read transposed"),
-    File(_norm_reversed, "ffn_norm", 2, "norm_weight_permuted", "in another order: post_attention_layernorm reversed"),
+    File(_norm_reversed, "ffn_norm", 2, "norm_weight_permuted", "layernorm reversed"),
     File(_in_q3_k, "ffn_gate", 2, "weight_requantised", "Q3_K"),
     File(_two_of_another_type, "qkv_matmul", "1-2", "weight_requantised", "Q8_0", ("ffn_up",)),
 ]  # fmt: skip
