@@ -216,7 +216,7 @@ def residual_multiple(case: StageReplay) -> Candidates:
         return
     both = np.linalg.solve(moments, [(x * found).sum(), (y * found).sum()])
     for (a, free_a), (c, free_c) in product(*(round_numbers(v, 3) for v in both)):
-        if a == c:  # a factor of the sum
+        if abs(a - c) < 1e-4 * abs(a):  # a factor of the sum
             continue
         yield Edit(_multiples(a, c), a * residual + c * branch, free_a + free_c)
     # of each channel: the residual once, and the block's output as often as that leaves
